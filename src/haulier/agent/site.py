@@ -1,0 +1,251 @@
+"""A site's directory: what lies where, and the settings in ``site.toml``.
+
+site.toml      name, control address, bulk addresses, moved_hook, store budget
+tls/           ca.pem, site.pem, site.key; ca.key only at the site that made the fleet
+journal.sqlite who owns which guest, handoffs, known sites
+store/         chunks and manifests
+golden/<id>/   memory of images booted to idle
+guests/<name>/ one guest's overlay, sockets, logs
+handoffs/<id>/ job.json, status.json, report.json, worker.log
+retained/      memory left behind by guests that moved away
+run/agent.sock the local control socket
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import tempfile
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from haulier.errors import Conflict, Corrupt, UnknownThing, UsageError
+
+DEFAULT_ROOT = Path("/var/lib/haulier")
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_SOCKET_LIMIT = 100
+"""sun_path holds 108 bytes; a little is left for suffixes."""
+
+
+def check_name(name: str, what: str) -> str:
+    """`name` if it is a well-formed name of a site, guest or image; UsageError otherwise."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        shown = str(name)[:60]
+        raise UsageError(
+            f"bad {what} name {shown!r}: use 1 to 41 of a-z, 0-9 and '-', beginning with a letter or a digit"
+        )
+    return name
+
+
+def check_host(host: str, what: str) -> str:
+    """`host` if it is an IP address or a host name; UsageError otherwise."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not _HOST.fullmatch(host):
+            raise UsageError(f"bad {what} {host[:80]!r}: give an IP address or a host name") from None
+    return host
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``HOST:PORT`` or ``[V6]:PORT`` as (host, port); UsageError otherwise."""
+    host, colon, port_text = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if not colon or not port_text.isascii() or not port_text.isdigit() or not 0 < int(port_text) < 65536:
+        raise UsageError(f"bad address {address[:80]!r}: give HOST:PORT, with a port between 1 and 65535")
+    return check_host(host, "address"), int(port_text)
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replaces `path` in one step; durable when it returns."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames, creations and removals in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def default_root() -> Path:
+    """$HAULIER_ROOT, or /var/lib/haulier."""
+    return Path(os.environ.get("HAULIER_ROOT") or DEFAULT_ROOT)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site as configured on this host.
+
+    `control` is "host:port" of the HTTPS API; `bulk` are the addresses on which handoffs arrive, one for each
+    path (at least one: the control host, if none is configured); `store_budget` is in bytes, 0 = no limit.
+    """
+
+    root: Path
+    name: str
+    control: str
+    bulk: tuple[str, ...] = ()
+    moved_hook: str = ""
+    store_budget: int = 0
+    ram: str = field(default="", repr=False)
+    """Directory for guest memory; empty = a directory of this site in /dev/shm."""
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "site")
+        host, _ = split_address(self.control)
+        if not self.bulk:
+            object.__setattr__(self, "bulk", (host,))
+        for address in self.bulk:
+            check_host(address, "bulk address")
+
+    # -- configuration
+
+    @staticmethod
+    def load(root: Path | str | None = None) -> Site:
+        """The site whose directory `root` is. UnknownThing if there is none, Corrupt if site.toml is damaged."""
+        root = Path(root) if root is not None else default_root()
+        root = root.absolute()
+        path = root / "site.toml"
+        try:
+            data = tomllib.loads(path.read_text())
+        except FileNotFoundError:
+            raise UnknownThing(
+                f"no site at {root}: make one with 'haulier site init' or 'haulier site join', or give --root"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise Corrupt(f"{path} is not valid TOML ({error}): mend it by hand") from None
+        known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int, "ram": str}
+        for key, value in data.items():
+            if key not in known:
+                raise Corrupt(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
+            if not isinstance(value, known[key]):
+                raise Corrupt(f"{path}: {key} must be of type {known[key].__name__}")
+        for key in ("name", "control"):
+            if key not in data:
+                raise Corrupt(f"{path}: {key} is missing")
+        try:
+            return Site(root=root, **{**data, "bulk": tuple(str(a) for a in data.get("bulk", ()))})
+        except UsageError as error:
+            raise Corrupt(f"{path}: {error}") from None
+
+    def save(self) -> None:
+        """Makes the directory and writes site.toml last, so that a half-made site is no site."""
+        if (self.root / "site.toml").exists():
+            raise Conflict(f"{self.root} already holds a site: give another --root, or use what is there")
+        self.make_directories()
+        lines = [
+            f"name = {json.dumps(self.name)}",
+            f"control = {json.dumps(self.control)}",
+            f"bulk = {json.dumps(list(self.bulk))}",
+            f"moved_hook = {json.dumps(self.moved_hook)}",
+            f"store_budget = {self.store_budget}",
+        ]
+        if self.ram:
+            lines.append(f"ram = {json.dumps(self.ram)}")
+        write_atomically(self.root / "site.toml", ("\n".join(lines) + "\n").encode())
+
+    def make_directories(self) -> None:
+        """Creates what is missing; everything is for root's eyes only."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for path in (self.tls, self.store, self.golden, self.guests, self.handoffs, self.retained, self.run):
+            path.mkdir(mode=0o700, exist_ok=True)
+
+    # -- what lies where
+
+    @property
+    def tls(self) -> Path:
+        return self.root / "tls"
+
+    @property
+    def ca_certificate(self) -> Path:
+        return self.tls / "ca.pem"
+
+    @property
+    def ca_key(self) -> Path:
+        """Exists only at the site that made the fleet."""
+        return self.tls / "ca.key"
+
+    @property
+    def certificate(self) -> Path:
+        return self.tls / "site.pem"
+
+    @property
+    def key(self) -> Path:
+        return self.tls / "site.key"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal.sqlite"
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def golden(self) -> Path:
+        return self.root / "golden"
+
+    @property
+    def guests(self) -> Path:
+        return self.root / "guests"
+
+    @property
+    def handoffs(self) -> Path:
+        return self.root / "handoffs"
+
+    @property
+    def retained(self) -> Path:
+        return self.root / "retained"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def socket(self) -> Path:
+        return self.run / "agent.sock"
+
+    @property
+    def ram_dir(self) -> Path:
+        """A tmpfs directory for the memory of guests."""
+        return Path(self.ram) if self.ram else Path("/dev/shm") / f"haulier-{self.name}"
+
+    def guest_root(self, name: str) -> Path:
+        """Directory of one guest; UsageError for a name that is none."""
+        return self.guests / check_name(name, "guest")
+
+    def handoff_root(self, handoff: str) -> Path:
+        """Directory of one handoff; UsageError for an id that is none."""
+        return self.handoffs / check_name(handoff, "handoff")
+
+    @property
+    def control_host(self) -> str:
+        return split_address(self.control)[0]
+
+    @property
+    def control_port(self) -> int:
+        return split_address(self.control)[1]
+
+    def check_socket_path(self, path: Path) -> Path:
+        """`path` if a unix socket can live there; UsageError if it is too long for one."""
+        if len(os.fsencode(path)) >= _SOCKET_LIMIT:
+            raise UsageError(f"{path} is too long for a unix socket: use a shorter --root or guest name")
+        return path

@@ -1,0 +1,411 @@
+"""The site's journal: who owns which guest at which epoch, durable before it takes effect.
+
+One SQLite file per site, in WAL mode with ``synchronous=FULL``: a method that changes something returns when the
+change has reached the disk. The agent and every worker open the file at once; each method is one transaction, and
+`Journal.transaction()` makes several calls one.
+
+Ownership changes only through `advance`, which states what it expects to find and refuses anything else: two
+processes that race for a guest cannot both win. What the states mean and which step may follow which is the table in
+`haulier.handoff.ownership`; the journal only keeps the state's name.
+
+A row that does not exist has the state "absent".
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sqlite3
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from haulier.errors import Conflict, Corrupt, NotTrusted, UnknownThing
+
+ABSENT: Final = "absent"
+_BUSY_S: Final = 30.0
+_SCHEMA: Final = 1
+_ID_LETTERS: Final = "abcdefghjkmnpqrstuvwxyz23456789"
+
+
+class GuestRow(msgspec.Struct, frozen=True):
+    """A guest as this site knows it.
+
+    `epoch` is the epoch this site last saw in force, `last_epoch` the highest ever handed out here (an epoch
+    is never used twice); `owner` the site that runs it by this site's knowledge; `handoff` the id of the one
+    that is under way or ended last; `manifest` the name of its disk's manifest in the store.
+    """
+
+    name: str
+    spec: dict[str, Any] = {}
+    state: str = ABSENT
+    owner: str = ""
+    epoch: int = 0
+    last_epoch: int = 0
+    handoff: str = ""
+    manifest: str = ""
+
+
+class HandoffRow(msgspec.Struct, frozen=True):
+    """One handoff as one of its two sites sees it. Times are Unix seconds; `ended` is 0 while it is under way."""
+
+    id: str
+    guest: str
+    role: str
+    """"source" or "target"."""
+    peer: str
+    state: str = "running"
+    """"running" until a result is known, then "ended"."""
+    phase: str = ""
+    epoch: int = 0
+    """The epoch that the target will have."""
+    pid: int = 0
+    pid_started: float = 0.0
+    """The worker, told from a later process of the same number by its start time (psutil's create_time)."""
+    created: float = 0.0
+    ended: float = 0.0
+    outcome: str = ""
+    """"done", "cancelled" or "failed" once ended."""
+    detail: dict[str, Any] = {}
+
+
+class SiteRow(msgspec.Struct, frozen=True):
+    """A site of the fleet. `control` is host:port; `bulk` its addresses, one for each path."""
+
+    name: str
+    control: str
+    bulk: tuple[str, ...] = ()
+    issuer: bool = False
+    """It signs certificates: its word decides which sites exist."""
+
+
+class TokenRow(msgspec.Struct, frozen=True):
+    """A join token; only the digest of its secret is kept."""
+
+    digest: bytes
+    expires: float
+    site: str = ""
+    """Only this site may use it; empty = any new site."""
+    used: float = 0.0
+    used_by: str = ""
+
+
+_DDL: Final = """
+CREATE TABLE IF NOT EXISTS guests (
+    name TEXT PRIMARY KEY, spec TEXT NOT NULL, state TEXT NOT NULL, owner TEXT NOT NULL,
+    epoch INTEGER NOT NULL, last_epoch INTEGER NOT NULL, handoff TEXT NOT NULL, manifest TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS handoffs (
+    id TEXT PRIMARY KEY, guest TEXT NOT NULL, role TEXT NOT NULL, peer TEXT NOT NULL, state TEXT NOT NULL,
+    phase TEXT NOT NULL, epoch INTEGER NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL,
+    created REAL NOT NULL, ended REAL NOT NULL, outcome TEXT NOT NULL, detail TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS sites (
+    name TEXT PRIMARY KEY, control TEXT NOT NULL, bulk TEXT NOT NULL, issuer INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS tokens (
+    digest BLOB PRIMARY KEY, expires REAL NOT NULL, site TEXT NOT NULL, used REAL NOT NULL, used_by TEXT NOT NULL
+) STRICT;
+"""
+
+_GUEST_FIELDS: Final = frozenset(GuestRow.__struct_fields__) - {"name", "state"}
+_HANDOFF_FIELDS: Final = frozenset(HandoffRow.__struct_fields__) - {"id"}
+
+
+def new_handoff_id() -> str:
+    """A fresh id, unique over all sites for practical purposes (59 bits), good as a file name."""
+    return "h" + "".join(secrets.choice(_ID_LETTERS) for _ in range(12))
+
+
+class Journal:
+    """The journal at `path`; usable from any thread, and from several processes at once."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            self._db.row_factory = sqlite3.Row
+            # synchronous is a property of the connection; without FULL a commit in WAL mode may be lost in a power cut
+            self._db.execute("PRAGMA synchronous=FULL")
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version > _SCHEMA:
+                raise Corrupt(f"{self.path} was written by a newer haulier (schema {version}): upgrade this one")
+            if version < _SCHEMA:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                with self.transaction():
+                    for statement in _DDL.split(";"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version={_SCHEMA}")
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise Corrupt(
+                f"the journal {self.path} cannot be read ({error}): restore it before any guest is started"
+            ) from None
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file; other openers are not disturbed."""
+        with self._lock:
+            self._db.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Makes the calls inside one transaction: all of them are durable when it ends, or none. May be nested."""
+        with self._lock:
+            outer = self._depth == 0
+            if outer:
+                self._db.execute("BEGIN IMMEDIATE")
+            self._depth += 1
+            try:
+                yield
+            except BaseException:
+                if outer:
+                    self._db.execute("ROLLBACK")
+                raise
+            else:
+                if outer:
+                    try:
+                        self._db.execute("COMMIT")
+                    except BaseException:
+                        if self._db.in_transaction:
+                            self._db.execute("ROLLBACK")
+                        raise
+            finally:
+                self._depth -= 1
+
+    # -- guests
+
+    def guests(self) -> list[GuestRow]:
+        """All guests of which this site has a record, in order of name."""
+        with self._lock:
+            rows = self._db.execute("SELECT * FROM guests ORDER BY name").fetchall()
+        return [_guest(row) for row in rows]
+
+    def find_guest(self, name: str) -> GuestRow | None:
+        with self._lock:
+            row = self._db.execute("SELECT * FROM guests WHERE name=?", (name,)).fetchone()
+        return _guest(row) if row is not None else None
+
+    def guest(self, name: str) -> GuestRow:
+        """UnknownThing if there is no record of it."""
+        row = self.find_guest(name)
+        if row is None:
+            raise UnknownThing(f"no guest {name!r} at this site: 'haulier guest list' shows those there are")
+        return row
+
+    def advance(
+        self,
+        name: str,
+        expect: str | Collection[str],
+        state: str,
+        *,
+        expect_epoch: int | None = None,
+        expect_handoff: str | None = None,
+        **changes: Any,
+    ) -> GuestRow:
+        """Takes a guest from one of the states `expect` to `state`, with changes of other columns; durable on return.
+
+        "absent" in `expect` stands for a guest without a row, which is then created; `state="absent"` deletes the
+        row. `last_epoch` never falls. Conflict if the guest is in another state, epoch or handoff than expected:
+        nothing is changed then. The new row is returned.
+        """
+        unknown = changes.keys() - _GUEST_FIELDS
+        if unknown:
+            raise TypeError(f"guests have no column {sorted(unknown)}")
+        expected = {expect} if isinstance(expect, str) else set(expect)
+        with self.transaction():
+            old = self.find_guest(name) or GuestRow(name=name)
+            if old.state not in expected:
+                raise Conflict(f"guest {name!r} is {old.state!r} at this site, not {' or '.join(sorted(expected))}")
+            if expect_epoch is not None and old.epoch != expect_epoch:
+                raise Conflict(f"guest {name!r} is at epoch {old.epoch} at this site, not {expect_epoch}")
+            if expect_handoff is not None and old.handoff != expect_handoff:
+                raise Conflict(f"guest {name!r} is in handoff {old.handoff!r} at this site, not {expect_handoff!r}")
+            new = msgspec.structs.replace(old, state=state, **changes)
+            last = max(old.last_epoch, new.last_epoch, new.epoch)
+            new = msgspec.structs.replace(new, last_epoch=last)
+            if state == ABSENT:
+                self._db.execute("DELETE FROM guests WHERE name=?", (name,))
+            else:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO guests (name, spec, state, owner, epoch, last_epoch, handoff, manifest)"
+                    " VALUES (?,?,?,?,?,?,?,?)",
+                    (
+                        name,
+                        json.dumps(new.spec),
+                        new.state,
+                        new.owner,
+                        new.epoch,
+                        new.last_epoch,
+                        new.handoff,
+                        new.manifest,
+                    ),
+                )
+        return new
+
+    # -- handoffs
+
+    def add_handoff(self, row: HandoffRow) -> HandoffRow:
+        """Records a handoff; `created` is set to now if it is 0. Conflict if the id is taken."""
+        if not row.created:
+            row = msgspec.structs.replace(row, created=time.time())
+        with self.transaction():
+            try:
+                self._db.execute(
+                    "INSERT INTO handoffs (id, guest, role, peer, state, phase, epoch, pid, pid_started, created,"
+                    " ended, outcome, detail) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                    _handoff_values(row),
+                )
+            except sqlite3.IntegrityError:
+                raise Conflict(f"handoff {row.id!r} is already known at this site") from None
+        return row
+
+    def update_handoff(self, handoff: str, **changes: Any) -> HandoffRow:
+        """Changes columns of one handoff; UnknownThing if there is none such. The new row is returned."""
+        unknown = changes.keys() - _HANDOFF_FIELDS
+        if unknown:
+            raise TypeError(f"handoffs have no column {sorted(unknown)}")
+        with self.transaction():
+            row = msgspec.structs.replace(self.handoff(handoff), **changes)
+            self._db.execute(
+                "INSERT OR REPLACE INTO handoffs (id, guest, role, peer, state, phase, epoch, pid, pid_started,"
+                " created, ended, outcome, detail) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                _handoff_values(row),
+            )
+        return row
+
+    def end_handoff(self, handoff: str, outcome: str, **changes: Any) -> HandoffRow:
+        """Marks a handoff as ended, now; one that has ended already keeps its outcome."""
+        with self.transaction():
+            row = self.handoff(handoff)
+            if row.state == "ended":
+                return row
+            return self.update_handoff(handoff, state="ended", outcome=outcome, ended=time.time(), pid=0, **changes)
+
+    def find_handoff(self, handoff: str) -> HandoffRow | None:
+        with self._lock:
+            row = self._db.execute("SELECT * FROM handoffs WHERE id=?", (handoff,)).fetchone()
+        return _handoff(row) if row is not None else None
+
+    def handoff(self, handoff: str) -> HandoffRow:
+        """UnknownThing if there is none such."""
+        row = self.find_handoff(handoff)
+        if row is None:
+            raise UnknownThing(f"no handoff {handoff!r} at this site: 'haulier status' shows those there are")
+        return row
+
+    def handoffs(self, guest: str | None = None, live: bool = False) -> list[HandoffRow]:
+        """Handoffs, newest first; of one guest, or only those under way."""
+        clauses, values = [], []
+        if guest is not None:
+            clauses.append("guest=?")
+            values.append(guest)
+        if live:
+            clauses.append("state<>'ended'")
+        where = " WHERE " + " AND ".join(clauses) if clauses else ""
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT * FROM handoffs{where} ORDER BY created DESC, rowid DESC", values
+            ).fetchall()
+        return [_handoff(row) for row in rows]
+
+    # -- sites
+
+    def sites(self) -> list[SiteRow]:
+        """The sites of the fleet, this one among them, in order of name."""
+        with self._lock:
+            rows = self._db.execute("SELECT * FROM sites ORDER BY name").fetchall()
+        return [_site(row) for row in rows]
+
+    def find_site(self, name: str) -> SiteRow | None:
+        with self._lock:
+            row = self._db.execute("SELECT * FROM sites WHERE name=?", (name,)).fetchone()
+        return _site(row) if row is not None else None
+
+    def site(self, name: str) -> SiteRow:
+        """UnknownThing if it is not of the fleet."""
+        row = self.find_site(name)
+        if row is None:
+            known = ", ".join(site.name for site in self.sites()) or "none"
+            raise UnknownThing(f"unknown site {name!r}: known are {known}; a site is added with 'haulier site join'")
+        return row
+
+    def put_sites(self, sites: Sequence[SiteRow]) -> None:
+        """Adds or replaces sites, all or none."""
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO sites (name, control, bulk, issuer) VALUES (?,?,?,?)",
+                [(s.name, s.control, json.dumps(list(s.bulk)), int(s.issuer)) for s in sites],
+            )
+
+    # -- tokens
+
+    def add_token(self, token: TokenRow) -> None:
+        """Records a join token; tokens that expired more than a week ago are forgotten."""
+        with self.transaction():
+            self._db.execute("DELETE FROM tokens WHERE expires<?", (time.time() - 7 * 86400,))
+            self._db.execute(
+                "INSERT INTO tokens (digest, expires, site, used, used_by) VALUES (?,?,?,?,?)",
+                (token.digest, token.expires, token.site, token.used, token.used_by),
+            )
+
+    def use_token(self, digest: bytes, site: str, now: float) -> TokenRow:
+        """Takes a token for `site`, once. NotTrusted if it is unknown, used, expired, or meant for another site."""
+        renew = "make a new one with 'haulier site token'"
+        with self.transaction():
+            row = self._db.execute("SELECT * FROM tokens WHERE digest=?", (digest,)).fetchone()
+            if row is None:
+                raise NotTrusted(f"the join token is not known at this site: {renew} at the site given with --via")
+            token = TokenRow(row["digest"], row["expires"], row["site"], row["used"], row["used_by"])
+            if token.used:
+                raise NotTrusted(f"the join token was used already, by site {token.used_by!r}: {renew}")
+            if now >= token.expires:
+                raise NotTrusted(f"the join token expired {int(now - token.expires)} s ago: {renew}")
+            if token.site and token.site != site:
+                raise NotTrusted(f"the join token is for site {token.site!r}, not {site!r}: {renew}")
+            self._db.execute("UPDATE tokens SET used=?, used_by=? WHERE digest=?", (now, site, digest))
+        return token
+
+
+def _decode(text: str, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise Corrupt(f"the journal's record of {what} is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise Corrupt(f"the journal's record of {what} is damaged (not an object)")
+    return value
+
+
+def _guest(row: Mapping[str, Any]) -> GuestRow:
+    columns = {key: row[key] for key in GuestRow.__struct_fields__}
+    return GuestRow(**{**columns, "spec": _decode(columns["spec"], f"guest {columns['name']!r}")})
+
+
+def _handoff(row: Mapping[str, Any]) -> HandoffRow:
+    columns = {key: row[key] for key in HandoffRow.__struct_fields__}
+    return HandoffRow(**{**columns, "detail": _decode(columns["detail"], f"handoff {columns['id']!r}")})
+
+
+def _handoff_values(row: HandoffRow) -> tuple[Any, ...]:
+    values = msgspec.structs.asdict(row)
+    return tuple(json.dumps(value) if key == "detail" else value for key, value in values.items())
+
+
+def _site(row: Mapping[str, Any]) -> SiteRow:
+    return SiteRow(row["name"], row["control"], tuple(json.loads(row["bulk"])), bool(row["issuer"]))
