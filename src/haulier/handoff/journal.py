@@ -8,7 +8,7 @@ Ownership changes only through `advance`, which states what it expects to find a
 processes that race for a guest cannot both win. What the states mean and which step may follow which is the table in
 `haulier.handoff.ownership`; the journal only keeps the state's name.
 
-A row that does not exist has the state "absent".
+A guest without a row has the state "absent".
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ _ID_LETTERS: Final = "abcdefghjkmnpqrstuvwxyz23456789"
 class GuestRow(msgspec.Struct, frozen=True):
     """A guest as this site knows it.
 
-    `epoch` is the epoch this site last saw in force, `last_epoch` the highest ever handed out here (an epoch
-    is never used twice); `owner` the site that runs it by this site's knowledge; `handoff` the id of the one
-    that is under way or ended last; `manifest` the name of its disk's manifest in the store.
+    `state`, `epoch`, `pending`, `last_epoch` and `taken` are the record of `haulier.handoff.ownership`: the epoch
+    under which this site owns the guest, that of the handoff under way, the highest ever seen here, the highest ever
+    owned here. `owner` is the site that runs it by this site's knowledge; `handoff` the id of the one that is under
+    way or ended last; `manifest` the name of its disk's manifest in the store; `wanted` what the operator asked of an
+    owned guest: "creating", "running", "stopped" or "removing".
     """
 
     name: str
@@ -46,9 +48,12 @@ class GuestRow(msgspec.Struct, frozen=True):
     state: str = ABSENT
     owner: str = ""
     epoch: int = 0
+    pending: int = 0
     last_epoch: int = 0
+    taken: int = 0
     handoff: str = ""
     manifest: str = ""
+    wanted: str = ""
 
 
 class HandoffRow(msgspec.Struct, frozen=True):
@@ -98,7 +103,8 @@ class TokenRow(msgspec.Struct, frozen=True):
 _DDL: Final = """
 CREATE TABLE IF NOT EXISTS guests (
     name TEXT PRIMARY KEY, spec TEXT NOT NULL, state TEXT NOT NULL, owner TEXT NOT NULL,
-    epoch INTEGER NOT NULL, last_epoch INTEGER NOT NULL, handoff TEXT NOT NULL, manifest TEXT NOT NULL
+    epoch INTEGER NOT NULL, pending INTEGER NOT NULL, last_epoch INTEGER NOT NULL, taken INTEGER NOT NULL,
+    handoff TEXT NOT NULL, manifest TEXT NOT NULL, wanted TEXT NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS handoffs (
     id TEXT PRIMARY KEY, guest TEXT NOT NULL, role TEXT NOT NULL, peer TEXT NOT NULL, state TEXT NOT NULL,
@@ -191,7 +197,7 @@ class Journal:
     # -- guests
 
     def guests(self) -> list[GuestRow]:
-        """All guests of which this site has a record, in order of name."""
+        """All guests of which this site has a record, absent ones too, in order of name."""
         with self._lock:
             rows = self._db.execute("SELECT * FROM guests ORDER BY name").fetchall()
         return [_guest(row) for row in rows]
@@ -220,9 +226,9 @@ class Journal:
     ) -> GuestRow:
         """Takes a guest from one of the states `expect` to `state`, with changes of other columns; durable on return.
 
-        "absent" in `expect` stands for a guest without a row, which is then created; `state="absent"` deletes the
-        row. `last_epoch` never falls. Conflict if the guest is in another state, epoch or handoff than expected:
-        nothing is changed then. The new row is returned.
+        "absent" in `expect` also stands for a guest without a row, which is then created. A row is never deleted:
+        `last_epoch` has to outlive the guest, and never falls. Conflict if the guest is in another state, epoch or
+        handoff than expected: nothing is changed then. The new row is returned.
         """
         unknown = changes.keys() - _GUEST_FIELDS
         if unknown:
@@ -239,23 +245,10 @@ class Journal:
             new = msgspec.structs.replace(old, state=state, **changes)
             last = max(old.last_epoch, new.last_epoch, new.epoch)
             new = msgspec.structs.replace(new, last_epoch=last)
-            if state == ABSENT:
-                self._db.execute("DELETE FROM guests WHERE name=?", (name,))
-            else:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO guests (name, spec, state, owner, epoch, last_epoch, handoff, manifest)"
-                    " VALUES (?,?,?,?,?,?,?,?)",
-                    (
-                        name,
-                        json.dumps(new.spec),
-                        new.state,
-                        new.owner,
-                        new.epoch,
-                        new.last_epoch,
-                        new.handoff,
-                        new.manifest,
-                    ),
-                )
+            self._db.execute(
+                f"INSERT OR REPLACE INTO guests VALUES ({','.join('?' * len(GuestRow.__struct_fields__))})",
+                _values(new),
+            )
         return new
 
     # -- handoffs
@@ -267,9 +260,8 @@ class Journal:
         with self.transaction():
             try:
                 self._db.execute(
-                    "INSERT INTO handoffs (id, guest, role, peer, state, phase, epoch, pid, pid_started, created,"
-                    " ended, outcome, detail) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                    _handoff_values(row),
+                    f"INSERT INTO handoffs VALUES ({','.join('?' * len(HandoffRow.__struct_fields__))})",
+                    _values(row),
                 )
             except sqlite3.IntegrityError:
                 raise Conflict(f"handoff {row.id!r} is already known at this site") from None
@@ -283,9 +275,8 @@ class Journal:
         with self.transaction():
             row = msgspec.structs.replace(self.handoff(handoff), **changes)
             self._db.execute(
-                "INSERT OR REPLACE INTO handoffs (id, guest, role, peer, state, phase, epoch, pid, pid_started,"
-                " created, ended, outcome, detail) VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
-                _handoff_values(row),
+                f"INSERT OR REPLACE INTO handoffs VALUES ({','.join('?' * len(HandoffRow.__struct_fields__))})",
+                _values(row),
             )
         return row
 
@@ -402,9 +393,9 @@ def _handoff(row: Mapping[str, Any]) -> HandoffRow:
     return HandoffRow(**{**columns, "detail": _decode(columns["detail"], f"handoff {columns['id']!r}")})
 
 
-def _handoff_values(row: HandoffRow) -> tuple[Any, ...]:
-    values = msgspec.structs.asdict(row)
-    return tuple(json.dumps(value) if key == "detail" else value for key, value in values.items())
+def _values(row: GuestRow | HandoffRow) -> tuple[Any, ...]:
+    """Columns in the order of the table, which is the order of the struct."""
+    return tuple(json.dumps(v) if isinstance(v, dict) else v for v in msgspec.structs.asdict(row).values())
 
 
 def _site(row: Mapping[str, Any]) -> SiteRow:

@@ -1,0 +1,191 @@
+"""The journal: exact expectations, durability, two processes at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from haulier.errors import Conflict, Corrupt, NotTrusted, UnknownThing
+from haulier.handoff.journal import GuestRow, HandoffRow, Journal, SiteRow, TokenRow, new_handoff_id
+
+
+@pytest.fixture
+def journal(tmp_path: Path):
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        yield journal
+
+
+def test_a_guest_is_made_from_absent_and_read_back(journal: Journal) -> None:
+    made = journal.advance("web1", "absent", "owner", owner="oslo", epoch=1, taken=1, spec={"name": "web1", "n": [1]})
+    assert journal.guest("web1") == made
+    assert made == GuestRow(
+        name="web1", spec={"name": "web1", "n": [1]}, state="owner", owner="oslo", epoch=1, last_epoch=1, taken=1
+    )
+    assert journal.guests() == [made]
+
+
+def test_advance_refuses_what_it_did_not_expect(journal: Journal) -> None:
+    journal.advance("web1", "absent", "owner", owner="oslo", epoch=3, handoff="h1")
+    before = journal.guest("web1")
+    with pytest.raises(Conflict, match="is 'owner' at this site, not granted or offered"):
+        journal.advance("web1", {"offered", "granted"}, "away")
+    with pytest.raises(Conflict, match="epoch 3"):
+        journal.advance("web1", "owner", "offered", expect_epoch=2)
+    with pytest.raises(Conflict, match="'h1'"):
+        journal.advance("web1", "owner", "offered", expect_handoff="h2")
+    with pytest.raises(TypeError):
+        journal.advance("web1", "owner", "offered", colour="red")
+    assert journal.guest("web1") == before
+    with pytest.raises(Conflict, match="is 'absent'"):
+        journal.advance("web2", "owner", "offered")
+    assert journal.find_guest("web2") is None
+
+
+def test_the_last_epoch_never_falls_and_outlives_the_guest(journal: Journal) -> None:
+    journal.advance("web1", "absent", "owner", epoch=1)
+    journal.advance("web1", "owner", "offered", pending=2, last_epoch=2)
+    assert journal.advance("web1", "offered", "owner", pending=0, last_epoch=0).last_epoch == 2
+    assert journal.advance("web1", "owner", "owner", epoch=9).last_epoch == 9
+    journal.advance("web1", "owner", "absent", epoch=0, spec={})
+    assert journal.guest("web1").last_epoch == 9
+
+
+def test_a_transaction_is_all_or_nothing_and_may_be_nested(journal: Journal) -> None:
+    with pytest.raises(RuntimeError, match="boom"), journal.transaction():
+        journal.advance("web1", "absent", "owner", epoch=1)
+        journal.add_handoff(HandoffRow("h1", "web1", "source", "lisbon"))
+        raise RuntimeError("boom")
+    assert journal.guests() == [] and journal.handoffs() == []
+    with journal.transaction():
+        journal.advance("web1", "absent", "owner", epoch=1)
+        with pytest.raises(Conflict):
+            journal.advance("web1", "absent", "owner", epoch=1)
+        journal.add_handoff(HandoffRow("h1", "web1", "source", "lisbon"))
+    assert journal.guest("web1").epoch == 1
+    assert journal.handoff("h1").guest == "web1"
+
+
+def test_handoffs_are_updated_listed_and_ended_once(journal: Journal) -> None:
+    journal.add_handoff(HandoffRow("h1", "web1", "source", "lisbon", created=1.0))
+    journal.add_handoff(HandoffRow("h2", "web2", "target", "lisbon", created=2.0))
+    with pytest.raises(Conflict, match="h1"):
+        journal.add_handoff(HandoffRow("h1", "web9", "source", "lisbon"))
+    assert journal.update_handoff("h1", phase="memory", detail={"bytes": 7}).detail == {"bytes": 7}
+    assert [row.id for row in journal.handoffs()] == ["h2", "h1"]
+    ended = journal.end_handoff("h1", "done")
+    assert ended.outcome == "done" and ended.ended > 0
+    assert journal.end_handoff("h1", "failed").outcome == "done"
+    assert [row.id for row in journal.handoffs(live=True)] == ["h2"]
+    assert [row.id for row in journal.handoffs(guest="web1")] == ["h1"]
+    with pytest.raises(UnknownThing, match="h7"):
+        journal.update_handoff("h7", phase="x")
+
+
+def test_handoff_ids_are_names(journal: Journal) -> None:
+    from haulier.agent.site import check_name
+
+    ids = {check_name(new_handoff_id(), "handoff") for _ in range(1000)}
+    assert len(ids) == 1000
+
+
+def test_sites(journal: Journal) -> None:
+    journal.put_sites([SiteRow("oslo", "10.0.0.1:7447", ("10.0.0.1", "10.1.0.1"), True), SiteRow("lisbon", "l:1")])
+    assert [s.name for s in journal.sites()] == ["lisbon", "oslo"]
+    assert journal.site("oslo").bulk == ("10.0.0.1", "10.1.0.1") and journal.site("oslo").issuer
+    with pytest.raises(UnknownThing, match="unknown site 'porto': known are lisbon, oslo"):
+        journal.site("porto")
+
+
+def test_a_token_is_used_once_in_time_and_by_whom_it_is_for(journal: Journal) -> None:
+    journal.add_token(TokenRow(b"a" * 32, expires=1e12))
+    journal.add_token(TokenRow(b"b" * 32, expires=1e12, site="lisbon"))
+    journal.add_token(TokenRow(b"c" * 32, expires=time.time() + 60))
+    with pytest.raises(NotTrusted, match="not known"):
+        journal.use_token(b"x" * 32, "lisbon", 5.0)
+    journal.use_token(b"a" * 32, "lisbon", 5.0)
+    with pytest.raises(NotTrusted, match="used already, by site 'lisbon'"):
+        journal.use_token(b"a" * 32, "porto", 6.0)
+    with pytest.raises(NotTrusted, match="is for site 'lisbon'"):
+        journal.use_token(b"b" * 32, "porto", 6.0)
+    with pytest.raises(NotTrusted, match="expired 5 s ago"):
+        journal.use_token(b"c" * 32, "porto", time.time() + 65)
+
+
+def _race(path: str, barrier, results) -> None:
+    with Journal(path) as journal:
+        barrier.wait()
+        try:
+            journal.advance("web1", "owner", "offered", handoff=str(os.getpid()))
+            results.put(os.getpid())
+        except Conflict:
+            results.put(0)
+
+
+def test_of_processes_that_race_for_a_guest_one_wins(journal: Journal) -> None:
+    journal.advance("web1", "absent", "owner", epoch=1)
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(4), context.Queue()
+    racers = [context.Process(target=_race, args=(str(journal.path), barrier, results)) for _ in range(4)]
+    for racer in racers:
+        racer.start()
+    answers = [results.get(timeout=60) for _ in racers]
+    for racer in racers:
+        racer.join()
+    (winner,) = [answer for answer in answers if answer]
+    assert journal.guest("web1").handoff == str(winner)
+    results.close()
+    results.join_thread()
+
+
+def test_what_advance_returned_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    script = (
+        "import sys, time; from haulier.handoff.journal import Journal\n"
+        "j = Journal(sys.argv[1]); j.advance('web1', 'absent', 'owner', epoch=1)\n"
+        "with j.transaction():\n"
+        "    j.advance('web1', 'owner', 'offered', pending=2); print('open', flush=True); time.sleep(600)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    with child.stdout:
+        assert child.stdout.readline() == b"open\n"
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    with Journal(path) as journal:
+        assert journal.guest("web1").state == "owner"
+        journal.advance("web1", "owner", "offered", pending=2)
+
+
+def test_synchronous_full_in_every_connection(journal: Journal) -> None:
+    with Journal(journal.path) as second:
+        for each in (journal, second):
+            assert each._db.execute("PRAGMA synchronous").fetchone()[0] == 2
+            assert each._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_a_damaged_or_newer_file_is_refused(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.sqlite"
+    bad.write_bytes(b"this is no database" * 100)
+    with pytest.raises(Corrupt, match="restore it"):
+        Journal(bad)
+    new = tmp_path / "new.sqlite"
+    connection = sqlite3.connect(new)
+    connection.execute("PRAGMA user_version=99")
+    connection.close()
+    with pytest.raises(Corrupt, match="newer haulier"):
+        Journal(new)
+
+
+def test_damaged_json_is_corrupt(journal: Journal) -> None:
+    journal.advance("web1", "absent", "owner", epoch=1)
+    journal._db.execute("UPDATE guests SET spec='[1'")
+    with pytest.raises(Corrupt, match="web1"):
+        journal.guest("web1")
