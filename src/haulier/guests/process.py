@@ -1,0 +1,77 @@
+"""Processes that outlive the agent, told apart from strangers that got their pid later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_POLL_S: Final = 0.005
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """A process by pid, start time (clock ticks since boot) and boot: no other process ever has all three."""
+
+    pid: int
+    ticks: int
+    boot: str
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId | None:
+        """The process that has `pid` now; None if there is none (a zombie counts as none)."""
+        ticks = _start_ticks(pid)
+        return None if ticks is None else cls(pid, ticks, _BOOT_ID.read_text().strip())
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ProcessId:
+        return cls(int(data["pid"]), int(data["ticks"]), str(data["boot"]))
+
+    def alive(self) -> bool:
+        """Whether exactly this process still runs."""
+        return ProcessId.of(self.pid) == self
+
+    def signal(self, number: signal.Signals) -> bool:
+        """Send a signal, never to another process. False if it is gone."""
+        try:
+            handle = os.pidfd_open(self.pid)
+        except (ProcessLookupError, OSError):
+            return False
+        try:
+            # Looked at after the handle was taken: a pid reused before that shows another start time.
+            if not self.alive():
+                return False
+            signal.pidfd_send_signal(handle, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(handle)
+        return True
+
+    def wait_gone(self, timeout: float) -> bool:
+        """Wait until it has ended; False if it has not within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.alive():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def kill(self, timeout: float = 10) -> bool:
+        """SIGKILL and wait; True when it is gone."""
+        self.signal(signal.SIGKILL)
+        return self.wait_gone(timeout)
+
+
+def _start_ticks(pid: int) -> int | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command's name may hold blanks and parentheses: fields are counted from its closing one.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[19])
