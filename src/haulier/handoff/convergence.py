@@ -1,0 +1,122 @@
+"""When to read on, when to do another disk round, and when to let QEMU switch over. Pure: numbers in, decisions out.
+
+Two halves make a short downtime, and neither does alone: bounded buffers between the source QEMU and the target QEMU
+(otherwise seconds of compressed pages lie in queues when the guest stops), and QEMU's own estimate of the link held to
+the link's real rate (a run of unchanged pages passes the proxy a hundred times faster than the link, and QEMU would
+believe it could send the rest in no time).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+from haulier.units import MIB
+
+CLOSED_THRESHOLD: Final = 100
+"""Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not below one byte,
+because QEMU then skips the exact dirty count and stops at once."""
+MIN_RATE_BPS: Final = 64_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Bounds for what is on its way, in bytes."""
+
+    wire: int
+    raw: int
+
+
+def window(rate_bps: float, rtt_s: float, ending: bool) -> Window:
+    """Bounds for unacknowledged bytes: about 150 ms of link near the end, 300 ms before, and never below 1.5 RTT.
+
+    The raw bound is eight times that, but at least 1 MiB, so that runs of unchanged pages do not stall the reader.
+    """
+    seconds = max(0.15 if ending else 0.30, 1.5 * rtt_s + 0.05)
+    wire = max(24_576, int(max(rate_bps, MIN_RATE_BPS) / 8 * seconds))
+    return Window(wire, max((1 if ending else 4) * MIB, 8 * wire))
+
+
+def switchover_bandwidth(threshold: int, downtime_ms: int) -> int:
+    """``avail-switchover-bandwidth`` (bytes/s) that makes QEMU stop the guest below `threshold` pending bytes."""
+    return max(1, -(-threshold * 1000 // downtime_ms))
+
+
+class Step(enum.StrEnum):
+    """What the source does next."""
+
+    WAIT = "wait"
+    DISK_ROUND = "disk round"
+    OPEN = "open the gate"
+    CLOSE = "close the gate"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is known at one moment. Times in seconds, sizes in bytes."""
+
+    now: float
+    rounds: int
+    """QEMU's dirty-sync-count."""
+    remaining: int
+    """QEMU's estimate of raw bytes of memory left in this round."""
+    rate_bps: float
+    unacked: int = 0
+    """Wire bytes of memory on their way."""
+
+
+class Gate:
+    """Holds the memory switchover back until the disk is nearly clean, then opens for one small disk round's after-glow.
+
+    While memory converges, a disk round is due every `pause` seconds. Once memory is small, rounds follow each other
+    without a pause until one is small too; the gate opens at that moment. If the guest does not stop within
+    `patience`, the gate closes again and rounds go on: the threshold then grows, up to `stretch` times, because each
+    attempt proves that the guest's dirty rate keeps the rest above it.
+    """
+
+    def __init__(self, downtime_ms: int, *, pause: float = 2.0, patience: float = 2.5, stretch: float = 3.0) -> None:
+        self.downtime_ms = downtime_ms
+        self.pause = pause
+        self.patience = patience
+        self.stretch = stretch
+        self.is_open = False
+        self.attempts = 0
+        self._opened = 0.0
+        self._round_ended = 0.0
+        self._small = False
+
+    def threshold(self, rate_bps: float) -> int:
+        """Raw bytes of memory below which QEMU may stop the guest while the gate is open."""
+        # A third of the downtime asked for goes to the last disk round, device state and round trips.
+        budget = max(rate_bps, MIN_RATE_BPS) / 8 * self.downtime_ms / 1000 * 0.66
+        grown = min(self.stretch, 1.0 + 0.5 * max(0, self.attempts - 1))
+        return max(8192, int(budget * grown))
+
+    def near(self, reading: Reading) -> bool:
+        """Memory is small enough to think of switching over."""
+        return reading.rounds >= 2 and reading.remaining < 4 * self.threshold(reading.rate_bps)
+
+    def round_done(self, now: float, seconds: float, wire_bytes: int, rate_bps: float) -> None:
+        """A disk round was acknowledged."""
+        self._round_ended = now
+        self._small = wire_bytes <= max(16_384, rate_bps / 8 * 0.08) or seconds < 0.12
+
+    def step(self, reading: Reading) -> Step:
+        """What to do now; the caller does it and reports a disk round with `round_done`."""
+        if self.is_open:
+            if reading.now - self._opened > self.patience:
+                self.is_open = False
+                return Step.CLOSE
+            return Step.WAIT
+        if self.near(reading):
+            if self._small and reading.now - self._round_ended < 0.5:
+                self.is_open = True
+                self.attempts += 1
+                self._opened = reading.now
+                self._small = False
+                return Step.OPEN
+            return Step.DISK_ROUND
+        if reading.now - self._round_ended >= self.pause:
+            return Step.DISK_ROUND
+        return Step.WAIT

@@ -1,0 +1,206 @@
+"""What the two workers of a handoff say to each other, and the files that the agent and its worker share.
+
+Channels of the session are numbered by `Channel`. Control messages are MessagePack maps with a ``type``; anything
+that does not decode is Corrupt and ends the handoff.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import msgspec
+
+from haulier.errors import Corrupt
+
+
+class Channel(enum.IntEnum):
+    """Channels of the session between the two workers."""
+
+    CONTROL = 0
+    DISK = 1
+    MEMORY = 2
+    RETURN_PATH = 3
+    """What the target QEMU says back to the source QEMU, verbatim."""
+    DELIVERED = 4
+    """Raw bytes that the target QEMU has taken so far (8 bytes, big endian)."""
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the operator may ask of a handoff. Milliseconds and seconds."""
+
+    downtime_ms: int = 300
+    """Downtime to aim for: decides when memory is small enough to switch over."""
+    check: bool = False
+    """Compare the whole memory of the stopped source with the never-run target before the token moves."""
+    deadline_s: float = 0.0
+    """Give up (the guest stays) when it takes longer than this; 0 = no limit."""
+    level: int = 0
+    """zstd level for memory; 0 = by the link's rate."""
+    stall_s: float = 60.0
+    """Give up when nothing was acknowledged for this long although the link is up."""
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """Source site to target agent, before anything is sent. Digests and ids are hexadecimal."""
+
+    handoff: str
+    source: str
+    spec: dict[str, Any]
+    """A `haulier.guests.model.GuestSpec`."""
+    epoch: int
+    secret: str
+    """Shared by the two workers' session; 64 hexadecimal digits."""
+    manifest: str
+    """Digest of the manifest that the guest's overlay lies on at the source."""
+    disk_bytes: int = 0
+    """Bytes of distinct chunks in that manifest."""
+    memory_bases: tuple[str, ...] = ()
+    """Pictures of memory that the source could start its mirror from, best first."""
+    qemu: str = ""
+    accelerator: str = ""
+    options: Options = Options()
+
+
+class Accept(msgspec.Struct, frozen=True, kw_only=True):
+    """Target agent's answer to an offer."""
+
+    port: int
+    bulk: tuple[str, ...]
+    manifest: bool
+    """The target has the manifest (by digest), if not all of its chunks."""
+    memory_base: str
+    """The best of the offered pictures of memory that the target has too; "" = none."""
+    qemu: str = ""
+    accelerator: str = ""
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """job.json: what a worker needs to know when it starts."""
+
+    handoff: str
+    role: str
+    guest: str
+    peer: str
+    options: Options = Options()
+    offer: Offer | None = None
+    """At the target: the offer it was accepted from."""
+    memory_base: str = ""
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """status.json: written several times a second, replaced in one step."""
+
+    handoff: str
+    role: str
+    guest: str
+    source: str
+    target: str
+    phase: str = "start"
+    started: float = 0.0
+    updated: float = 0.0
+    progress: float = 0.0
+    eta_s: float = -1.0
+    """-1 = not known yet."""
+    rate_bps: float = 0.0
+    rtt_s: float = 0.0
+    wire_bytes: int = 0
+    disk_left: int = 0
+    memory_left: int = 0
+    message: str = ""
+    port: int = 0
+    """At the target: where its session listens."""
+    paths: list[dict[str, Any]] = []
+
+
+# -- control messages ---------------------------------------------------------------------------------------------
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="type"):
+    """Base of all control messages."""
+
+
+class Base(Message, tag="base"):
+    """S>T: the manifest the disk starts from, in full, because the target lacks it."""
+
+    manifest: bytes
+
+
+class PrepareMemory(Message, tag="prepare-memory"):
+    """S>T: start a stopped QEMU and connect the mirror."""
+
+    memory_base: str
+
+
+class MemoryReady(Message, tag="memory-ready"):
+    """T>S: the stream may come."""
+
+
+class Clock(Message, tag="clock"):
+    """Either way: for comparing the two hosts' clocks. `sent` is echoed, `seen` is the peer's own time."""
+
+    sent: float
+    seen: float = 0.0
+
+
+class Arrived(Message, tag="arrived"):
+    """T>S: everything is here, durable and stopped; goes with the vote READY."""
+
+    epoch: int
+    raw_bytes: int
+    stream_digest: bytes
+    manifest: bytes
+    """Digest of the committed manifest."""
+    memory: bytes = b""
+    """Digests of regions of the guest's memory, when a check was asked for."""
+    check_s: float = 0.0
+
+
+class Own(Message, tag="own"):
+    """Either way: a message of the ownership table."""
+
+    event: str
+    epoch: int
+
+
+class Running(Message, tag="running"):
+    """T>S: the guest runs here; `at` is QEMU's RESUME event by the target's clock."""
+
+    at: float
+    hook_s: float = 0.0
+
+
+class Finish(Message, tag="finish"):
+    """S>T: the source is done with it; keep the mirror under this name for the way back."""
+
+    memory_id: str
+
+
+class Failed(Message, tag="failed"):
+    """Either way, before the token: this side cannot go on."""
+
+    text: str
+    code: int = 12
+
+
+AnyMessage = (
+    Base | PrepareMemory | MemoryReady | Clock | Arrived | Own | Running | Finish | Failed
+)
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(AnyMessage)
+MAX_CONTROL = 16 << 20
+
+
+def encode(message: AnyMessage) -> bytes:
+    return _ENCODER.encode(message)
+
+
+def decode(data: bytes) -> AnyMessage:
+    """Raises Corrupt for what is no control message."""
+    if len(data) > MAX_CONTROL:
+        raise Corrupt(f"a control message of {len(data)} bytes came from the other site: at most {MAX_CONTROL} are allowed")
+    try:
+        return _DECODER.decode(data)
+    except msgspec.MsgspecError as error:
+        raise Corrupt(f"a control message from the other site makes no sense ({error}): run the same haulier at both") from None

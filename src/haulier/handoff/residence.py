@@ -1,0 +1,148 @@
+"""Where a guest lives on this host: its QEMU, export, tap and files, and how they go away or come to life.
+
+Workers and recovery share this, so that a handoff that ends in a crash is tidied like one that ends well. Everything
+here may be repeated: each step looks at what is there first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import time
+
+import msgspec
+
+from haulier.agent.site import Site
+from haulier.chunks.store import ChunkStore
+from haulier.disks.export import DiskExport
+from haulier.disks.rounds import clean_up
+from haulier.errors import GuestError, HaulierError, UnknownThing
+from haulier.guests.model import GuestSpec
+from haulier.guests.qemu import GuestPaths, Qemu
+from haulier.guests.tap import delete_tap, tap_name
+from haulier.handoff.journal import GuestRow
+
+HOOK_S = 10.0
+
+
+def guest_paths(site: Site, guest: str) -> GuestPaths:
+    return GuestPaths(site.guest_root(guest), site.ram_dir)
+
+
+def spec_of(row: GuestRow) -> GuestSpec:
+    """The spec in a journal row; UsageError for one that makes no sense."""
+    return msgspec.convert(row.spec, GuestSpec)
+
+
+def lease_of(handoff: str) -> str:
+    """The store's lease for chunks that arrive, or are made, during a handoff."""
+    return f"handoff/{handoff}"
+
+
+def manifest_name(guest: str) -> str:
+    """The manifest that a guest's overlay lies on."""
+    return f"guest/{guest}"
+
+
+def retained_name(guest: str) -> str:
+    """The manifest of a guest that has moved away; keeps its chunks for the way back."""
+    return f"retained/{guest}"
+
+
+def incoming_name(handoff: str) -> str:
+    """The manifest of a copy that is being built."""
+    return f"incoming/{handoff}"
+
+
+def adopt(site: Site, guest: str, *, worker: bool = False) -> Qemu | None:
+    """The guest's QEMU, or None if none runs."""
+    try:
+        return Qemu.adopt(guest_paths(site, guest), worker=worker)
+    except UnknownThing:
+        return None
+
+
+def resume_original(site: Site, guest: str) -> bool:
+    """Makes the owner's guest run on, whatever a handoff was doing with it. False if its QEMU is gone."""
+    qemu = adopt(site, guest, worker=True)
+    if qemu is None:
+        return False
+    try:
+        qemu.resume_source()
+        clean_up(qemu.qmp)
+    finally:
+        qemu.close()
+    return True
+
+
+def copy_alive(site: Site, guest: str) -> bool:
+    """A complete, stopped copy is here."""
+    qemu = adopt(site, guest, worker=True)
+    if qemu is None:
+        return False
+    try:
+        return qemu.status() in {"paused", "running"}
+    except GuestError:
+        return False
+    finally:
+        qemu.close()
+
+
+def run_copy(site: Site, qemu: Qemu) -> float:
+    """Runs the copy that was waiting; returns when it did, by QEMU's RESUME event (Unix seconds)."""
+    mark = qemu.qmp.mark()
+    if qemu.status() == "running":
+        return time.time()
+    qemu.cont()
+    return qemu.qmp.wait_event("RESUME", timeout=10, since=mark).at
+
+
+def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> float:
+    """Tells the operator's hook that the guest runs here now; seconds it took. A hook that fails does not undo a move."""
+    if not site.moved_hook:
+        return 0.0
+    began = time.monotonic()
+    address = spec.address.partition("/")[0]
+    command = [site.moved_hook, spec.name, address, source, site.name]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(command, check=False, timeout=HOOK_S, stdin=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def discard_copy(site: Site, guest: str, handoff: str) -> None:
+    """Throws a copy away: QEMU, export, tap, files, the manifest that pinned its chunks, their lease."""
+    _clear(site, guest)
+    with ChunkStore(site.store) as store:
+        _drop(store, incoming_name(handoff))
+        store.drop_lease(lease_of(handoff))
+
+
+def retire(site: Site, guest: str, handoff: str) -> None:
+    """Clears away an original whose guest runs elsewhere now. Its chunks stay under `retained_name`."""
+    _clear(site, guest)
+    with ChunkStore(site.store) as store:
+        if incoming_name(handoff) in store.manifest_names(incoming_name(handoff)):
+            store.save_manifest(retained_name(guest), store.load_manifest(incoming_name(handoff)))
+            _drop(store, incoming_name(handoff))
+        _drop(store, manifest_name(guest))
+        store.drop_lease(lease_of(handoff))
+
+
+def _drop(store: ChunkStore, name: str) -> None:
+    with contextlib.suppress(UnknownThing):
+        store.drop_manifest(name)
+
+
+def _clear(site: Site, guest: str) -> None:
+    paths = guest_paths(site, guest)
+    qemu = adopt(site, guest, worker=True)
+    if qemu is not None:
+        qemu.kill()
+    else:
+        Qemu.clear(paths)
+    with contextlib.suppress(HaulierError, OSError):
+        DiskExport.attach(paths.nbd_ctl).stop()
+    with contextlib.suppress(HaulierError, OSError):
+        delete_tap(tap_name(guest))
+    shutil.rmtree(paths.root, ignore_errors=True)

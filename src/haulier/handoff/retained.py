@@ -1,0 +1,88 @@
+"""Memory left behind: the picture of a guest's memory at its last switchover, kept at both sites for the way back.
+
+One picture per guest and site. Both sites hold the same bytes, because both mirrors were built from the same stream;
+the id names guest, epoch and stream, so that two sites never take different pictures for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from haulier.agent.site import Site, write_atomically
+from haulier.errors import Corrupt
+from haulier.memory.base import MemoryBase
+
+GOLDEN = "golden:"
+
+
+class Retained(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``meta.json`` says."""
+
+    id: str
+    guest: str
+    uuid: str
+    epoch: int
+    manifest: str = ""
+    """Digest of the disk's manifest of the same moment."""
+
+
+def memory_id(uuid: str, epoch: int, stream_digest: bytes) -> str:
+    """The name that both sites give to the picture."""
+    return f"{uuid}:{epoch}:{stream_digest.hex()[:32]}"
+
+
+def _directory(site: Site, guest: str) -> Path:
+    return site.retained / guest
+
+
+def keep(site: Site, meta: Retained, mirror: Path) -> None:
+    """Moves a closed mirror file into its place; the earlier picture of that guest goes."""
+    directory = _directory(site, meta.guest)
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(mode=0o700, parents=True)
+    for path in (mirror, *mirror.parent.glob(mirror.name + ".*")):
+        path.replace(directory / path.name.replace(mirror.name, "memory", 1))
+    write_atomically(directory / "meta.json", msgspec.json.encode(meta))
+
+
+def find(site: Site, guest: str, uuid: str) -> Retained | None:
+    """The picture kept for that very guest, if there is one."""
+    try:
+        meta = msgspec.json.decode((_directory(site, guest) / "meta.json").read_bytes(), type=Retained)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return meta if meta.uuid == uuid and (_directory(site, guest) / "memory").exists() else None
+
+
+def forget(site: Site, guest: str) -> None:
+    """Drops the picture of a guest, if there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(_directory(site, guest))
+
+
+def candidates(site: Site, guest: str, uuid: str, golden: str) -> list[str]:
+    """Ids of pictures that a mirror of this guest could start from here, best first."""
+    found = []
+    kept = find(site, guest, uuid)
+    if kept is not None:
+        found.append(kept.id)
+    if golden and (site.golden / golden / "memory").exists():
+        found.append(GOLDEN + golden)
+    return found
+
+
+def open_base(site: Site, guest: str, uuid: str, picture: str) -> MemoryBase | None:
+    """The picture with that id; None for "". Raises Corrupt when it is not (any more) here."""
+    if not picture:
+        return None
+    if picture.startswith(GOLDEN):
+        return MemoryBase.from_mapped_ram(site.golden / picture.removeprefix(GOLDEN) / "memory")
+    kept = find(site, guest, uuid)
+    if kept is None or kept.id != picture:
+        raise Corrupt(f"the picture of memory {picture} that was agreed on is not at site {site.name!r}: try again")
+    return MemoryBase.from_mirror(_directory(site, guest) / "memory")
