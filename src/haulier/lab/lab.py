@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address
@@ -81,9 +80,11 @@ class Lab:
                 fresh.complete = True
                 state.save(fresh)
             except _Taken as error:
+                state.remove_lock(plan.name)
                 raise Conflict(str(error)) from None
             except BaseException:
                 _down(plan.name)
+                state.remove_lock(plan.name)
                 raise
         return cls(fresh)
 
@@ -243,6 +244,7 @@ def take_down(name: str) -> None:
     """
     with state.lock(name):
         _down(name)
+        state.remove_lock(name)
 
 
 class _Taken(Conflict):
@@ -293,7 +295,7 @@ def _plan_state(plan: Topology, text: str, backend: str) -> state.LabState:
 
 def _make_namespaces(fresh: state.LabState, force: bool) -> None:
     # One lab at a time from here: lab "a" with site "b-c" and lab "a-b" with site "c" want the same name.
-    with state.lock("all_namespaces"):
+    with state.lock_names():
         for site in fresh.sites.values():
             if namespaces.exists(site.namespace):
                 if not force or site.namespace in _others(fresh.lab):
@@ -368,34 +370,35 @@ def _configure(plan: Topology, fresh: state.LabState) -> None:
 
 
 def _down(name: str) -> None:
-    try:
-        found: state.LabState | None = state.load(name)
-    except UnknownThing:
-        found = None
-    except Corrupt:
-        # The namespaces are not known then; relays are found by their command line all the same.
-        found = None
-    if found is not None:
-        _remove_namespaces([site.namespace for site in found.sites.values()])
+    _remove_namespaces(state.namespaces_of(name))
     # The process table rather than the state file: it also has relays that were just being launched, and when one of
     # those was about to fork, the next look finds its child.
     while relays := tun.find(name):
         left = processes.end(relays, _GRACE_S)
         if left:
             raise HaulierError(f"relays {left} of lab {name} do not end: see why, then `haulier lab down {name}` again")
-    shutil.rmtree(state.directory(name), ignore_errors=True)
-    state.path(name).unlink(missing_ok=True)
+    state.remove(name)
 
 
-def _remove_namespaces(names: Sequence[str]) -> None:
-    """Ends what runs inside, then removes them."""
+def _inside(names: Sequence[str]) -> set[tuple[int, int]]:
+    """(id, start time) of every process that lives in the namespaces, but this one and those above it."""
     spare = processes.ancestors()
-    inside: set[tuple[int, int]] = set()
+    found: set[tuple[int, int]] = set()
     for namespace in names:
         for pid in namespaces.processes(namespace):
             start = processes.started(pid)
             if pid not in spare and start is not None:
-                inside.add((pid, start))
-    processes.end(inside, _GRACE_S)
+                found.add((pid, start))
+    return found
+
+
+def _remove_namespaces(names: Sequence[str]) -> None:
+    """Ends what runs inside, then removes them."""
+    # Again until none is found: what is being ended may start something else.
+    for _ in range(5):
+        inside = _inside(names)
+        if not inside:
+            break
+        processes.end(inside, _GRACE_S)
     for namespace in names:
         namespaces.delete(namespace)

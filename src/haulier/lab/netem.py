@@ -55,10 +55,11 @@ def commands(interface: str, shape: Shape, mtu: int) -> list[list[str]]:
         burst = max(2 * (mtu + HEADER), int(shape.rate_bps / 8 / 1000))
         # tbf takes headers off the rate too; so much more is what keeps the rate of full IP packets right.
         rate = shape.rate_bps * (mtu + HEADER) / mtu
-        child = f"tbf rate {rate:.0f}bit burst {burst}b limit {max(shape.limit_bytes, burst)}b"
+        # A handle of its own for each kind: the kernel refuses to change a qdisc's kind under the same handle.
+        handle, child = "10:", f"tbf rate {rate:.0f}bit burst {burst}b limit {max(shape.limit_bytes, burst)}b"
     else:
-        child = f"pfifo limit {_IN_FLIGHT}"
-    return [root.split(), f"qdisc replace dev {interface} parent 1:1 handle 10: {child}".split()]
+        handle, child = "20:", f"pfifo limit {_IN_FLIGHT}"
+    return [root.split(), f"qdisc replace dev {interface} parent 1:1 handle {handle} {child}".split()]
 
 
 def create(namespace_a: str, namespace_b: str, interface: str, mtu: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,7 +83,7 @@ def load(lab: str) -> LabState:
     try:
         found = msgspec.json.decode(raw, type=LabState)
     except msgspec.DecodeError as error:
-        raise Corrupt(f"{path(lab)} cannot be read: {error}; `haulier lab down {lab}` removes what it can") from None
+        raise Corrupt(f"{path(lab)} cannot be read: {error}") from None
     if found.version != VERSION:
         raise Corrupt(
             f"{path(lab)} is of version {found.version}, this haulier writes {VERSION}: use the one that wrote it"
@@ -98,13 +99,73 @@ def save(state: LabState) -> None:
     temporary.replace(target)
 
 
+def namespaces_of(lab: str) -> list[str]:
+    """The namespaces that a state file names, even one of another version; none without a file.
+
+    `Corrupt` when it cannot be told: guessing by name could hit what is not the lab's.
+    """
+    try:
+        return [site.namespace for site in load(lab).sites.values()]
+    except UnknownThing:
+        return []
+    except Corrupt as error:
+        try:
+            sites = msgspec.json.decode(path(lab).read_bytes())["sites"]
+            return [str(site["namespace"]) for site in sites.values()]
+        except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+            raise Corrupt(
+                f"{path(lab)} does not say which namespaces lab {lab} made ({error}): remove its own of "
+                f"`ip netns list` by `ip netns delete`, then that file"
+            ) from None
+
+
+def remove(lab: str) -> None:
+    """Removes the files of a lab but its lock."""
+    shutil.rmtree(directory(lab), ignore_errors=True)
+    for left in RUN.glob(f"{lab}.*.new"):
+        left.unlink(missing_ok=True)
+    path(lab).unlink(missing_ok=True)
+
+
+def remove_lock(lab: str) -> None:
+    """Removes the file of the lock: call it while holding that lock, as the last thing."""
+    _lock_file(lab).unlink(missing_ok=True)
+
+
 @contextmanager
-def lock(name: str) -> Iterator[None]:
-    """One process at a time; given back by the kernel whatever happens to the holder."""
+def lock(lab: str) -> Iterator[None]:
+    """One process at a time in a lab; given back by the kernel whatever happens to the holder."""
     RUN.mkdir(parents=True, exist_ok=True)
-    handle = os.open(RUN / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    while True:
+        handle = os.open(_lock_file(lab), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # The one before us may have removed the file: then somebody else may already hold a new one.
+            if _is_current(handle, _lock_file(lab)):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def lock_names() -> Iterator[None]:
+    """One process at a time that makes namespaces."""
+    RUN.mkdir(parents=True, exist_ok=True)
+    handle = os.open(RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
+
+
+def _lock_file(lab: str) -> Path:
+    return RUN / f".{lab}.lock"
+
+
+def _is_current(handle: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
