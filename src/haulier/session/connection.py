@@ -1,0 +1,280 @@
+"""One TLS connection, non-blocking: dial or accept, TLS, hello, then frames. Only the I/O thread touches it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import selectors
+import socket
+import ssl
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from haulier.errors import HaulierError, PeerError
+from haulier.session.frames import Frame, FrameReader
+from haulier.session.handshake import ConnectorHandshake, ListenerHandshake, Refused
+from haulier.session.tls import TlsConfig, explain
+
+_READS: Final = 32
+"""TLS records taken from one connection before the others get their turn."""
+_RECORD: Final = 22
+"""What TLS 1.3 adds to a record: header 5, type 1, tag 16."""
+_USER_TIMEOUT: Final = getattr(socket, "TCP_USER_TIMEOUT", 18)
+_NOTSENT_LOWAT: Final = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+_LEAST_LOWAT: Final = 16 * 1024
+
+
+@dataclass(frozen=True)
+class PathAddress:
+    """Where a path leads: the listener's host and port; `source` is the own address or interface to leave by."""
+
+    host: str
+    port: int
+    source: str | None = None
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.source}>{host}:{self.port}" if self.source else f"{host}:{self.port}"
+
+
+class Stage(Enum):
+    """How far a connection is."""
+
+    DIALLING = 1
+    TLS = 2
+    HELLO = 3
+    OPEN = 4
+    LEAVING = 5
+    CLOSED = 6
+
+
+class Connection:
+    """`work()` takes it as far as it gets without waiting; `events` says what to wait for then."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        tls: TlsConfig,
+        context: ssl.SSLContext,
+        handshake: ConnectorHandshake | ListenerHandshake,
+        deadlines: tuple[float, float],
+        dead_s: float,
+    ) -> None:
+        self.name = name
+        self.peer = tls.peer
+        self.stage = Stage.TLS if isinstance(handshake, ListenerHandshake) else Stage.DIALLING
+        self.handshake = handshake
+        self.dial_by, self.open_by = deadlines
+        self.hello_at = 0.0
+        self.rtt: float | None = None
+        self.tx = 0
+        self.rx = 0
+        self.events = selectors.EVENT_WRITE
+        self.more_to_read = False
+        self._tls = tls
+        self._context = context
+        self._reader = FrameReader()
+        self._out = memoryview(b"")
+        self._lowat = 0
+        for option, value in ((socket.TCP_NODELAY, 1), (_USER_TIMEOUT, int(dead_s * 2000))):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._raw: socket.socket = sock
+        self._ssl: ssl.SSLSocket | None = None
+        self.shorten_queue(4 * _LEAST_LOWAT)
+
+    @classmethod
+    def dial(cls, address: PathAddress) -> socket.socket:
+        """A socket on its way to `address`. Raises PeerError, OSError."""
+        try:
+            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        except socket.gaierror as e:
+            raise PeerError(f"{address.host} is no address and no known name ({e}): check `haulier site list`") from e
+        family, kind, proto, _, where = found[0]
+        sock = socket.socket(family, kind, proto)
+        try:
+            sock.setblocking(False)
+            if address.source:
+                try:
+                    ipaddress.ip_address(address.source)
+                except ValueError:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, address.source.encode())
+                else:
+                    sock.bind((address.source, 0))
+            code = sock.connect_ex(where)
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, os.strerror(code))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def fileno(self) -> int:
+        """For the selector."""
+        return (self._ssl or self._raw).fileno()
+
+    @property
+    def blocked(self) -> bool:
+        """Bytes wait for the kernel to take them."""
+        return bool(self._out)
+
+    def shorten_queue(self, most: int) -> None:
+        """Keep no more than about `most` bytes in the kernel that TCP has not sent: they could not be overtaken."""
+        most = max(_LEAST_LOWAT, min(most, 1 << 20))
+        if self._lowat and self._lowat / 2 < most < self._lowat * 2:
+            return
+        self._lowat = most
+        (self._ssl or self._raw).setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, most)
+
+    # -- before it is open
+
+    def advance(self, now: float) -> bool:
+        """Go on with dialling, TLS and hello; True once open. Raises HaulierError, Refused, OSError."""
+        if self.stage is Stage.DIALLING:
+            code = self._raw.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if code:
+                raise OSError(code, os.strerror(code))
+            try:
+                self._raw.getpeername()
+            except OSError:
+                return False  # woken for nothing: not connected yet
+            self.stage = Stage.TLS
+        if self.stage is Stage.TLS and not self._shake_hands(now):
+            return False
+        if self.stage is Stage.HELLO:
+            self.flush()
+            if not self._out:
+                self._hello(now)
+        return self.stage is Stage.OPEN
+
+    def _shake_hands(self, now: float) -> bool:
+        server = isinstance(self.handshake, ListenerHandshake)
+        try:
+            if self._ssl is None:
+                self._ssl = self._context.wrap_socket(
+                    self._raw, server_side=server, do_handshake_on_connect=False, suppress_ragged_eofs=True
+                )
+                self._raw = self._ssl
+            self._ssl.do_handshake()
+        except ssl.SSLWantReadError:
+            self.events = selectors.EVENT_READ
+            return False
+        except ssl.SSLWantWriteError:
+            self.events = selectors.EVENT_WRITE
+            return False
+        except ssl.SSLError as e:
+            raise explain(e, self.peer) from e
+        self.peer = f"site {self._tls.check_peer(self._ssl)}"
+        self.handshake.peer = self.peer
+        self.stage = Stage.HELLO
+        self.hello_at = now
+        self.put(self.handshake.start())
+        self.events = selectors.EVENT_READ
+        return True
+
+    def _hello(self, now: float) -> None:
+        frames, closed = self._read(one=True)
+        for frame in frames:
+            try:
+                answer = self.handshake.receive(frame)
+            except Refused:
+                if isinstance(self.handshake, ListenerHandshake):
+                    self.put(self.handshake.answer)
+                    self.flush()
+                raise
+            if answer and not self.handshake.done:
+                self.hello_at = now  # the connector's answer: the welcome comes one round trip later
+            self.put(answer)
+            if self.handshake.done:
+                self.rtt = now - self.hello_at
+                self.stage = Stage.OPEN
+                self.flush()
+                return
+        if closed:
+            raise PeerError(f"{self.peer} closed the connection before it said hello: see its log")
+        self.flush()
+
+    # -- reading and writing
+
+    def read(self) -> tuple[list[Frame], bool]:
+        """Frames that have come in, and whether the peer closed. Raises Corrupt, OSError."""
+        return self._read(one=False)
+
+    def _read(self, *, one: bool) -> tuple[list[Frame], bool]:
+        assert self._ssl is not None
+        reader = self._reader
+        frames = list(reader) if not one else []
+        self.more_to_read = False
+        if one and (frame := next(reader, None)) is not None:
+            return [frame], False
+        try:
+            for _ in range(_READS):
+                count = self._ssl.recv_into(reader.space())
+                if not count:
+                    return frames, True
+                self.rx += count + _RECORD
+                reader.filled(count)
+                if one:
+                    if (frame := next(reader, None)) is not None:
+                        self.more_to_read = True
+                        return [frame], False
+                else:
+                    frames.extend(reader)
+        except ssl.SSLWantReadError:
+            return frames, False
+        except ssl.SSLWantWriteError:
+            return frames, False
+        except ssl.SSLError as e:
+            raise explain(e, self.peer) from e
+        self.more_to_read = True
+        return frames, False
+
+    def put(self, data: bytes) -> None:
+        """Queue bytes; call `flush` next."""
+        if data:
+            self._out = memoryview(bytes(self._out) + data if self._out else data)
+
+    def flush(self) -> None:
+        """Write what is queued as far as the kernel takes it; sets `events`. Raises OSError."""
+        assert self._ssl is not None
+        out = self._out
+        try:
+            while out:
+                count = self._ssl.send(out)
+                self.tx += count + _RECORD
+                out = out[count:]
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            pass
+        except ssl.SSLError as e:
+            raise explain(e, self.peer) from e
+        self._out = out
+        self.events = selectors.EVENT_READ | (selectors.EVENT_WRITE if out else 0)
+
+    def leave(self) -> None:
+        """No more output: lets the peer read what was sent. Wait for `drained()`, then close."""
+        if self.stage is not Stage.OPEN or self._out:
+            return
+        self.stage = Stage.LEAVING
+        try:
+            (self._ssl or self._raw).shutdown(socket.SHUT_WR)
+        except OSError:
+            self.close()
+
+    def drained(self) -> bool:
+        """After `leave`: the peer has closed as well."""
+        assert self._ssl is not None
+        try:
+            while True:
+                if not self._ssl.recv(65536):
+                    return True
+        except BlockingIOError:
+            return False
+        except (OSError, HaulierError):
+            return True
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.stage = Stage.CLOSED
+        (self._ssl or self._raw).close()

@@ -1,0 +1,307 @@
+"""`Session`: what the rest of haulier sees. Locks, waiting and callbacks around core and transport."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+from haulier.errors import HaulierError, PeerError, UsageError
+from haulier.session.connection import PathAddress
+from haulier.session.core import SessionCore, State
+from haulier.session.frames import CHANNELS
+from haulier.session.handshake import check_secret
+from haulier.session.settings import Settings
+from haulier.session.tls import TlsConfig
+from haulier.session.transport import Transport
+
+log = logging.getLogger("haulier.session")
+
+
+@dataclass(frozen=True)
+class PathStats:
+    """One path: bytes are of data frames over all its connections, `rate_bps` bits per second, `rtt_s` the shortest."""
+
+    name: str
+    up: bool
+    rate_bps: float
+    rtt_s: float
+    sent: int
+    acked: int
+    resent: int
+
+
+class Session:
+    """Numbered messages between two sites over all the paths there are; in order per channel, exactly once.
+
+    Make one with `listen` or `connect`; set callbacks with `on` at any time (messages wait, within bounds). A
+    session that is lost sets `error`, raises it from every call that waits or sends, and calls `on_lost` once. One that
+    the peer closed in good order is `over` without `error`.
+    """
+
+    port: int = 0
+    """The port that the listener got."""
+
+    def __init__(self, tls: TlsConfig, secret: bytes, settings: Settings | None = None) -> None:
+        check_secret(secret)
+        self.on_lost: Callable[[HaulierError], None] | None = None
+        """Called once, on a thread of the session's, when it is lost."""
+        self._lock = threading.Lock()
+        self._progress = threading.Condition(self._lock)
+        self._arrived = [threading.Condition(self._lock) for _ in range(CHANNELS)]
+        self._waiting = 0
+        self._closing = False
+        self._callbacks: dict[int, threading.Thread] = {}
+        self._core = SessionCore(settings or Settings(), tls.peer, time.monotonic())
+        self._transport = Transport(self._core, self._lock, tls, secret, self._on_change, self._on_over)
+
+    @classmethod
+    def listen(
+        cls,
+        tls: TlsConfig,
+        secret: bytes,
+        bind: Sequence[str] = ("0.0.0.0",),
+        port: int = 0,
+        settings: Settings | None = None,
+    ) -> Session:
+        """Wait for the peer on `bind` at `port` (0: any; see `.port`). Raises UsageError.
+
+        The first session that proves the secret is ours; any other is refused.
+        """
+        session = cls(tls, secret, settings)
+        session.port = session._transport.listen(bind, port)
+        session._transport.thread.start()
+        return session
+
+    @classmethod
+    def connect(
+        cls, tls: TlsConfig, secret: bytes, peers: Sequence[PathAddress], settings: Settings | None = None
+    ) -> Session:
+        """Dial the peer on every path, again and again while the session lives. Raises UsageError."""
+        session = cls(tls, secret, settings)
+        session._transport.connect(peers)
+        session._transport.thread.start()
+        return session
+
+    # -- messages
+
+    def send(self, channel: int, payload: bytes | Sequence[bytes], *, urgent: bool = False) -> None:
+        """Queue a message (a sequence is joined); returns at once unless much of the channel is unsent already.
+
+        `urgent` goes ahead of everything that is not, with what its own channel holds before it. Raises `error`,
+        PeerError when the session is over, UsageError for a bad channel or more than 16 MiB.
+        """
+        data = payload if isinstance(payload, bytes) else b"".join(payload)
+        with self._lock:
+            core = self._core
+            while not core.room(channel):
+                core.check_open()
+                self._wait(None)
+            core.send(channel, data, urgent)
+        self._transport.wake()
+
+    def on(self, channel: int, callback: Callable[[bytes], None]) -> None:
+        """Have `callback` called with each message of `channel`, in order, on a thread of its own.
+
+        While it blocks, the peer can send a bounded amount more on this channel; others are not held up. An exception
+        that leaves it ends the session at both sides.
+        """
+        if not 0 <= channel < CHANNELS:
+            raise UsageError(f"there is no channel {channel}: use 0 to {CHANNELS - 1}")
+        if channel in self._callbacks:
+            raise UsageError(f"channel {channel} has a callback already: use another channel")
+        thread = threading.Thread(
+            target=self._deliver, args=(channel, callback), name=f"haulier-channel-{channel}", daemon=True
+        )
+        self._callbacks[channel] = thread
+        thread.start()
+
+    def unacked(self, channel: int | None = None) -> int:
+        """Payload bytes sent or queued that the peer's session has not acknowledged."""
+        with self._lock:
+            return self._core.unacked(channel)
+
+    def wait_below(self, limit: int, channel: int | None = None, timeout: float | None = None) -> bool:
+        """Wait until `unacked(channel) < limit` (or is 0); False after `timeout` seconds. Raises `error`."""
+        return self._wait_until(lambda: self._core.unacked(channel) < max(limit, 1), timeout)
+
+    # -- how it goes
+
+    def wait_connected(self, timeout: float | None = None) -> bool:
+        """Wait for the first path; False after `timeout` seconds. Raises `error`."""
+        return self._wait_until(lambda: self._core.up, timeout)
+
+    def wait_over(self, timeout: float | None = None) -> bool:
+        """Wait until the session has ended, in good order or not; False after `timeout` seconds. Never raises."""
+        with self._lock:
+            return self._wait_for(lambda: self.over, timeout)
+
+    @property
+    def over(self) -> bool:
+        """Ended, by either side or by failure; see `error`."""
+        return self._core.state in (State.ENDED, State.FAILED)
+
+    @property
+    def connected(self) -> bool:
+        """There is a path now."""
+        return self._core.up and not self.over
+
+    @property
+    def error(self) -> HaulierError | None:
+        """Why the session was lost; None while it lives or when it ended in good order."""
+        return self._core.error
+
+    def rate_bps(self) -> float:
+        """Bits per second that the paths carry together, from acknowledged bytes while busy; 0 until known."""
+        with self._lock:
+            return 8 * sum(path.steady_rate for path in self._core.paths())
+
+    def rtt_s(self) -> float:
+        """The shortest round trip of the best path, in seconds; 0 until known."""
+        with self._lock:
+            return min((path.min_rtt for path in self._core.paths() if path.min_rtt is not None), default=0.0)
+
+    def paths(self) -> list[PathStats]:
+        """Every path there is or was."""
+        with self._lock:
+            flows = {flow.key: flow for flow in self._core.paths()}
+            found = []
+            for key, totals in sorted(self._transport.totals.items()):
+                flow = flows.get(key)
+                found.append(
+                    PathStats(
+                        name=totals.name,
+                        up=flow is not None,
+                        rate_bps=8 * flow.steady_rate if flow else 0.0,
+                        rtt_s=(flow.min_rtt or 0.0) if flow else 0.0,
+                        sent=totals.sent + (flow.sent_bytes if flow else 0),
+                        acked=totals.acked + (flow.acked_bytes if flow else 0),
+                        resent=totals.resent + (flow.resent_bytes if flow else 0),
+                    )
+                )
+            return found
+
+    def wire_bytes(self) -> tuple[int, int]:
+        """Bytes of TLS records sent and received (without TLS handshakes and the headers of TCP and IP)."""
+        return self._transport.wire_bytes()
+
+    # -- the end
+
+    def close(self, linger_s: float = 10.0) -> None:
+        """Send what is queued and say goodbye, for `linger_s` seconds at most; then stop. Safe to call again.
+
+        Does not raise: look at `error` and `unacked()` when it matters whether all arrived.
+        """
+        with self._lock:
+            self._core.finish()
+            self._transport.wake()
+            self._wait_for(lambda: self.over, linger_s)
+            left = self._core.unacked()
+            if not self.over:
+                if self._core.state is State.PARTING:
+                    self._core.end()
+                else:
+                    self._core.abort(f"closed with {left} bytes unsent or unacknowledged")
+            self._closing = True
+            self._notify_all()
+        self._transport.stop()
+        for thread in (self._transport.thread, *self._callbacks.values()):
+            if thread is not threading.current_thread():
+                thread.join(2.0)
+
+    def abort(self, why: str) -> None:
+        """End the session now; the peer's `error` says `why`."""
+        with self._lock:
+            self._core.abort(why)
+        self.close(0)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort(f"failed there: {error}")
+
+    # -- threads
+
+    def _deliver(self, channel: int, callback: Callable[[bytes], None]) -> None:
+        core, arrived = self._core, self._arrived[channel]
+        while True:
+            with self._lock:
+                while not (item := core.pop(channel)):
+                    if self._closing or self.over:
+                        return
+                    arrived.wait()
+                if self._closing:
+                    return
+            try:
+                callback(item[0])
+            except Exception as e:
+                log.exception("the callback of channel %d failed", channel)
+                with self._lock:
+                    core.abort(f"what takes channel {channel} failed: {e}", broken=_as_error(e, channel))
+                    self._notify_all()
+                self._transport.wake()
+                return
+            with self._lock:
+                granted = core.consumed(channel, item[1])
+            if granted:
+                self._transport.wake()
+
+    def _on_change(self, channels: set[int]) -> None:
+        """Called by the transport without the lock."""
+        with self._lock:
+            for channel in channels:
+                self._arrived[channel].notify()
+            if self._waiting:
+                self._progress.notify_all()
+
+    def _on_over(self) -> None:
+        """Called by the transport when its thread ends."""
+        with self._lock:
+            self._notify_all()
+        error = self.error
+        if error is not None and self.on_lost is not None:
+            try:
+                self.on_lost(error)
+            except Exception:
+                log.exception("on_lost failed")
+
+    def _notify_all(self) -> None:
+        self._progress.notify_all()
+        for condition in self._arrived:
+            condition.notify_all()
+
+    def _wait(self, timeout: float | None) -> None:
+        self._waiting += 1
+        try:
+            self._progress.wait(timeout)
+        finally:
+            self._waiting -= 1
+
+    def _wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
+        end = None if timeout is None else time.monotonic() + timeout
+        while not condition():
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            self._wait(left)
+        return True
+
+    def _wait_until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
+        with self._lock:
+            found = self._wait_for(lambda: condition() or self.over, timeout)
+            if found and not condition():
+                raise self.error or PeerError(f"the session with {self._core.peer} has ended")
+            return found
+
+
+def _as_error(e: Exception, channel: int) -> HaulierError:
+    return e if isinstance(e, HaulierError) else PeerError(f"what takes channel {channel} failed: {e!r}")

@@ -1,0 +1,47 @@
+"""Every bound and time of a session in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from haulier.units import MIB
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Bounds in bytes, times in seconds. The defaults suit links of 1 Mbps to 1 Gbps and 1 to 300 ms."""
+
+    max_message: int = 16 * MIB
+    """Largest message; a larger one is the sender's UsageError and the receiver's Corrupt."""
+    max_unsent: int = 4 * MIB
+    """`send` blocks while this much of its channel has not been put on a path yet."""
+    receive_window: int = 8 * MIB
+    """Bytes that may wait for a channel's callback, besides the message being put together."""
+
+    outage_limit_s: float = 120.0
+    """Without any path for longer than this, the session is lost."""
+    refused_limit_s: float = 10.0
+    """Every path answered "connection refused" for this long: the peer's process is gone, not the network."""
+    ping_s: float = 1.0
+    stall_s: float = 1.0
+    stall_rtts: float = 4.0
+    """No acknowledged progress for max(stall_s, stall_rtts * RTT): what is outstanding goes another way."""
+    dead_s: float = 4.0
+    dead_rtts: float = 8.0
+    """Nothing heard for max(dead_s, dead_rtts * RTT): the connection is given up and dialled again."""
+    redial_first_s: float = 0.2
+    redial_most_s: float = 2.0
+    dial_s: float = 2.0
+    """One TCP connect; short, since a lost SYN is repeated only after 1 and 3 s."""
+    handshake_s: float = 10.0
+    """TCP, TLS and hello together."""
+
+    first_window: int = 64 * 1024
+    min_window: int = 16 * 1024
+    max_window: int = 48 * MIB
+    window_rtts: float = 1.5
+    """Bytes in flight on a path: this many bandwidth-delay products ..."""
+    slack_s: float = 0.004
+    """... and what the path carries in this time, for acks that wait for a thread."""
+    frame_s: float = 0.010
+    """A frame takes about this long on its path (within 4 KiB and 64 KiB), so that others need not wait longer."""

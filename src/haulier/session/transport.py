@@ -1,0 +1,489 @@
+"""The I/O thread: sockets, TLS and redialling around one SessionCore.
+
+One thread owns every socket and every SSL object, so none is ever used by two. It holds the session's lock only
+while it talks to the core, never while it encrypts, decrypts or waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from haulier.errors import HaulierError, NoRoom, NotTrusted, PeerError, UsageError
+from haulier.session.connection import Connection, PathAddress, Stage
+from haulier.session.core import SessionCore, State
+from haulier.session.frames import Frame
+from haulier.session.handshake import (
+    MAX_PATHS,
+    NONCE,
+    ConnectorHandshake,
+    ListenerHandshake,
+    Refusal,
+    Refused,
+)
+from haulier.session.tls import TlsConfig
+
+log = logging.getLogger("haulier.session")
+
+_PENDING: int = 32
+"""Connections that may be between accept and hello at once."""
+_LEAVE_S = 1.0
+
+
+@dataclass
+class Totals:
+    """What a path carried over all its connections."""
+
+    name: str
+    sent: int = 0
+    acked: int = 0
+    resent: int = 0
+
+
+@dataclass
+class _Dialled:
+    """A path of the connector: its address and when to dial next."""
+
+    address: PathAddress
+    next_at: float
+    backoff: float
+    connection: Connection | None = None
+    refused_since: float | None = None
+    refusals: list[HaulierError] = field(default_factory=list)
+
+
+class Transport:
+    """Runs one session's sockets until it is over. Start `thread`; `wake()` after changing the core."""
+
+    def __init__(
+        self,
+        core: SessionCore,
+        lock: threading.Lock,
+        tls: TlsConfig,
+        secret: bytes,
+        changed: Callable[[set[int]], None],
+        over: Callable[[], None],
+    ) -> None:
+        self.thread = threading.Thread(target=self._run, name="haulier-session", daemon=True)
+        self.core = core
+        self.totals: dict[int, Totals] = {}
+        self.tx = 0
+        self.rx = 0
+        self._lock = lock
+        self._tls = tls
+        self._secret = secret
+        self._changed = changed
+        self._over = over
+        self._server_context: ssl.SSLContext | None = None
+        self._client_context: ssl.SSLContext | None = None
+        self._selector = selectors.DefaultSelector()
+        self._registered: dict[int, tuple[Connection, int]] = {}
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake_fd, selectors.EVENT_READ)
+        self._waking = False
+        self._listeners: list[socket.socket] = []
+        self._pending: list[Connection] = []
+        self._open: dict[int, Connection] = {}
+        self._leaving: list[Connection] = []
+        self._dialled: list[_Dialled] = []
+        self._session = b""
+        self._stopping = False
+        self._clock = time.monotonic
+
+    # -- set-up, before the thread runs
+
+    def listen(self, bind: Sequence[str], port: int) -> int:
+        """Listen on every address of `bind`; the port. Raises UsageError."""
+        self._server_context = self._tls.context(server=True)
+        for _ in range(20):
+            chosen = port
+            try:
+                for host in bind:
+                    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                    sock = socket.socket(family, socket.SOCK_STREAM)
+                    self._listeners.append(sock)
+                    sock.setblocking(False)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    sock.bind((host, chosen))
+                    sock.listen(_PENDING)
+                    chosen = sock.getsockname()[1]
+            except OSError as e:
+                self._close_listeners()
+                if port or len(bind) < 2:
+                    raise UsageError(f"cannot listen on {', '.join(bind)} port {port} ({e}): choose another") from e
+                continue  # the port that the first address got is taken on the second: try another
+            for sock in self._listeners:
+                self._selector.register(sock, selectors.EVENT_READ)
+            return chosen
+        raise NoRoom(f"no port is free on all of {', '.join(bind)}: name one")
+
+    def connect(self, peers: Sequence[PathAddress]) -> None:
+        """Dial every peer address, for ever. Raises UsageError."""
+        if not 0 < len(peers) <= MAX_PATHS:
+            raise UsageError(f"{len(peers)} paths given: a session needs 1 to {MAX_PATHS}")
+        self._client_context = self._tls.context(server=False)
+        self._session = os.urandom(16)
+        now = self._clock()
+        for key, address in enumerate(peers):
+            self._dialled.append(_Dialled(address, now, self.core.settings.redial_first_s))
+            self.totals[key] = Totals(str(address))
+
+    # -- from other threads
+
+    def wake(self) -> None:
+        """There is something to do; call after the core was changed under the lock."""
+        if not self._waking:
+            self._waking = True
+            try:
+                os.eventfd_write(self._wake_fd, 1)
+            except OSError:
+                pass  # it is closed: the thread is at its end
+
+    def wire_bytes(self) -> tuple[int, int]:
+        """Bytes of TLS records sent and received so far."""
+        live = list(self._open.values())
+        return self.tx + sum(c.tx for c in live), self.rx + sum(c.rx for c in live)
+
+    def stop(self) -> None:
+        """Flush what the core still says, close everything and end the thread."""
+        self._stopping = True
+        self._waking = False
+        self.wake()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._done():
+                self._turn()
+        except Exception as e:  # a bug of ours must not leave senders waiting for ever
+            log.exception("session thread failed")
+            with self._lock:
+                self.core.fail(PeerError(f"the session failed inside ({e!r}): report this, then start again"))
+        finally:
+            self._close_all()
+            self._over()
+
+    def _done(self) -> bool:
+        if not self._stopping and self.core.state not in (State.ENDED, State.FAILED):
+            return False
+        self._part()
+        return True
+
+    def _turn(self) -> None:
+        now = self._clock()
+        with self._lock:
+            before = self.core.progress
+            dead = self.core.tick(now)
+            timeout = self.core.deadline(now) - now
+            moved = self.core.progress != before
+        for path in dead:
+            if (connection := self._open.get(path.key)) is not None:
+                self._drop(connection, PeerError(path.why))
+        if moved:
+            self._changed(set())
+        timeout = min(timeout, self._dial(now))
+        timeout = min(timeout, self._expire(now))
+        busy = False
+        for key, connection in list(self._open.items()):
+            busy |= self._write(key, connection)
+            busy |= connection.more_to_read
+        for connection in self._pending:
+            busy |= connection.more_to_read
+        self._register()
+        ready: set[Connection] = set()
+        for selected, events in self._selector.select(0 if busy else max(timeout, 0)):
+            if selected.fileobj == self._wake_fd:
+                self._waking = False
+                os.eventfd_read(self._wake_fd)
+            elif selected.fd in self._registered:
+                connection = self._registered[selected.fd][0]
+                if events & selectors.EVENT_READ or connection.stage is not Stage.OPEN:
+                    ready.add(connection)
+            else:
+                self._accept(selected.fileobj)  # type: ignore[arg-type]
+        for connection in list(self._pending):
+            if connection in ready or connection.more_to_read:
+                self._advance(connection)
+        for key, connection in list(self._open.items()):
+            if connection in ready or connection.more_to_read:
+                self._read(key, connection)
+
+    def _register(self) -> None:
+        wanted = {c.fileno(): c for c in (*self._pending, *self._open.values())}
+        for fd in [fd for fd in self._registered if wanted.get(fd) is not self._registered[fd][0]]:
+            self._unregister(fd)
+        for fd, connection in wanted.items():
+            known = self._registered.get(fd)
+            if known is None:
+                self._selector.register(fd, connection.events)
+            elif known[1] != connection.events:
+                self._selector.modify(fd, connection.events)
+            else:
+                continue
+            self._registered[fd] = connection, connection.events
+
+    def _unregister(self, fd: int) -> None:
+        if self._registered.pop(fd, None) is not None:
+            try:
+                self._selector.unregister(fd)
+            except (KeyError, ValueError, OSError):
+                pass
+
+    # -- open connections
+
+    def _write(self, key: int, connection: Connection) -> bool:
+        """One helping of output; True if there may be more at once."""
+        try:
+            if connection.blocked:
+                connection.flush()
+                if connection.blocked:
+                    return False
+            with self._lock:
+                before = self.core.progress
+                out = self.core.output(key, self._clock())
+                moved = self.core.progress != before
+            if moved:
+                self._changed(set())
+            if not out:
+                return False
+            connection.put(b"".join(out))
+            connection.flush()
+            return not connection.blocked and len(out) > 1
+        except (HaulierError, OSError) as e:
+            self._drop(connection, e)
+            return False
+
+    def _read(self, key: int, connection: Connection) -> None:
+        frames: list[Frame] = []
+        try:
+            frames, closed = connection.read()
+            now = self._clock()
+            channels: set[int] = set()
+            with self._lock:
+                core = self.core
+                before = core.progress
+                core.heard(key, now)
+                for frame in frames:
+                    if core.receive(key, frame, now):
+                        channels.add(frame.channel)
+                moved = core.progress != before
+                flow = core.path(key)
+                lowat = 2 * flow.frame_limit if flow.rate else 0
+            if channels or moved:
+                self._changed(channels)
+            if lowat:
+                connection.shorten_queue(lowat)
+            if closed:
+                raise PeerError("closed by the peer")
+        except (HaulierError, OSError) as e:
+            self._drop(connection, e)
+
+    def _drop(self, connection: Connection, why: BaseException) -> None:
+        """Close a connection that failed; dial again if it was ours."""
+        now = self._clock()
+        self._unregister(connection.fileno())
+        self.tx += connection.tx
+        self.rx += connection.rx
+        connection.close()
+        if connection in self._pending:
+            self._pending.remove(connection)
+        for key, known in list(self._open.items()):
+            if known is connection:
+                log.info("path %s lost: %s", connection.name, why)
+                with self._lock:
+                    self._count(key)
+                    self.core.path_down(key, now, str(why))
+                del self._open[key]
+        for dialled in self._dialled:
+            if dialled.connection is connection:
+                dialled.connection = None
+                self._redial_later(dialled, now, why)
+
+    def _count(self, key: int) -> None:
+        flow, totals = self.core.path(key), self.totals[key]
+        totals.sent += flow.sent_bytes
+        totals.acked += flow.acked_bytes
+        totals.resent += flow.resent_bytes
+
+    # -- connections on their way
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, address = listener.accept()
+        except OSError:
+            return
+        if len(self._pending) >= _PENDING:
+            sock.close()  # a flood; honest peers dial again
+            return
+        sock.setblocking(False)
+        now = self._clock()
+        assert self._server_context is not None
+        s = self.core.settings
+        name = f"{address[0]}"
+        handshake = ListenerHandshake(self._secret, os.urandom(NONCE), f"{address[0]}:{address[1]}", self._admit)
+        by = (now + s.handshake_s, now + s.handshake_s)
+        connection = Connection(sock, name, self._tls, self._server_context, handshake, by, s.dead_s)
+        connection.peer = handshake.peer
+        self._pending.append(connection)
+        connection.more_to_read = True
+
+    def _admit(self, session: bytes) -> tuple[Refusal, str] | None:
+        if self.core.state in (State.ENDED, State.FAILED):
+            return Refusal.ENDED, "it is over"
+        if self._session and session != self._session:
+            return Refusal.OTHER_SESSION, "one is under way"
+        self._session = session
+        return None
+
+    def _advance(self, connection: Connection) -> None:
+        try:
+            connection.more_to_read = False
+            if not connection.advance(self._clock()):
+                return
+        except (HaulierError, OSError) as e:
+            if not self._dialled:
+                log.warning("connection from %s refused: %s", connection.name, e)
+            self._drop(connection, e)
+            return
+        self._pending.remove(connection)
+        key = connection.handshake.path
+        if (old := self._open.pop(key, None)) is not None:
+            self._unregister(old.fileno())
+            self.tx += old.tx
+            self.rx += old.rx
+            old.close()
+            with self._lock:
+                self._count(key)
+        self._open[key] = connection
+        self.totals.setdefault(key, Totals(connection.name)).name = connection.name
+        if self._dialled:
+            dialled = self._dialled[key]
+            dialled.backoff, dialled.refused_since = self.core.settings.redial_first_s, None
+        log.info("path %s up, %s", connection.name, connection.peer)
+        with self._lock:
+            self.core.peer = connection.peer
+            self.core.path_up(key, connection.name, self._clock(), connection.rtt)
+        self._changed(set())
+        connection.more_to_read = True  # frames may have come in one record with the hello
+
+    def _dial(self, now: float) -> float:
+        """Dial what is due; seconds until the next is."""
+        soonest = 60.0
+        s = self.core.settings
+        for key, dialled in enumerate(self._dialled):
+            if dialled.connection is not None:
+                continue
+            if now < dialled.next_at:
+                soonest = min(soonest, dialled.next_at - now)
+                continue
+            assert self._client_context is not None
+            try:
+                sock = Connection.dial(dialled.address)
+            except (HaulierError, OSError) as e:
+                self._redial_later(dialled, now, e)
+                continue
+            name = str(dialled.address)
+            handshake = ConnectorHandshake(self._secret, self._session, key, os.urandom(NONCE), self._tls.peer)
+            by = (now + s.dial_s, now + s.handshake_s)
+            connection = Connection(sock, name, self._tls, self._client_context, handshake, by, s.dead_s)
+            dialled.connection = connection
+            dialled.next_at = now + dialled.backoff
+            self._pending.append(connection)
+        return soonest
+
+    def _redial_later(self, dialled: _Dialled, now: float, why: BaseException) -> None:
+        s = self.core.settings
+        # A time-out has taken its time already; next_at was set when that dial began.
+        dialled.next_at = max(dialled.next_at, now) if isinstance(why, TimeoutError) else now + dialled.backoff
+        dialled.backoff = min(dialled.backoff * 2, s.redial_most_s)
+        error = why.error if isinstance(why, Refused) else why
+        with self._lock:
+            self.core.why_no_path = f"{dialled.address}: {error}"
+            ever = self.core.ever_up
+            parting = self.core.state is State.PARTING
+        if isinstance(why, ConnectionRefusedError):
+            dialled.refused_since = dialled.refused_since or now
+        else:
+            dialled.refused_since = None
+        fatal: HaulierError | None = None
+        if isinstance(why, Refused) and why.fatal:
+            fatal = why.error
+        elif not ever and isinstance(error, NotTrusted):
+            fatal = error
+        elif not self._open and all(
+            d.refused_since is not None and now - d.refused_since >= s.refused_limit_s for d in self._dialled
+        ):
+            fatal = PeerError(
+                f"nobody listens at {', '.join(str(d.address) for d in self._dialled)} any more: "
+                f"the worker at {self.core.peer} is gone; see its log and start the handoff again"
+            )
+        if fatal is not None:
+            with self._lock:
+                if parting:
+                    self.core.end()  # it has said goodbye in its own way: all that was sent is acknowledged
+                elif not self._open:
+                    self.core.fail(fatal)
+            self._changed(set())
+
+    def _expire(self, now: float) -> float:
+        """Give up connections that take too long to open; seconds until the next one does."""
+        soonest = 60.0
+        for connection in list(self._pending):
+            by = connection.dial_by if connection.stage is Stage.DIALLING else connection.open_by
+            if now >= by:
+                what = "connect" if connection.stage is Stage.DIALLING else "finish the TLS handshake and hello"
+                self._drop(connection, TimeoutError(f"took too long to {what}"))
+            else:
+                soonest = min(soonest, by - now)
+        return soonest
+
+    # -- the end
+
+    def _part(self) -> None:
+        """Let the last frames reach the peer: flush, say no more, wait for it to close."""
+        end = self._clock() + _LEAVE_S
+        for key, connection in list(self._open.items()):
+            self._write(key, connection)
+        while self._open and self._clock() < end:
+            for key, connection in list(self._open.items()):
+                try:
+                    connection.flush()
+                    connection.leave()
+                    finished = connection.stage is Stage.CLOSED or connection.drained()
+                except (HaulierError, OSError):
+                    finished = True
+                if finished:
+                    self._unregister(connection.fileno())
+                    self.tx += connection.tx
+                    self.rx += connection.rx
+                    with self._lock:
+                        self._count(key)
+                        self.core.path_down(key, self._clock(), "closed")
+                    connection.close()
+                    del self._open[key]
+            if self._open:
+                for connection in self._open.values():
+                    connection.events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.blocked else 0)
+                self._register()
+                self._selector.select(0.05)
+
+    def _close_listeners(self) -> None:
+        for sock in self._listeners:
+            sock.close()
+        self._listeners.clear()
+
+    def _close_all(self) -> None:
+        for connection in (*self._pending, *self._open.values()):
+            connection.close()
+        self._pending.clear()
+        self._close_listeners()
+        self._selector.close()
+        os.close(self._wake_fd)
