@@ -1,0 +1,210 @@
+"""Calls to an agent's control API: over the local unix socket, or over HTTPS to another site.
+
+    Client.local(site)          everything, as the operator of this site
+    Client.peer(site, row)      what one site may ask of another; the peer's certificate must be that site's
+
+Blocking; one connection a call, so an object may be shared by threads. An error that the agent reports is raised
+here as the same class of `haulier.errors`. What a peer answers is bounded and must be a JSON object.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+from urllib.parse import quote
+
+from haulier.agent import authority
+from haulier.agent.site import Site, split_address
+from haulier.errors import HaulierError, NotTrusted, PeerError, UnknownThing, by_code
+from haulier.handoff.journal import SiteRow
+
+TIMEOUT_S: Final = 60.0
+CONNECT_S: Final = 10.0
+MAX_ANSWER: Final = 32 << 20
+_POLL_S: Final = 0.2
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("agent", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class _SiteConnection(http.client.HTTPConnection):
+    """HTTPS whose certificate must name a site, whatever the host name."""
+
+    def __init__(self, host: str, port: int, timeout: float, context: ssl.SSLContext, name: str | None) -> None:
+        super().__init__(host, port, timeout=timeout)
+        self._context = context
+        self._name = name
+
+    def connect(self) -> None:
+        raw = socket.create_connection((self.host, self.port), min(CONNECT_S, self.timeout or CONNECT_S))
+        try:
+            self.sock = self._context.wrap_socket(raw, server_hostname=self._name)
+        except BaseException:
+            raw.close()
+            raise
+        self.sock.settimeout(self.timeout)
+
+
+class Client:
+    """One agent, however it is reached. `where` names it in messages."""
+
+    def __init__(self, where: str, connect: Callable[[float], http.client.HTTPConnection]) -> None:
+        self.where = where
+        self._connect = connect
+
+    @staticmethod
+    def local(site: Site) -> Client:
+        """The agent of this site, through its unix socket."""
+        path = str(site.check_socket_path(site.socket))
+        return Client(f"the agent of site {site.name!r}", lambda timeout: _UnixConnection(path, timeout))
+
+    @staticmethod
+    def peer(site: Site, row: SiteRow) -> Client:
+        """The agent of another site, as `site`."""
+        context = authority.client_context(site)
+        host, port = split_address(row.control)
+        name = authority.server_name(row.name)
+        return Client(
+            f"site {row.name!r} at {row.control}",
+            lambda timeout: _SiteConnection(host, port, timeout, context, name),
+        )
+
+    @staticmethod
+    def joining(via: str, ca_pem: bytes | None, issuer: str | None) -> Client:
+        """For a site that has no certificate yet. Without `ca_pem` nothing is verified."""
+        context = authority.joining_context(ca_pem)
+        host, port = split_address(via)
+        name = authority.server_name(issuer) if issuer else None
+        return Client(f"the site at {via}", lambda timeout: _SiteConnection(host, port, timeout, context, name))
+
+    # -- calls
+
+    def call(self, method: str, path: str, body: Any = None, timeout: float = TIMEOUT_S) -> dict[str, Any]:
+        """One request; the answer is a JSON object. Raises what the agent reports, PeerError if it does not answer."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} if data is not None else {}
+        connection = self._connect(timeout)
+        try:
+            connection.request(method, path, data, headers)
+            response = connection.getresponse()
+            answer = response.read(MAX_ANSWER + 1)
+        except ssl.SSLCertVerificationError as error:
+            raise NotTrusted(
+                f"{self.where} shows a certificate that is not this fleet's, or another site's "
+                f"({error.verify_message}): check the address, or join again"
+            ) from None
+        except ssl.SSLError as error:
+            raise NotTrusted(
+                f"{self.where} refused the secure connection ({error.reason or error}): "
+                "is this site's certificate of the same fleet? Join again if not"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            why = str(error) or type(error).__name__
+            raise PeerError(f"{self.where} does not answer ({why}): is 'haulier agent' running there?") from None
+        finally:
+            connection.close()
+        if len(answer) > MAX_ANSWER:
+            raise PeerError(f"{self.where} sent more than {MAX_ANSWER >> 20} MiB in answer to {method} {path}")
+        return _read(self.where, response.status, answer)
+
+    def get(self, path: str, timeout: float = TIMEOUT_S) -> dict[str, Any]:
+        return self.call("GET", path, timeout=timeout)
+
+    def post(self, path: str, body: Any = None, timeout: float = TIMEOUT_S) -> dict[str, Any]:
+        return self.call("POST", path, {} if body is None else body, timeout)
+
+    def delete(self, path: str, timeout: float = TIMEOUT_S) -> dict[str, Any]:
+        return self.call("DELETE", path, timeout=timeout)
+
+    # -- sites
+
+    def site(self) -> dict[str, Any]:
+        return self.get("/v1/site", timeout=CONNECT_S)
+
+    def sites(self) -> list[dict[str, Any]]:
+        return list(self.get("/v1/sites")["sites"])
+
+    # -- guests and images
+
+    def guests(self) -> list[dict[str, Any]]:
+        return list(self.get("/v1/guests")["guests"])
+
+    def guest(self, name: str) -> dict[str, Any]:
+        return self.get(f"/v1/guests/{_segment(name)}")
+
+    def images(self) -> list[dict[str, Any]]:
+        return list(self.get("/v1/images")["images"])
+
+    # -- jobs
+
+    def wait(self, job: Mapping[str, Any], progress: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        """Waits for a job that a call began, and gives its result; raises its error."""
+        now = dict(job)
+        while True:
+            if progress is not None:
+                progress(now)
+            if now["state"] == "done":
+                return dict(now["result"])
+            if now["state"] == "failed":
+                raise by_code(int(now["code"]))(str(now["error"]))
+            time.sleep(_POLL_S)
+            now = self.get(f"/v1/jobs/{_segment(str(now['id']))}")
+
+    # -- handoffs
+
+    def handoff(self, handoff: str) -> dict[str, Any]:
+        return self.get(f"/v1/handoffs/{_segment(handoff)}")
+
+    def handoffs(self) -> list[dict[str, Any]]:
+        return list(self.get("/v1/handoffs")["handoffs"])
+
+    def start_handoff(self, guest: str, to: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return self.post("/v1/handoffs", {"guest": guest, "to": to, "options": dict(options or {})})
+
+    def cancel(self, handoff: str) -> dict[str, Any]:
+        return self.post(f"/v1/handoffs/{_segment(handoff)}/cancel")
+
+    def offer(self, offer: Mapping[str, Any]) -> dict[str, Any]:
+        """To the target of a handoff; answers a `haulier.handoff.messages.Accept`, or raises what stands against it."""
+        return self.post("/v1/peer/offers", dict(offer))
+
+    def ownership(self, guest: str, event: str, epoch: int, handoff: str = "") -> dict[str, Any]:
+        """A message of the ownership table outside a session; answers {"messages": [[event, epoch], ...]}."""
+        body = {"guest": guest, "event": event, "epoch": epoch, "handoff": handoff}
+        return self.post("/v1/peer/ownership", body)
+
+
+def _segment(text: str) -> str:
+    """`text` as one segment of a path; the agent judges whether it is a name."""
+    if text in ("", ".", ".."):
+        raise UnknownThing(f"{text!r} names nothing")
+    return quote(text, safe="")
+
+
+def _read(where: str, status: int, answer: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(answer)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    except ValueError:
+        raise PeerError(f"{where} answered something that is no haulier message (status {status})") from None
+    if status < 400:
+        return value
+    code, text = value.get("code"), value.get("error")
+    if not isinstance(code, int) or not isinstance(text, str):
+        raise PeerError(f"{where} answered with status {status} and no reason")
+    error: type[HaulierError] = by_code(code)
+    raise error(text[:4000])

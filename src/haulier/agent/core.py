@@ -1,0 +1,93 @@
+"""What the parts of one agent share. Everything here is blocking and may be used from any thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from haulier.agent import joining
+from haulier.agent.client import Client
+from haulier.agent.jobs import Jobs
+from haulier.agent.site import Site
+from haulier.errors import Conflict, HaulierError, NotTrusted, UnknownThing
+from haulier.handoff.journal import Journal, SiteRow
+
+_REFRESH_EVERY_S = 5.0
+
+
+class Core:
+    """One site, its journal, its jobs, and the knowledge of other sites."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.journal = Journal(site.journal)
+        self.jobs = Jobs()
+        self.started = time.time()
+        self._busy: dict[str, str] = {}
+        self._busy_lock = threading.Lock()
+        self._refresh_lock = threading.Lock()
+        self._refreshed = float("-inf")
+
+    def close(self) -> None:
+        self.journal.close()
+
+    # -- other sites
+
+    def refresh_sites(self) -> None:
+        """Asks the issuer for the list of sites, at most every few seconds; silent where it does not answer."""
+        with self._refresh_lock:
+            if time.monotonic() - self._refreshed < _REFRESH_EVERY_S:
+                return
+            self._refreshed = time.monotonic()
+            try:
+                joining.refresh(self.site, self.journal)
+            except HaulierError:
+                return
+
+    def known_site(self, name: str) -> SiteRow:
+        """UnknownThing if it is not of the fleet, as far as can be learnt now."""
+        row = self.journal.find_site(name)
+        if row is None:
+            self.refresh_sites()
+            row = self.journal.site(name)
+        return row
+
+    def other_site(self, name: str) -> SiteRow:
+        """Like `known_site`, and not this site itself."""
+        if name == self.site.name:
+            raise Conflict(f"{name!r} is this site: name another")
+        return self.known_site(name)
+
+    def trusted_site(self, name: str) -> SiteRow:
+        """The site that a certificate names. NotTrusted if the fleet does not know it (any more)."""
+        try:
+            return self.known_site(name)
+        except UnknownThing:
+            raise NotTrusted(
+                f"site {name!r} has a certificate of this fleet but is not among its sites: let it join again"
+            ) from None
+
+    def peer(self, name: str) -> Client:
+        """A client of another site's agent."""
+        return Client.peer(self.site, self.other_site(name))
+
+    # -- one thing at a time
+
+    @contextmanager
+    def alone(self, guest: str, doing: str) -> Iterator[None]:
+        """Keeps other operations of this agent away from a guest or image; Conflict if one is under way."""
+        with self._busy_lock:
+            if guest in self._busy:
+                raise Conflict(f"{guest!r} is busy ({self._busy[guest]}): try again when that has ended")
+            self._busy[guest] = doing
+        try:
+            yield
+        finally:
+            with self._busy_lock:
+                del self._busy[guest]
+
+    def is_busy(self, guest: str) -> bool:
+        with self._busy_lock:
+            return guest in self._busy

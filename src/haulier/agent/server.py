@@ -1,0 +1,228 @@
+"""The agent's daemon: two listeners (unix socket, HTTPS), one table of routes, and the loops that keep things going.
+
+It may be killed at any moment: whatever it must remember is in the journal or beside the guest, and what runs
+(guests, disk exports, workers) runs in processes of their own, which the next agent adopts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from haulier.agent import authority
+from haulier.agent.core import Core
+from haulier.agent.notify import notify
+from haulier.agent.routes import Access, Call, Route, sites
+from haulier.agent.site import Site
+from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
+
+log = logging.getLogger(__name__)
+
+MAX_BODY: Final = 1 << 20
+_THREADS: Final = 32
+_GRACE_S: Final = 3.0
+_STATUS: Final = {2: 400, 3: 404, 4: 409, 5: 422, 6: 507, 7: 422, 8: 502, 9: 403, 10: 500, 11: 409, 12: 500}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def route_table() -> tuple[Route, ...]:
+    """All routes of the control API."""
+    return (*sites.TABLE,)
+
+
+class Agent:
+    """The parts of one running agent, as handlers see them."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.core = Core(site)
+        self.journal = self.core.journal
+        self.stopping = threading.Event()
+
+    def recover(self) -> None:
+        """At the start: takes up what an earlier agent left. Blocking."""
+
+    def close(self) -> None:
+        self.stopping.set()
+        self.core.close()
+
+
+# -- requests
+
+
+def _failure(error: HaulierError, status: int | None = None) -> web.Response:
+    body = {"error": str(error), "code": error.exit_code}
+    return web.json_response(body, status=status or _STATUS.get(error.exit_code, 500))
+
+
+def _http_failure(error: web.HTTPException, request: web.Request) -> web.Response:
+    if error.status == 404:
+        return _failure(UnknownThing(f"there is no {request.method} {request.path[:200]} in this agent's API"), 404)
+    if error.status == 413:
+        return _failure(NoRoom(f"the request is larger than {MAX_BODY >> 10} KiB"), 413)
+    return _failure(UsageError(f"{request.method} {request.path[:200]}: {error.reason}"), error.status)
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except HaulierError as error:
+        return _failure(error)
+    except web.HTTPException as error:
+        return _http_failure(error, request)
+    except Exception:
+        log.exception("%s %s", request.method, request.path)
+        return _failure(HaulierError(f"{request.method} {request.path[:200]} failed inside the agent: see its log"))
+
+
+def _caller(request: web.Request) -> tuple[bool, str | None]:
+    """(whether it is the operator, else the site that its certificate names or None)."""
+    transport = request.transport
+    if transport is None:
+        raise NotTrusted("the connection is gone")
+    if transport.get_extra_info("socket").family == socket.AF_UNIX:
+        return True, None
+    return False, authority.site_of(transport.get_extra_info("peercert"))
+
+
+def _authorize(agent: Agent, route: Route, operator: bool, name: str | None) -> str:
+    """The calling site's name, "" for the operator and for nobody. NotTrusted if the route is not for the caller."""
+    if route.access is Access.ANYONE:
+        return ""
+    if operator:
+        if route.access is Access.SITE:
+            raise NotTrusted(f"{route.method} {route.path} is for other sites, not for the operator")
+        return ""
+    if name is None:
+        raise NotTrusted(f"{route.method} {route.path} needs the certificate of a site of this fleet")
+    site = agent.core.trusted_site(name)
+    if route.access is Access.OPERATOR:
+        raise NotTrusted(
+            f"{route.method} {route.path} is for the operator of site {agent.site.name!r}: use the command line there"
+        )
+    if site.name == agent.site.name and route.access is Access.SITE:
+        raise NotTrusted("a site does not call itself")
+    return site.name
+
+
+def _handler(agent: Agent, route: Route, pool: concurrent.futures.Executor) -> Handler:
+    def work(operator: bool, name: str | None, call: Callable[[str], Call]) -> str:
+        return json.dumps(route.handler(agent, call(_authorize(agent, route, operator, name))))
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        operator, name = _caller(request)
+        body = await request.read()
+        names, query = dict(request.match_info), dict(request.query)
+        loop = asyncio.get_running_loop()
+        text = await loop.run_in_executor(
+            pool, work, operator, name, lambda site: Call(site=site, names=names, body=body, query=query)
+        )
+        return web.Response(text=text, content_type="application/json")
+
+    return handle
+
+
+# -- the daemon
+
+
+@contextlib.contextmanager
+def _only_one(site: Site) -> Iterator[None]:
+    """Conflict if another agent serves this site. The lock ends with the process, however it ends."""
+    descriptor = os.open(site.run / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(f"an agent of site {site.name!r} runs already in {site.root}") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _listener(site: Site) -> socket.socket:
+    """Bound to the configured address and to nothing else."""
+    host, port = site.control_host, site.control_port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise HaulierError(
+            f"site {site.name!r} cannot listen on {site.control} ({error.strerror or error}): "
+            "is the address this host's, and the port free? It is 'control' in site.toml"
+        ) from None
+    return listener
+
+
+async def serve(agent: Agent, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
+    """Listens until `stop` is set. `ready` is called when both listeners accept."""
+    site = agent.site
+    site.check_socket_path(site.socket)
+    context = authority.server_context(site)
+    app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="request") as pool:
+        for route in route_table():
+            app.router.add_route(route.method, route.path, _handler(agent, route, pool))
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_GRACE_S)
+        await runner.setup()
+        try:
+            await web.UnixSite(runner, str(site.socket)).start()
+            site.socket.chmod(0o600)
+            await web.SockSite(runner, _listener(site), ssl_context=context).start()
+            await asyncio.get_running_loop().run_in_executor(pool, agent.recover)
+            ready()
+            await stop.wait()
+        finally:
+            agent.stopping.set()
+            await runner.cleanup()
+            site.socket.unlink(missing_ok=True)
+
+
+async def _main(agent: Agent) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    def ready() -> None:
+        log.info("site %s listens on %s and %s", agent.site.name, agent.site.control, agent.site.socket)
+        notify("READY=1")
+
+    await serve(agent, stop, ready)
+    notify("STOPPING=1")
+    log.info("site %s: the agent ends; guests go on", agent.site.name)
+
+
+def run(root: Path) -> None:
+    """Runs the agent of the site at `root` until SIGTERM or SIGINT. Guests and workers go on after it."""
+    site = Site.load(root)
+    site.make_directories()
+    with _only_one(site):
+        agent = Agent(site)
+        try:
+            asyncio.run(_main(agent))
+        finally:
+            agent.close()

@@ -1,0 +1,26 @@
+"""`haulier agent`: the daemon of this site."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from haulier.agent.site import default_root
+from haulier.cli.common import Root
+
+
+def agent(*, root: Root = None) -> None:
+    """Run the daemon of this site, in the foreground, until SIGTERM. Guests go on after it."""
+    from haulier.agent import server
+    from haulier.agent.site import Site
+
+    where = root or default_root()
+    site = Site.load(where)
+    form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handlers: list[logging.Handler] = [logging.FileHandler(site.root / "agent.log"), logging.StreamHandler(sys.stderr)]
+    for handler in handlers:
+        handler.setFormatter(form)
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
+    # every QMP command at INFO would bury what matters
+    logging.getLogger("qemu").setLevel(logging.WARNING)
+    server.run(where)

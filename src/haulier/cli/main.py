@@ -1,0 +1,79 @@
+"""The table of verbs, and how errors become exit codes. Verbs are imported when they are used."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from cyclopts import App, CycloptsError
+from rich.console import Console
+
+import haulier
+from haulier.errors import HaulierError, UsageError
+
+INTERRUPTED: Final = 130
+"""What shells expect of a process that Ctrl-C ended."""
+
+app = App(
+    name="haulier",
+    help="Hands running virtual machines from one edge site to another over slow links.",
+    version=haulier.__version__,
+)
+
+VERBS: Final = {
+    "agent": ("haulier.cli.agent:agent", "Run the daemon of this site."),
+    "site": ("haulier.cli.site:site_app", "Make a site, join a fleet, list its sites."),
+    "image": ("haulier.cli.image:image_app", "Import images and make golden snapshots of them."),
+    "guest": ("haulier.cli.guest:guest_app", "Run, list, stop and remove guests."),
+    "plan": ("haulier.cli.plan:plan", "Say what a handoff would send and take, before anything moves."),
+    "handoff": ("haulier.cli.handoff:handoff", "Hand a running guest to another site."),
+    "status": ("haulier.cli.status:status", "Show handoffs, running and past."),
+    "cancel": ("haulier.cli.cancel:cancel", "Cancel a handoff; the guest runs on where it is."),
+    "verify": ("haulier.cli.verify:verify", "Check a guest's disk, chunk by chunk."),
+    "gc": ("haulier.cli.gc:gc", "Free what no guest and no image refers to."),
+    "doctor": ("haulier.cli.doctor:doctor", "Say what this host can do, and what is wrong."),
+    "lab": ("haulier.cli.lab:lab_app", "Sites as network namespaces with shaped links, on this machine."),
+}
+for _name, (_where, _help) in VERBS.items():
+    app.command(_where, name=_name, help=_help)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb and exits: 0 when it worked, otherwise the error's own code (docs/cli.md)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        code = _fail(UsageError(f"{str(error).strip()} (see 'haulier {_verb(words)}--help')"), words)
+    except HaulierError as error:
+        code = _fail(error, words)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # the reader of a listing left; what is still buffered must not be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _verb(words: Sequence[str]) -> str:
+    known = [word for word in words[:1] if word in VERBS]
+    return "".join(f"{word} " for word in known)
+
+
+def _fail(error: HaulierError, words: Sequence[str]) -> int:
+    if "--json" in words:
+        print(json.dumps({"error": str(error), "code": error.exit_code}), flush=True)
+    else:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]haulier:[/] {_escape(str(error))}", highlight=False)
+    return error.exit_code
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    # what a peer or a guest said must not steer the terminal
+    return escape("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
