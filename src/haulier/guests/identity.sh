@@ -1,0 +1,127 @@
+# Makes a restored clone its own machine. Run by haulier inside the guest, as root, by /bin/sh, from standard input.
+# Before it come assignments of: entropy_hex name machine_id now ssh_key ssh_pub mac address gateway
+# ("" = leave alone). Each step says on stderr what went wrong and the rest goes on; the exit code counts the failures.
+# The order matters: randomness first, so that nothing that is derived below comes from the state shared by all clones.
+
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
+umask 022
+failures=0
+
+fail() {
+    echo "$1" >&2
+    failures=$((failures + 1))
+}
+
+# RNDADDENTROPY credits the bytes, RNDRESEEDCRNG makes the generator use them at once.
+perl_reseed='
+    my $seed = pack "H*", <STDIN>;
+    open my $dev, ">", "/dev/random" or die "open: $!\n";
+    ioctl $dev, 0x40085203, pack("ii", 8 * length $seed, length $seed) . $seed or die "RNDADDENTROPY: $!\n";
+    ioctl $dev, 0x5207, 0 or die "RNDRESEEDCRNG: $!\n";
+'
+python_reseed='
+import fcntl, struct, sys
+seed = bytes.fromhex(sys.stdin.read().strip())
+with open("/dev/random", "wb") as dev:
+    fcntl.ioctl(dev, 0x40085203, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+    fcntl.ioctl(dev, 0x5207, 0)
+'
+reseed() {
+    if command -v perl >/dev/null; then
+        printf %s "$entropy_hex" | perl -e "$perl_reseed"
+    elif command -v python3 >/dev/null; then
+        printf %s "$entropy_hex" | python3 -I -c "$python_reseed"
+    else
+        echo "neither perl nor python3 is there" >&2
+        return 1
+    fi
+}
+reseed || fail "randomness was not renewed"
+
+# The seed that the next boot starts from must not be the shared one either.
+for seed in /var/lib/systemd/random-seed /var/lib/urandom/random-seed; do
+    if [ -e "$seed" ]; then
+        head -c 512 /dev/urandom >"$seed" || fail "$seed was not renewed"
+    fi
+done
+
+if [ -n "$now" ]; then
+    date -u -s "@$now" >/dev/null || fail "the clock was not set"
+fi
+
+if [ -n "$name" ]; then
+    old=$(cat /etc/hostname 2>/dev/null)
+    printf '%s\n' "$name" >/etc/hostname || fail "/etc/hostname was not written"
+    printf '%s\n' "$name" >/proc/sys/kernel/hostname || fail "the host name was not set"
+    kept=$(grep -v '^127\.0\.1\.1[[:space:]]' /etc/hosts 2>/dev/null)
+    printf '%s\n127.0.1.1\t%s\n' "$kept" "$name" >/etc/hosts || fail "/etc/hosts was not written"
+    [ "$old" = "$name" ] || echo "host name: $old -> $name"
+fi
+
+if [ -n "$machine_id" ]; then
+    printf '%s\n' "$machine_id" >/etc/machine-id || fail "/etc/machine-id was not written"
+    if [ -e /var/lib/dbus/machine-id ] && [ ! -L /var/lib/dbus/machine-id ]; then
+        printf '%s\n' "$machine_id" >/var/lib/dbus/machine-id || fail "the machine id of D-Bus was not written"
+    fi
+fi
+
+if [ -n "$ssh_key" ] && [ -d /etc/ssh ]; then
+    rm -f /etc/ssh/ssh_host_*
+    (umask 077 && printf '%s\n' "$ssh_key" >/etc/ssh/ssh_host_ed25519_key) || fail "the SSH host key was not written"
+    printf '%s\n' "$ssh_pub" >/etc/ssh/ssh_host_ed25519_key.pub
+    if command -v systemctl >/dev/null; then
+        systemctl try-restart --no-block ssh.service sshd.service 2>/dev/null
+    fi
+fi
+
+interface_of() {
+    for entry in /sys/class/net/*; do
+        if [ "$(cat "$entry/address" 2>/dev/null)" = "$1" ]; then
+            echo "${entry##*/}"
+            return
+        fi
+    done
+}
+
+if [ -n "$mac" ]; then
+    # The NIC was plugged in a moment ago and its driver may still be looking at it.
+    tries=0
+    while nic=$(interface_of "$mac") && [ -z "$nic" ] && [ $tries -lt 100 ]; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    if [ -z "$nic" ]; then
+        fail "no network interface has the MAC $mac"
+    elif [ -n "$address" ]; then
+        if [ -d /etc/systemd/network ]; then
+            {
+                printf '[Match]\nMACAddress=%s\n\n[Network]\nAddress=%s\n' "$mac" "$address"
+                [ -z "$gateway" ] || printf 'Gateway=%s\n' "$gateway"
+            } >/etc/systemd/network/10-haulier.network || fail "the network settings were not written"
+            command -v networkctl >/dev/null && networkctl reload 2>/dev/null
+        elif [ -d /etc/network/interfaces.d ]; then
+            {
+                printf 'auto %s\niface %s inet static\n    address %s\n' "$nic" "$nic" "$address"
+                [ -z "$gateway" ] || printf '    gateway %s\n' "$gateway"
+            } >/etc/network/interfaces.d/haulier || fail "the network settings were not written"
+        fi
+        ip link set "$nic" up &&
+            ip address flush dev "$nic" scope global &&
+            ip address add "$address" broadcast + dev "$nic" || fail "$nic did not take the address $address"
+        if [ -n "$gateway" ]; then
+            ip route replace default via "$gateway" dev "$nic" || fail "$nic did not take the gateway $gateway"
+        fi
+    fi
+fi
+
+# The image's own part: programs that hold secrets or seeds of their own in memory are renewed here.
+for hook in /etc/haulier/clone.d/*; do
+    if [ -x "$hook" ]; then
+        "$hook" </dev/null || fail "$hook failed"
+    fi
+done
+
+sync
+[ $failures -lt 100 ] || failures=100
+exit $failures
