@@ -51,7 +51,7 @@ def happen(
         row = journal.find_guest(guest)
         before = record_of(row)
         after, actions = (must if decided else step)(before, event, epoch)
-        if after != before or (changes and actions):
+        if after != before:
             row = journal.advance(
                 guest,
                 before.state.value,

@@ -22,6 +22,8 @@ class Channel(enum.IntEnum):
     MEMORY = 2
     RETURN_PATH = 3
     """What the target QEMU says back to the source QEMU, verbatim."""
+    PROBE = 5
+    """Random bytes that measure the link when the disk gave no occasion to."""
     DELIVERED = 4
     """Raw bytes that the target QEMU has taken so far (8 bytes, big endian)."""
 
@@ -126,6 +128,16 @@ class Base(Message, tag="base"):
     manifest: bytes
 
 
+class BaseReady(Message, tag="base-ready"):
+    """T>S: disk messages may come."""
+
+
+class DiskFinal(Message, tag="disk-final"):
+    """S>T: the manifest with this digest is the guest's disk at the switchover."""
+
+    manifest: bytes
+
+
 class PrepareMemory(Message, tag="prepare-memory"):
     """S>T: start a stopped QEMU and connect the mirror."""
 
@@ -167,7 +179,6 @@ class Running(Message, tag="running"):
     """T>S: the guest runs here; `at` is QEMU's RESUME event by the target's clock."""
 
     at: float
-    hook_s: float = 0.0
 
 
 class Finish(Message, tag="finish"):
@@ -184,7 +195,7 @@ class Failed(Message, tag="failed"):
 
 
 AnyMessage = (
-    Base | PrepareMemory | MemoryReady | Clock | Arrived | Own | Running | Finish | Failed
+    Base | BaseReady | DiskFinal | PrepareMemory | MemoryReady | Clock | Arrived | Own | Running | Finish | Failed
 )
 
 _ENCODER = msgspec.msgpack.Encoder()

@@ -1,0 +1,121 @@
+"""The control channel of a handoff: messages of the peer, and news of this side, in one queue."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from haulier.errors import HandoffFailed, HaulierError, PeerError, by_code
+from haulier.handoff.messages import AnyMessage, Channel, Clock, Failed, Own, decode, encode
+from haulier.handoff.ownership import Event
+from haulier.session import Session
+
+M = TypeVar("M")
+News = AnyMessage | Exception | str
+
+
+class Control:
+    """Sends and collects control messages. `news` also takes exceptions and words of other threads of this side."""
+
+    def __init__(self, session: Session, peer: str, check: Callable[[], None]) -> None:
+        self.session = session
+        self.peer = peer
+        self.clock_offset = 0.0
+        """The peer's clock minus ours, in seconds."""
+        self._check = check
+        self._news: queue.Queue[News] = queue.Queue()
+        self._kept: list[AnyMessage] = []
+        self._best_rtt = float("inf")
+        session.on(Channel.CONTROL, self._receive)
+
+    def send(self, message: AnyMessage) -> None:
+        self.session.send(Channel.CONTROL, encode(message), urgent=True)
+
+    def own(self, event: Event, epoch: int) -> None:
+        """Sends a message of the ownership table."""
+        self.send(Own(event.value, epoch))
+
+    def tell(self, news: News) -> None:
+        """Puts something of this side into the queue."""
+        self._news.put(news)
+
+    def next(self, timeout: float) -> News | None:
+        """The next piece of news, or None after `timeout` seconds. Raises what the check or the session says."""
+        self._check()
+        if self.session.error is not None:
+            raise self.session.error
+        try:
+            return self._news.get(timeout=timeout) if timeout > 0 else self._news.get_nowait()
+        except queue.Empty:
+            return None
+
+    def poll(self) -> list[AnyMessage]:
+        """All messages that are there; raises the first failure among the news."""
+        found = self._kept
+        self._kept = []
+        while (news := self.next(0)) is not None:
+            message = self._sift(news)
+            if message is not None:
+                found.append(message)
+        return found
+
+    def wait(self, kind: type[M], timeout: float) -> M:
+        """The next message of `kind`; others are kept for `poll`. PeerError when none comes in time."""
+        deadline = time.monotonic() + timeout
+        for message in self._kept:
+            if isinstance(message, kind):
+                self._kept.remove(message)
+                return message
+        while (left := deadline - time.monotonic()) > 0:
+            news = self.next(min(left, 0.1))
+            if news is None:
+                continue
+            message = self._sift(news)
+            if isinstance(message, kind):
+                return message
+            if message is not None:
+                self._kept.append(message)
+        raise PeerError(
+            f"site {self.peer!r} did not answer within {timeout:g} s (waiting for {kind.__name__}): "
+            "look at the log of its worker"
+        )
+
+    def compare_clocks(self, times: int = 4) -> None:
+        """Estimates the peer's clock against ours from the fastest of a few round trips."""
+        for _ in range(times):
+            self.send(Clock(time.time()))
+            answer = self.wait(Clock, 15)
+            now = time.time()
+            rtt = now - answer.sent
+            if 0 <= rtt < self._best_rtt:
+                self._best_rtt = rtt
+                self.clock_offset = answer.seen - (answer.sent + now) / 2
+
+    def _sift(self, news: News) -> AnyMessage | None:
+        if isinstance(news, Exception):
+            raise news
+        if isinstance(news, str):
+            return None
+        if isinstance(news, Failed):
+            raise by_code(news.code)(f"site {self.peer!r}: {news.text[:2000]}")
+        return news
+
+    def _receive(self, data: bytes) -> None:
+        try:
+            message = decode(data)
+        except HaulierError as error:
+            self._news.put(error)
+            return
+        if isinstance(message, Clock) and not message.seen:
+            self.send(Clock(message.sent, time.time()))
+            return
+        self._news.put(message)
+
+
+def failure(error: BaseException) -> Failed:
+    """What to tell the peer about `error`."""
+    if isinstance(error, HaulierError):
+        return Failed(str(error), error.exit_code)
+    return Failed(f"{type(error).__name__}: {error}", HandoffFailed.exit_code)

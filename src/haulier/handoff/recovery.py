@@ -1,0 +1,228 @@
+"""What becomes of a handoff whose worker is dead, and of ownership messages that come by way of the agents.
+
+Everything here looks at the journal first and may be repeated at any time. It never decides anything that the table
+does not say: before the token the source keeps the guest, after it the source asks until it is answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import psutil
+
+from haulier.agent.site import Site
+from haulier.chunks.store import ChunkStore
+from haulier.errors import HaulierError, PeerError
+from haulier.handoff.custody import Happened, happen, record_of
+from haulier.handoff.journal import HandoffRow, Journal
+from haulier.handoff.ownership import Action, Event, State
+from haulier.handoff.residence import (
+    adopt,
+    call_moved_hook,
+    copy_alive,
+    discard_copy,
+    incoming_name,
+    lease_of,
+    manifest_name,
+    resume_original,
+    retire,
+    run_copy,
+    spec_of,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Messenger(Protocol):
+    """Another site's agent, for ownership messages. Raises PeerError when it cannot be reached."""
+
+    def own(self, guest: str, event: str, epoch: int, handoff: str = "") -> list[tuple[str, int]]: ...
+
+
+def worker_alive(row: HandoffRow) -> bool:
+    """The worker of that handoff still runs on this host."""
+    if not row.pid:
+        return False
+    try:
+        process = psutil.Process(row.pid)
+        return abs(process.create_time() - row.pid_started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def recover(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[str], Messenger]) -> bool:
+    """Brings a handoff without a worker to its end. False: the other site has to be asked again later."""
+    guest = journal.find_guest(row.guest)
+    if guest is None or guest.handoff != row.id:
+        journal.end_handoff(row.id, "failed")
+        return True
+    state = record_of(guest).state
+    if row.role == "source":
+        return _recover_source(site, journal, row, state, messenger)
+    return _recover_target(site, journal, row, state, messenger)
+
+
+def _recover_source(
+    site: Site, journal: Journal, row: HandoffRow, state: State, messenger: Callable[[str], Messenger]
+) -> bool:
+    epoch = journal.guest(row.guest).pending
+    if state is State.GRANTED:
+        answers = _ask(messenger, row, Event.TOKEN, epoch)
+        for event, answered in answers:
+            _carry_out(site, journal, row, happen(journal, row.guest, event, answered, **_owner(row, event)))
+        state = record_of(journal.guest(row.guest)).state
+        if state is State.GRANTED:
+            return False
+        _end(site, journal, row, "done" if state is State.AWAY else "failed")
+        return True
+    if state is State.OFFERED:
+        resume_original(site, row.guest)
+        happened = happen(journal, row.guest, Event.FAIL)
+        for event, named in happened.messages():
+            _ask(messenger, row, event, named)
+        _forget(site, row)
+        _end(site, journal, row, "failed")
+        return True
+    if state is State.OWNER:
+        # The record was set back before the crash, the guest perhaps not.
+        resume_original(site, row.guest)
+        _forget(site, row)
+        _end(site, journal, row, "failed")
+        return True
+    if state is State.AWAY:
+        retire(site, row.guest, row.id)
+        _end(site, journal, row, "done")
+        return True
+    _end(site, journal, row, "failed")
+    return True
+
+
+def _recover_target(
+    site: Site, journal: Journal, row: HandoffRow, state: State, messenger: Callable[[str], Messenger]
+) -> bool:
+    epoch = journal.guest(row.guest).pending
+    if state is State.RECEIVING:
+        happened = happen(journal, row.guest, Event.FAIL)
+        _carry_out(site, journal, row, happened)
+        for event, named in happened.messages():
+            _ask(messenger, row, event, named)
+    elif state is State.READY:
+        if not copy_alive(site, row.guest):
+            happened = happen(journal, row.guest, Event.COPY_LOST)
+            _carry_out(site, journal, row, happened)
+            for event, named in happened.messages():
+                _ask(messenger, row, event, named)
+        else:
+            for event, answered in _ask(messenger, row, Event.READY, epoch):
+                handle(site, journal, row.guest, event, answered)
+            if record_of(journal.guest(row.guest)).state is State.READY:
+                return False
+    state = record_of(journal.guest(row.guest)).state
+    if state is State.OWNER:
+        settle_arrival(site, journal, row)
+        _end(site, journal, row, "done")
+    else:
+        _end(site, journal, row, "failed")
+    return True
+
+
+def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
+    """The guest is owned here: runs the copy if it waits, and gives its disk's manifest the lasting name."""
+    guest = journal.guest(row.guest)
+    qemu = adopt(site, row.guest, worker=True)
+    if qemu is not None:
+        try:
+            if qemu.status() == "paused":
+                run_copy(site, qemu)
+                call_moved_hook(site, spec_of(guest), row.peer)
+        finally:
+            qemu.close()
+    name, incoming = manifest_name(row.guest), incoming_name(row.id)
+    with ChunkStore(site.store) as store:
+        if incoming in store.manifest_names(incoming):
+            store.save_manifest(name, store.load_manifest(incoming))
+            journal.advance(row.guest, "owner", "owner", manifest=name)
+            # The export may still be told to serve the incoming name when it restarts, so both names stay until
+            # the guest moves on; they name the same chunks.
+        store.drop_lease(lease_of(row.id))
+
+
+def handle(
+    site: Site, journal: Journal, guest: str, event: Event, epoch: int, source: str = ""
+) -> list[tuple[str, int]]:
+    """A message of the ownership table that came by way of the agents; what to answer.
+
+    While a worker of this site deals with that guest, the matter is its own and nothing is answered.
+    """
+    row = journal.find_guest(guest)
+    record = record_of(row)
+    handoff = journal.find_handoff(row.handoff) if row is not None and row.handoff else None
+    if handoff is not None and handoff.state != "ended" and worker_alive(handoff):
+        return []
+    told: list[tuple[str, int]] = []
+    if record.state is State.READY and event is Event.TOKEN and not copy_alive(site, guest):
+        lost = happen(journal, guest, Event.COPY_LOST)
+        _carry_out(site, journal, handoff, lost)
+        told += [(e.value, n) for e, n in lost.messages()]
+    happened = happen(journal, guest, event, epoch, **_owner(handoff, event, site))
+    _carry_out(site, journal, handoff, happened)
+    if handoff is not None and handoff.state != "ended" and happened.changed:
+        after = happened.after.state
+        if after is State.OWNER and handoff.role == "target":
+            settle_arrival(site, journal, handoff)
+            _end(site, journal, handoff, "done")
+        elif after in {State.ABSENT, State.REFUSED, State.OWNER}:
+            _end(site, journal, handoff, "failed")
+        elif after is State.AWAY:
+            _end(site, journal, handoff, "done")
+    return told + [(e.value, n) for e, n in happened.messages()]
+
+
+def _owner(row: HandoffRow | None, event: Event, site: Site | None = None) -> dict[str, str]:
+    if event is Event.TOOK and row is not None:
+        return {"owner": row.peer, "wanted": ""}
+    if event is Event.TOKEN and site is not None:
+        return {"owner": site.name, "wanted": "running"}
+    return {}
+
+
+def _carry_out(site: Site, journal: Journal, row: HandoffRow | None, happened: Happened) -> None:
+    """The physical part of a step; messages are the caller's."""
+    guest = happened.row.name
+    handoff = row.id if row is not None else happened.row.handoff
+    for action in happened.actions:
+        if action is Action.RESUME:
+            resume_original(site, guest)
+        elif action is Action.DISCARD_COPY:
+            discard_copy(site, guest, handoff)
+        elif action is Action.RETIRE:
+            retire(site, guest, handoff)
+        elif action is Action.RUN_COPY and row is not None:
+            settle_arrival(site, journal, row)
+
+
+def _ask(
+    messenger: Callable[[str], Messenger], row: HandoffRow, event: Event, epoch: int
+) -> list[tuple[Event, int]]:
+    try:
+        return [(Event(e), n) for e, n in messenger(row.peer).own(row.guest, event.value, epoch, row.id)]
+    except (PeerError, HaulierError, ValueError) as error:
+        log.info("site %s does not answer about guest %s: %s", row.peer, row.guest, error)
+        return []
+
+
+def _forget(site: Site, row: HandoffRow) -> None:
+    with ChunkStore(site.store) as store:
+        with contextlib.suppress(HaulierError):
+            store.drop_manifest(incoming_name(row.id))
+        store.drop_lease(lease_of(row.id))
+
+
+def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str) -> None:
+    (site.handoff_root(row.id) / "mirror").unlink(missing_ok=True)
+    detail = dict(journal.handoff(row.id).detail)
+    detail.setdefault("recovered", True)
+    journal.end_handoff(row.id, outcome, detail=detail)

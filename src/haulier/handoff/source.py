@@ -1,0 +1,629 @@
+"""The source's side of a handoff: drives all phases, and is the one who passes the token."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from haulier.agent.site import Site
+from haulier.chunks.blocks import BlockIndex, BlockSpace, StoreBlockFinder
+from haulier.chunks.store import ChunkStore
+from haulier.disks.rounds import DiskRounds, Round
+from haulier.disks.transfer import DiskSender
+from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
+from haulier.guests.qemu import Qemu
+from haulier.guests.qmp import Event as QmpEvent
+from haulier.handoff import retained
+from haulier.handoff.check import differing, memory_digests
+from haulier.handoff.control import Control, failure
+from haulier.handoff.convergence import (
+    CLOSED_THRESHOLD,
+    Gate,
+    Reading,
+    Step,
+    Window,
+    switchover_bandwidth,
+    window,
+)
+from haulier.handoff.custody import Happened, happen
+from haulier.handoff.journal import Journal
+from haulier.handoff.memory_link import MemoryPump
+from haulier.handoff.messages import (
+    Accept,
+    Arrived,
+    Base,
+    BaseReady,
+    Channel,
+    DiskFinal,
+    Finish,
+    Job,
+    MemoryReady,
+    Offer,
+    Own,
+    PrepareMemory,
+    Running,
+    Status,
+)
+from haulier.handoff.ownership import Action, Event
+from haulier.handoff.progress import Progress
+from haulier.handoff.residence import guest_paths, incoming_name, lease_of, retire, spec_of
+from haulier.memory.proxy import SourceProxy
+from haulier.session import PathAddress, Session, TlsConfig
+from haulier.units import PAGE
+
+log = logging.getLogger(__name__)
+
+CONNECT_S = 60.0
+MAX_BANDWIDTH = 1 << 30
+"""bytes/s: QEMU never paces itself, the window does."""
+QEMU_SNDBUF = 65536
+"""Of QEMU's end of the socket pair: what lies there is neither dirty any more nor sent yet."""
+SLOW_LINK_BPS = 50e6
+PROBE_BYTES = 96 * 1024
+QUIET_DISK = 256 * 1024
+"""Wire bytes of a disk round below which memory may start."""
+
+
+class Peer(Protocol):
+    """The target's agent, as far as a worker talks to it."""
+
+    def offer(self, offer: Offer) -> Accept: ...
+    def own(self, guest: str, event: str, epoch: int, handoff: str = "") -> list[tuple[str, int]]: ...
+
+
+class SourceHandoff:
+    """One handoff at its source. `run` returns the report; raises what went wrong, with the guest running here."""
+
+    def __init__(self, site: Site, journal: Journal, job: Job, peer: Peer, cancelled: threading.Event) -> None:
+        self.site, self.journal, self.job, self.peer = site, journal, job, peer
+        self.row = journal.guest(job.guest)
+        self.spec = spec_of(self.row)
+        self.paths = guest_paths(site, job.guest)
+        self.directory: Path = site.handoff_root(job.handoff)
+        self.progress = Progress(
+            self.directory,
+            Status(handoff=job.handoff, role="source", guest=job.guest, source=site.name, target=job.peer),
+        )
+        self.report: dict[str, Any] = {}
+        self._cancelled = cancelled
+        self._store = ChunkStore(site.store)
+        self._session: Session | None = None
+        self._control: Control | None = None
+        self._pump: MemoryPump | None = None
+        self._rounds: DiskRounds | None = None
+        self._sender: DiskSender | None = None
+        self._began = False
+        self._granted = False
+        self._refused = False
+        self._ending = False
+        self._rate = 0.0
+        self._disk_rounds: list[dict[str, Any]] = []
+        self._marks: dict[str, float] = {}
+        self._stop_event: QmpEvent | None = None
+
+    # -- the whole of it -------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Hands the guest over. On any failure before the token the guest runs on here and nothing is left behind."""
+        self.qemu = Qemu.adopt(self.paths, worker=True)
+        try:
+            self._hand_over()
+        except BaseException as error:
+            if self._granted and not self._refused:
+                raise
+            self._back_out(error)
+            raise
+        finally:
+            self._close()
+        return self.report
+
+    def _hand_over(self) -> None:
+        self._marks["begin"] = time.time()
+        self._preflight()
+        offer, accept = self._offer()
+        self._connect(offer, accept)
+        self._first_disk(accept)
+        self._start_memory(accept)
+        self._converge()
+        self._switch_over()
+        self._pass_token()
+        self._finish()
+
+    def _check(self) -> None:
+        """Raises whatever stands against going on."""
+        if self._cancelled.is_set() and not self._granted:
+            raise Cancelled(f"handoff of {self.job.guest!r} cancelled; the guest runs on at site {self.site.name!r}")
+        if self._pump is not None and self._pump.error is not None:
+            error = self._pump.error
+            if isinstance(error, HaulierError):
+                raise error
+            raise GuestError(f"the memory stream of guest {self.job.guest!r} broke off ({error}): see its qemu.log") from error
+        deadline = self.job.options.deadline_s
+        if deadline and not self._granted and time.time() - self._marks["begin"] > deadline:
+            raise HandoffFailed(
+                f"guest {self.job.guest!r} was not at site {self.job.peer!r} within {deadline:g} s; it runs on at "
+                f"{self.site.name!r}: allow more time, or let it write less"
+            )
+
+    def _observe(self) -> None:
+        session = self._session
+        if session is None:
+            return
+        sent, received = session.wire_bytes()
+        status = self.progress.status
+        status.wire_bytes = sent + received
+        status.rate_bps = self._rate = session.rate_bps() or self._rate
+        status.rtt_s = session.rtt_s()
+        status.paths = [msgspec.to_builtins(path) for path in session.paths()]
+
+    # -- offer and connection --------------------------------------------------------------------------------------
+
+    def _preflight(self) -> None:
+        self.progress.phase("offer", "looking whether the guest can go")
+        state = self.qemu.status()
+        if state != "running":
+            raise GuestError(f"guest {self.job.guest!r} is {state}, not running: 'haulier guest show' tells more")
+
+    def _offer(self) -> tuple[Offer, Accept]:
+        happened = happen(
+            self.journal, self.job.guest, Event.BEGIN, decided=True, handoff=self.job.handoff
+        )
+        self._began = True
+        self._epoch = happened.after.pending
+        self.journal.update_handoff(self.job.handoff, epoch=self._epoch)
+        manifest = self._store.load_manifest(self.row.manifest)
+        offer = Offer(
+            handoff=self.job.handoff,
+            source=self.site.name,
+            spec=self.row.spec,
+            epoch=self._epoch,
+            secret=secrets.token_hex(32),
+            manifest=manifest.digest.hex(),
+            disk_bytes=len(manifest.unique()) * 65536,
+            memory_bases=tuple(retained.candidates(self.site, self.spec.name, self.spec.uuid, self.spec.golden)),
+            accelerator=self.qemu.accel,
+            options=self.job.options,
+        )
+        self._manifest = manifest
+        return offer, self.peer.offer(offer)
+
+    def _connect(self, offer: Offer, accept: Accept) -> None:
+        self.progress.phase("connect", f"connecting to {self.job.peer}")
+        site = self.site
+        session = self._session = Session.connect(
+            TlsConfig(site.certificate, site.key, site.ca_certificate, self.job.peer),
+            bytes.fromhex(offer.secret),
+            peers=[PathAddress(host, accept.port, None) for host in accept.bulk],
+        )
+        self._control = Control(session, self.job.peer, self._check)
+        session.wait_connected(CONNECT_S)
+        self._control.compare_clocks()
+        if not accept.manifest:
+            self._control.send(Base(self._manifest.encode()))
+            self._control.wait(BaseReady, 120)
+        self._observe()
+
+    # -- disk ------------------------------------------------------------------------------------------------------
+
+    def _first_disk(self, accept: Accept) -> None:
+        """What the target lacks of the base, then rounds until they are small. Disk goes first: memory is full of it."""
+        assert self._session is not None and self._control is not None
+        self.progress.phase("disk", "sending what the disk has and the target lacks")
+        self._store.add_lease(lease_of(self.job.handoff))
+        space = BlockSpace(self._store)
+        space.append(list(self._manifest.chunks()))
+        index = self._index()
+        self._finder = StoreBlockFinder(index, space)
+        sender = self._sender = DiskSender(
+            self._store,
+            self._manifest,
+            space,
+            index,
+            lambda data: self._session.send(Channel.DISK, data),  # type: ignore[union-attr]
+            lease_of(self.job.handoff),
+            check=self._check_while_waiting,
+        )
+        self._session.on(Channel.DISK, sender.handle)
+        sender.offer_manifest()
+        self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
+        report = self._send_round(self._rounds.begin())
+        for _ in range(4):
+            if report["wire_bytes"] <= max(QUIET_DISK, self._rate / 8 * 0.5):
+                break
+            report = self._send_round(self._rounds.next())
+        self._probe()
+
+    def _index(self) -> BlockIndex:
+        """Where 4 KiB blocks of the disk are to be found: the golden snapshot's index, corrected for this manifest."""
+        golden = self.site.golden / self.spec.golden if self.spec.golden else None
+        if golden is not None and (golden / "blocks.idx").exists():
+            index = BlockIndex.load(golden / "blocks.idx")
+            name = f"golden/{self.spec.golden}"
+            if name in self._store.manifest_names(name):
+                changed = self._manifest.changed(self._store.load_manifest(name))
+                for position in changed:
+                    index.add_chunk(self._store, self._manifest[position], position)
+            return index
+        return BlockIndex.build(self._store, list(self._manifest.chunks()))
+
+    def _check_while_waiting(self) -> None:
+        """Called by the disk sender while it waits for the target."""
+        assert self._control is not None
+        self._check()
+        for message in self._control.poll():
+            raise HandoffFailed(f"site {self.job.peer!r} said {type(message).__name__} out of turn: same haulier at both?")
+        self._observe()
+        self.progress.write()
+
+    def _send_round(self, current: Round, *, last: bool = False) -> dict[str, Any]:
+        """Sends one disk round and waits until it is durable at the target. A round is cut short when the guest stops."""
+        assert self._sender is not None and self._rounds is not None
+        began = time.time()
+        with current:
+            sent = self._sender.send_round(self._until_stop(current, last), ask=not last)
+        if last:
+            assert self._control is not None
+            self._control.send(DiskFinal(self._sender.manifest.digest))
+        self._sender.commit(wait=not last)
+        self._observe()
+        entry = {
+            "round": current.number,
+            "last": last,
+            "dirty": len(current.dirty),
+            "sent": sent.chunks,
+            "wire_bytes": sent.wire_bytes,
+            "seconds": round(time.time() - began, 4),
+            "at": round(began - self._marks["begin"], 4),
+        }
+        self._disk_rounds.append(entry)
+        return entry
+
+    def _until_stop(self, current: Round, last: bool) -> Iterator[tuple[int, bytes]]:
+        for item in current.items():
+            yield item
+            self._observe()
+            self.progress.left(len(current.left) * 20_000, self._memory_left())
+            if not last and self._stopped():
+                return
+            self._check()
+
+    def _probe(self) -> None:
+        """Learns the link's rate where the disk gave no occasion to."""
+        assert self._session is not None
+        if self._session.wire_bytes()[0] > 4 * PROBE_BYTES and self._session.rate_bps() > 0:
+            return
+        for _ in range(4):
+            self._session.send(Channel.PROBE, os.urandom(PROBE_BYTES // 4))
+        self._session.wait_below(0, Channel.PROBE, timeout=20)
+        self._observe()
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _start_memory(self, accept: Accept) -> None:
+        assert self._session is not None and self._control is not None
+        self.progress.phase("memory", "sending memory while the guest runs")
+        base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
+        self._control.send(PrepareMemory(accept.memory_base))
+        level = self.job.options.level or (9 if self._rate < SLOW_LINK_BPS else 3)
+        proxy = SourceProxy(self.directory / "mirror", base, self._finder, level=level)
+        self._wait_prepared()
+        ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        qemus.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, QEMU_SNDBUF)
+        self._pump = MemoryPump(ours, proxy, self._session, self._window)
+        qemu = self.qemu
+        qemu.set_capabilities(events=True, pause_before_switchover=True, return_path=True)
+        qemu.set_parameters(
+            max_bandwidth=MAX_BANDWIDTH,
+            downtime_limit=self.job.options.downtime_ms,
+            avail_switchover_bandwidth=switchover_bandwidth(CLOSED_THRESHOLD, self.job.options.downtime_ms),
+        )
+        self._mark = qemu.qmp.mark()
+        self._marks["memory"] = time.time()
+        try:
+            qemu.migrate_fd(qemus.fileno())
+        finally:
+            qemus.close()
+        self._pump.start()
+
+    def _wait_prepared(self) -> None:
+        assert self._control is not None
+        self._control.wait(MemoryReady, 90)
+
+    def _window(self) -> Window:
+        assert self._session is not None
+        return window(self._rate or 10e6, self._session.rtt_s(), self._ending)
+
+    def _stopped(self) -> bool:
+        """The guest has stopped for the switchover (or QEMU gave up, which `_converge` finds out)."""
+        if self._stop_event is not None:
+            return True
+        if self._pump is None:
+            return False
+        for event in self.qemu.qmp.events(self._mark):
+            if event.name == "STOP":
+                self._stop_event = event
+                return True
+            if event.name == "MIGRATION" and event.data.get("status") in {"failed", "cancelled"}:
+                reason = self.qemu.query_migrate().get("error-desc", "QEMU gives no reason")
+                raise GuestError(f"QEMU gave up sending the memory of {self.job.guest!r}: {reason}")
+        return False
+
+    def _memory_left(self) -> int:
+        """Wire bytes of memory that are probably still to come."""
+        pump = self._pump
+        if pump is None:
+            return self.spec.memory_bytes // 20
+        ratio = pump.wire / pump.raw if pump.raw > 1 << 20 else 0.2
+        return int(self._remaining * ratio)
+
+    _remaining = 0
+
+    def _converge(self) -> None:
+        """Memory and disk rounds until the guest has stopped for the switchover."""
+        gate = Gate(self.job.options.downtime_ms)
+        gate.round_done(time.monotonic(), 0.0, 1 << 30, self._rate)
+        while not self._stopped():
+            self._check()
+            assert self._control is not None
+            for message in self._control.poll():
+                raise HandoffFailed(f"site {self.job.peer!r} said {type(message).__name__} too early: same haulier at both?")
+            self._observe()
+            ram = self.qemu.query_migrate().get("ram", {})
+            self._remaining = int(ram.get("remaining", self.spec.memory_bytes))
+            reading = Reading(time.monotonic(), int(ram.get("dirty-sync-count", 0)), self._remaining, self._rate)
+            self._ending = gate.near(reading)
+            self.progress.left(0, self._memory_left())
+            step = gate.step(reading)
+            if step is Step.DISK_ROUND:
+                assert self._rounds is not None
+                entry = self._send_round(self._rounds.next())
+                gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate)
+            elif step in (Step.OPEN, Step.CLOSE):
+                threshold = gate.threshold(self._rate) if step is Step.OPEN else CLOSED_THRESHOLD
+                self.qemu.set_parameters(
+                    avail_switchover_bandwidth=switchover_bandwidth(threshold, self.job.options.downtime_ms)
+                )
+            else:
+                with contextlib.suppress(GuestError):
+                    self.qemu.qmp.wait_event("STOP", timeout=0.05 if self._ending else 0.15, since=self._mark)
+        self.report["gate_attempts"] = gate.attempts
+
+    # -- switchover ------------------------------------------------------------------------------------------------
+
+    def _switch_over(self) -> None:
+        """The last disk round, device state, and the target's word that everything is there."""
+        assert self._control is not None and self._rounds is not None and self._stop_event is not None
+        self.progress.phase("switchover", "the guest is stopped")
+        self._ending = True
+        self._marks["stop"] = self._stop_event.at
+        self.qemu.wait_migration({"pre-switchover"}, 30, since=self._mark)
+        self._marks["pre-switchover"] = time.time()
+        self._send_round(self._rounds.final(), last=True)
+        self._rounds.stop()
+        self._marks["disk-sent"] = time.time()
+        self.qemu.migrate_continue()
+        memory = b""
+        if self.job.options.check:
+            memory = memory_digests(self.paths.ram)
+        self._arrived = arrived = self._control.wait(Arrived, 120)
+        self._marks["arrived"] = time.time()
+        self._sent_completely()
+        self._compare(arrived, memory)
+
+    def _sent_completely(self) -> None:
+        self.qemu.wait_migration({"completed"}, 30, since=self._mark)
+        self.qemu.postmigrate()
+        self._marks["completed"] = time.time()
+
+    def _compare(self, arrived: Arrived, memory: bytes) -> None:
+        """Nothing unverified runs: the stream, the manifest and (if asked for) all of memory must be the same there."""
+        assert self._pump is not None and self._sender is not None
+        if arrived.epoch != self._epoch:
+            raise Corrupt(f"site {self.job.peer!r} votes for epoch {arrived.epoch}, not {self._epoch}: try again")
+        if arrived.raw_bytes != self._pump.raw or arrived.stream_digest != self._pump.proxy.finish():
+            raise Corrupt(
+                f"memory arrived differently at site {self.job.peer!r} ({arrived.raw_bytes} of {self._pump.raw} bytes): "
+                "nothing was lost here; try again"
+            )
+        if arrived.manifest != self._sender.manifest.digest:
+            raise Corrupt(f"the disk at site {self.job.peer!r} is not the one that was sent: nothing was lost here; try again")
+        if self.job.options.check:
+            wrong = differing(memory, arrived.memory)
+            self.report["check"] = {
+                "regions": len(memory) // 16,
+                "differing": wrong[:100],
+                "memory_equal": not wrong,
+                "seconds": round(arrived.check_s, 4),
+            }
+            if wrong:
+                raise Corrupt(
+                    f"the memory of {self.job.guest!r} differs in {len(wrong)} MiB at site {self.job.peer!r} "
+                    f"(first at {wrong[0]} MiB): nothing was lost here; report it with the handoff's directory"
+                )
+
+    def _pass_token(self) -> None:
+        assert self._control is not None
+        control = self._control
+        self._check()
+        # From the next line on this site never runs the guest again, unless the target refuses.
+        happened = happen(self.journal, self.job.guest, Event.GRANT, decided=True)
+        self._granted = True
+        self._send(happened)
+        self._marks["token"] = time.time()
+        self.progress.phase("token", "the guest is the target's")
+        while True:
+            try:
+                news = control.next(2.0)
+                if isinstance(news, Exception):
+                    raise news
+            except HaulierError as error:
+                if not self._ask_agent():
+                    raise HandoffFailed(
+                        f"the token for {self.job.guest!r} is on its way to site {self.job.peer!r}, which cannot be heard "
+                        f"({error}); the agents go on asking, 'haulier status' shows the result"
+                    ) from error
+                return
+            if news is None:
+                self._send(happen(self.journal, self.job.guest, Event.RETRY))
+            elif isinstance(news, Running):
+                self._marks["running"] = news.at - control.clock_offset
+            elif isinstance(news, Own) and self._settled(Event(news.event), news.epoch):
+                return
+
+    def _settled(self, event: Event, epoch: int) -> bool:
+        happened = happen(
+            self.journal,
+            self.job.guest,
+            event,
+            epoch,
+            **({"owner": self.job.peer, "wanted": ""} if event is Event.TOOK else {}),
+        )
+        self._send(happened)
+        if Action.RETIRE in happened.actions:
+            return True
+        if Action.RESUME in happened.actions:
+            self._refused = True
+            raise HandoffFailed(
+                f"site {self.job.peer!r} refused the token; guest {self.job.guest!r} runs on at {self.site.name!r}"
+            )
+        return False
+
+    def _ask_agent(self) -> bool:
+        """The session is gone with the token on its way: asks the target's agent for a while."""
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(PeerError):
+                for event, epoch in self.peer.own(self.job.guest, Event.TOKEN.value, self._epoch, self.job.handoff):
+                    if self._settled(Event(event), epoch):
+                        return True
+            time.sleep(0.5)
+        return False
+
+    def _send(self, happened: Happened) -> None:
+        assert self._control is not None
+        for event, epoch in happened.messages():
+            with contextlib.suppress(PeerError):
+                self._control.own(event, epoch)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """The guest runs at the target: keeps what serves the way back, clears away the rest, writes the report."""
+        assert self._pump is not None and self._sender is not None and self._session is not None
+        done = time.time()
+        if "running" not in self._marks and self._control is not None:
+            with contextlib.suppress(HaulierError):
+                self._marks["running"] = self._control.wait(Running, 3).at - self._control.clock_offset
+        self._observe()
+        name = retained.memory_id(self.spec.uuid, self._epoch, self._arrived.stream_digest)
+        with contextlib.suppress(PeerError):
+            if self._control is not None:
+                self._control.send(Finish(name))
+        self.progress.phase("finish", "clearing away")
+        self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest)
+        proxy = self._pump.proxy
+        self.report.update(self._figures(done))
+        self._pump.close()
+        proxy.close()
+        meta = retained.Retained(
+            id=name,
+            guest=self.spec.name,
+            uuid=self.spec.uuid,
+            epoch=self._epoch,
+            manifest=self._sender.manifest.digest.hex(),
+        )
+        retained.keep(self.site, meta, self.directory / "mirror")
+        self.qemu.close()
+        retire(self.site, self.spec.name, self.job.handoff)
+        self.journal.advance(self.spec.name, "away", "away", manifest="")
+
+    def _figures(self, done: float) -> dict[str, Any]:
+        assert self._pump is not None and self._sender is not None and self._session is not None
+        marks = self._marks
+        begin, stop = marks["begin"], marks["stop"]
+        running = marks.get("running", done)
+        check_s = float(self.report.get("check", {}).get("seconds", 0.0))
+        sent, received = self._session.wire_bytes()
+        counters = self._pump.proxy.counters
+        ram = self.qemu.query_migrate().get("ram", {})
+        return {
+            "handoff": self.job.handoff,
+            "guest": self.spec.name,
+            "source": self.site.name,
+            "target": self.job.peer,
+            "epoch": self._epoch,
+            "outcome": "done",
+            "accelerator": self.qemu.accel,
+            "total_s": round(running - begin, 4),
+            "until_released_s": round(done - begin, 4),
+            "downtime_ms": round((running - stop - check_s) * 1000, 1),
+            "check_ms": round(check_s * 1000, 1),
+            "stopped_at": stop,
+            "running_at": running,
+            "clock_offset_s": self._control.clock_offset if self._control else 0.0,
+            "switchover_ms": {
+                key: round((marks[key] - stop) * 1000, 1)
+                for key in ("pre-switchover", "disk-sent", "arrived", "completed", "token", "running")
+                if key in marks
+            },
+            "wire": {"sent": sent, "received": received, "paths": self.progress.status.paths},
+            "rate_bps": self._rate,
+            "rtt_s": self._session.rtt_s(),
+            "memory": {
+                "raw_bytes": self._pump.raw,
+                "wire_bytes": self._pump.wire,
+                "rounds": ram.get("dirty-sync-count", 0),
+                "resent_pages": max(0, ram.get("normal", 0) - self.spec.memory_bytes // PAGE),
+                "stalled_s": round(self._pump.stalled_s, 3),
+                "kinds": msgspec.to_builtins(counters),
+                "warnings": list(self._pump.proxy.warnings),
+            },
+            "disk": {"rounds": self._disk_rounds, "origin": msgspec.to_builtins(self._sender.counters)},
+        }
+
+    def _back_out(self, error: BaseException) -> None:
+        """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""
+        log.warning("handoff %s of %s: %s", self.job.handoff, self.job.guest, error)
+        self.progress.phase("back out", str(error))
+        if self._rounds is not None:
+            with contextlib.suppress(HaulierError):
+                self._rounds.abort()
+        if self._pump is not None:
+            with contextlib.suppress(HaulierError):
+                self.qemu.migrate_cancel()
+            self._pump.close()
+            self._pump.proxy.close()
+        if self.qemu.alive():
+            self.qemu.resume_source()
+        if self._began and not self._refused:
+            happened = happen(self.journal, self.job.guest, Event.FAIL)
+            if self._control is not None:
+                with contextlib.suppress(HaulierError):
+                    self._control.send(failure(error))
+                self._send(happened)
+            with contextlib.suppress(HaulierError):
+                # Also by way of the agents: the worker there may never have been reached.
+                self.peer.own(self.job.guest, Event.ABORT.value, self._epoch, self.job.handoff)
+        (self.directory / "mirror").unlink(missing_ok=True)
+        with contextlib.suppress(HaulierError):
+            self._store.drop_manifest(incoming_name(self.job.handoff))
+        self._store.drop_lease(lease_of(self.job.handoff))
+
+    def _close(self) -> None:
+        self.progress.finish()
+        self.report["phases"] = self.progress.phases
+        if self._session is not None:
+            self._session.close(linger_s=3)
+        self.qemu.close()
+        self._store.close()
+        self.progress.write(force=True)

@@ -1,0 +1,384 @@
+"""The target's side of a handoff: collects a copy that stays stopped, votes, and runs it on the token only."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from haulier.agent.site import Site
+from haulier.chunks.blocks import BlockSpace
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.disks.export import DiskExport
+from haulier.disks.transfer import DiskReceiver
+from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
+from haulier.guests.qemu import Qemu, create_overlay
+from haulier.guests.tap import create_tap, tap_name
+from haulier.handoff import retained
+from haulier.handoff.check import memory_digests
+from haulier.handoff.control import Control, failure
+from haulier.handoff.custody import Happened, happen
+from haulier.handoff.journal import Journal
+from haulier.handoff.memory_link import MemorySink
+from haulier.handoff.messages import (
+    Arrived,
+    Base,
+    BaseReady,
+    Channel,
+    DiskFinal,
+    Finish,
+    Job,
+    MemoryReady,
+    Own,
+    PrepareMemory,
+    Running,
+    Status,
+)
+from haulier.handoff.ownership import Action, Event
+from haulier.handoff.progress import Progress
+from haulier.handoff.residence import (
+    call_moved_hook,
+    discard_copy,
+    guest_paths,
+    incoming_name,
+    lease_of,
+    manifest_name,
+    run_copy,
+    spec_of,
+)
+from haulier.memory.mirror import Mirror
+from haulier.memory.proxy import TargetProxy
+from haulier.session import Session, TlsConfig
+
+log = logging.getLogger(__name__)
+CONNECT_S = 60.0
+TOKEN_S = 15.0
+"""How long a complete copy waits for the token before the worker leaves the matter to the agents."""
+
+
+class Undecided(HandoffFailed):
+    """The copy is ready, and the source cannot be heard: the agents settle it between them."""
+
+
+class TargetHandoff:
+    """One handoff at its target. `run` returns the outcome: "done", "failed" or "undecided"."""
+
+    def __init__(self, site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> None:
+        assert job.offer is not None
+        self.site, self.journal, self.job, self.offer = site, journal, job, job.offer
+        row = journal.guest(job.guest)
+        self.spec = spec_of(row)
+        self.paths = guest_paths(site, job.guest)
+        self.directory: Path = site.handoff_root(job.handoff)
+        self.progress = Progress(
+            self.directory,
+            Status(handoff=job.handoff, role="target", guest=job.guest, source=job.peer, target=site.name),
+        )
+        self.outcome = "failed"
+        self._cancelled = cancelled
+        self._qemu: Qemu | None = None
+        self._sink: MemorySink | None = None
+        self._mirror: Mirror | None = None
+        self._export: DiskExport | None = None
+        self._receiver: DiskReceiver | None = None
+        self._store = ChunkStore(site.store)
+        self._final: bytes | None = None
+        self._loaded_at = 0.0
+        self._voted = False
+        self._running = False
+        self._lock = threading.Lock()
+
+    # -- the whole of it -------------------------------------------------------------------------------------------
+
+    def run(self) -> str:
+        """Works until the guest runs here for good, or the copy is thrown away."""
+        site = self.site
+        session = Session.listen(
+            TlsConfig(site.certificate, site.key, site.ca_certificate, self.job.peer),
+            bytes.fromhex(self.offer.secret),
+            bind=site.bulk,
+        )
+        self.control = Control(session, self.job.peer, self._check)
+        try:
+            self._store.add_lease(lease_of(self.job.handoff))
+            self._prepare_disk()
+            session.on(Channel.DISK, self._disk)
+            session.on(Channel.PROBE, lambda data: None)
+            self.progress.status.port = session.port
+            self.progress.phase("connect")
+            session.wait_connected(CONNECT_S)
+            self.progress.phase("receive")
+            self._work(session)
+        except Undecided as error:
+            log.warning("%s", error)
+            self.outcome = "undecided"
+        except Exception as error:
+            log.exception("handoff %s", self.job.handoff)
+            self._fail(error)
+        finally:
+            self._close(session)
+        return self.outcome
+
+    def _work(self, session: Session) -> None:
+        quiet_since = 0.0
+        while True:
+            self._observe(session)
+            try:
+                news = self.control.next(0.1)
+            except PeerError as error:
+                if self._running:
+                    return  # the guest runs here; the source will learn it from the agent
+                if self._voted:
+                    raise Undecided(f"complete, but the source cannot be heard ({error}): the agents settle it") from error
+                raise
+            if isinstance(news, Exception):
+                raise news
+            if isinstance(news, str):
+                self._maybe_arrived()
+            elif isinstance(news, Base):
+                self._adopt_base(news)
+            elif isinstance(news, PrepareMemory):
+                self._prepare_memory(news)
+            elif isinstance(news, DiskFinal):
+                self._final = news.manifest
+                self._maybe_arrived()
+            elif isinstance(news, Own):
+                if self._owned(news):
+                    return
+            elif isinstance(news, Finish):
+                self._finish(news)
+                return
+            elif news is not None:
+                raise HandoffFailed(f"site {self.job.peer!r}: {getattr(news, 'text', news)}")
+            if self._running:
+                # The source may be gone for good: what it still has to say is only useful, not needed.
+                quiet_since = quiet_since or time.monotonic()
+                if time.monotonic() - quiet_since > 60:
+                    return
+
+    def _check(self) -> None:
+        if self._cancelled.is_set() and not self._running:
+            self._cancelled.clear()
+            raise HandoffFailed("the target's operator or agent stopped the handoff")
+
+    def _observe(self, session: Session) -> None:
+        sent, received = session.wire_bytes()
+        status = self.progress.status
+        status.wire_bytes = received + sent
+        status.rate_bps = session.rate_bps()
+        status.rtt_s = session.rtt_s()
+        self.progress.write()
+
+    # -- disk ------------------------------------------------------------------------------------------------------
+
+    def _prepare_disk(self) -> None:
+        wanted = bytes.fromhex(self.offer.manifest)
+        for name in self._store.manifest_names():
+            manifest = self._store.load_manifest(name) if self._store.manifest_digest(name) == wanted else None
+            if manifest is not None:
+                self._start_receiver(manifest)
+                return
+
+    def _adopt_base(self, news: Base) -> None:
+        manifest = Manifest.decode(news.manifest)
+        if manifest.digest != bytes.fromhex(self.offer.manifest) or manifest.size != self.spec.disk_size:
+            raise Corrupt(f"the manifest that site {self.job.peer!r} sent is not the one it offered: try again")
+        if self._receiver is None:
+            self._start_receiver(manifest)
+        self.control.send(BaseReady())
+
+    def _start_receiver(self, manifest: Manifest) -> None:
+        space = BlockSpace(self._store)
+        space.append(list(manifest.chunks()))
+        name = incoming_name(self.job.handoff)
+        self._space = space
+        self._receiver = DiskReceiver(
+            self._store,
+            manifest,
+            space,
+            lambda data: self.control.session.send(Channel.DISK, data, urgent=True),
+            lease_of(self.job.handoff),
+            manifest_name=name,
+            on_commit=self._committed,
+        )
+
+    def _disk(self, data: bytes) -> None:
+        try:
+            if self._receiver is None:
+                raise Corrupt("disk messages came before the manifest they are about: run the same haulier at both sites")
+            self._receiver.handle(data)
+        except Exception as error:
+            self.control.tell(error)
+
+    def _committed(self, manifest: Manifest) -> None:
+        with self._lock:
+            if self._export is not None:
+                self._export.swap(incoming_name(self.job.handoff))
+        self.control.tell("committed")
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _prepare_memory(self, news: PrepareMemory) -> None:
+        if self._receiver is None or self._qemu is not None:
+            raise Corrupt("the source's messages came in an order that makes no sense: run the same haulier at both sites")
+        spec, paths = self.spec, self.paths
+        base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
+        name = incoming_name(self.job.handoff)
+        paths.prepare()
+        with self._lock:
+            if name not in self._store.manifest_names(name):
+                self._store.save_manifest(name, self._receiver.manifest)
+            self._export = DiskExport.start(self.site.store, name, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log)
+        create_overlay(paths.overlay, spec.disk_size)
+        tap = None
+        if spec.address:
+            tap = tap_name(spec.name)
+            create_tap(tap)
+        qemu = self._qemu = Qemu.start(spec, paths, incoming=True, nic=tap, worker=True)
+        self._mark = qemu.qmp.mark()
+        qemu.set_capabilities(events=True, late_block_activate=True, pause_before_switchover=True, return_path=True)
+        qemu.prepare_incoming(f"unix:{paths.mig_sock}")
+        proxy = TargetProxy(self.directory / "mirror", base, self._space)
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stream.connect(str(paths.mig_sock))
+        self._sink = MemorySink(stream, proxy, self.control.session, self.control.tell)
+        threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
+        self.control.send(MemoryReady())
+
+    def _await_loaded(self) -> None:
+        assert self._qemu is not None
+        try:
+            self._qemu.wait_migration({"completed"}, timeout=1e7, since=self._mark)
+        except GuestError as error:
+            if not self._voted:
+                self.control.tell(error)
+            return
+        self._loaded_at = time.time()
+        self.control.tell("loaded")
+
+    def _maybe_arrived(self) -> None:
+        """Votes once memory is loaded and the final manifest is durable here."""
+        if self._voted or not self._loaded_at or self._final is None:
+            return
+        assert self._receiver is not None and self._qemu is not None and self._sink is not None
+        if self._receiver.manifest.digest != self._final or not self._receiver.committed:
+            return
+        if self._qemu.status() != "paused":
+            self._qemu.wait_status({"paused"}, 10)
+        memory, check_s = b"", 0.0
+        if self.offer.options.check:
+            began = time.monotonic()
+            memory = memory_digests(self.paths.ram)
+            check_s = time.monotonic() - began
+        proxy = self._sink.proxy
+        self._voted = True
+        happened = happen(self.journal, self.spec.name, Event.COMPLETE, decided=True)
+        self.control.send(
+            Arrived(happened.after.pending, proxy.raw_bytes, proxy.digest(), self._final, memory, check_s)
+        )
+        self._send(happened)
+        self.progress.phase("ready")
+
+    # -- ownership -------------------------------------------------------------------------------------------------
+
+    def _send(self, happened: Happened) -> None:
+        for event, epoch in happened.messages():
+            self.control.own(event, epoch)
+
+    def _owned(self, news: Own) -> bool:
+        """Acts on a message of the ownership table; True when there is nothing left to do here."""
+        happened = happen(
+            self.journal,
+            self.spec.name,
+            Event(news.event),
+            news.epoch,
+            **({"owner": self.site.name, "wanted": "running"} if news.event == Event.TOKEN else {}),
+        )
+        for action in happened.actions:
+            if action is Action.RUN_COPY:
+                self._run()
+            elif action is Action.DISCARD_COPY:
+                self._discard()
+                return True
+        self._send(happened)
+        if Action.RUN_COPY in happened.actions:
+            self._settle()
+        return False
+
+    def _run(self) -> None:
+        assert self._qemu is not None
+        at = run_copy(self.site, self._qemu)
+        self._running = True
+        self.outcome = "done"
+        self.control.send(Running(at))
+
+    def _settle(self) -> None:
+        """All that need not be done before the guest runs, most urgent first."""
+        call_moved_hook(self.site, self.spec, self.job.peer)
+        self.progress.phase("running")
+        # The guest's manifest gets its lasting name only now; until here the incoming one pinned the chunks.
+        name = manifest_name(self.spec.name)
+        assert self._receiver is not None
+        self._store.save_manifest(name, self._receiver.manifest)
+        self.journal.advance(self.spec.name, "owner", "owner", manifest=name)
+        with self._lock:
+            if self._export is not None:
+                self._export.swap(name)
+        self._store.drop_manifest(incoming_name(self.job.handoff))
+        self._store.drop_lease(lease_of(self.job.handoff))
+
+    def _finish(self, news: Finish) -> None:
+        """Keeps the mirror for the way back."""
+        if self._sink is None or not news.memory_id:
+            return
+        proxy = self._sink.proxy
+        self._sink.close()
+        proxy.close()
+        row = self.journal.guest(self.spec.name)
+        meta = retained.Retained(id=news.memory_id, guest=self.spec.name, uuid=self.spec.uuid, epoch=row.epoch)
+        retained.keep(self.site, meta, self.directory / "mirror")
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _fail(self, error: BaseException) -> None:
+        if self._running:
+            return
+        with contextlib.suppress(HaulierError):
+            self.control.send(failure(error))
+        happened = happen(self.journal, self.spec.name, Event.FAIL)
+        if Action.DISCARD_COPY in happened.actions:
+            self._discard()
+            with contextlib.suppress(HaulierError):
+                self._send(happened)
+        if isinstance(error, Corrupt):
+            # Whatever did not match may be the picture that the mirror started from.
+            retained.forget(self.site, self.spec.name)
+        self.journal.update_handoff(self.job.handoff, detail={"error": str(error)})
+
+    def _discard(self) -> None:
+        self.outcome = "failed"
+        if self._sink is not None:
+            self._sink.close()
+        if self._qemu is not None:
+            self._qemu.close()
+        discard_copy(self.site, self.spec.name, self.job.handoff)
+
+    def _close(self, session: Session) -> None:
+        if self._sink is not None:
+            self._sink.close()
+            self._sink.proxy.close()
+        (self.directory / "mirror").unlink(missing_ok=True)
+        session.close(linger_s=3)
+        if self._qemu is not None:
+            self._qemu.close()
+        self._store.close()
+        self.progress.finish()
+        self.progress.write(force=True)
+
+    def report(self) -> dict[str, Any]:
+        return {"handoff": self.job.handoff, "role": "target", "outcome": self.outcome, "phases": self.progress.phases}
