@@ -267,7 +267,8 @@ def _quantity(value: object, units: Mapping[str, float], plain: str, where: str,
     if isinstance(value, str) and len(value) < 40:
         match = re.fullmatch(_NUMBER + r"([a-z%]*)", value.strip().lower())
         if match and (match[2] or plain) in units:
-            return float(match[1]) * units[match[2] or plain]
+            # Rounded, so that "100us" is 0.0001 and not a hair less.
+            return round(float(match[1]) * units[match[2] or plain], 12)
     raise UsageError(f"{where} = {value!r}: give {wanted}")
 
 

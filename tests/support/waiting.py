@@ -1,0 +1,21 @@
+"""Waiting for a condition instead of sleeping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T], deadline_s: float = 30.0, what: str = "the condition") -> T:
+    """Calls `condition` until what it returns is true, and returns that; fails after `deadline_s` seconds."""
+    end = time.monotonic() + deadline_s
+    while True:
+        found = condition()
+        if found:
+            return found
+        if time.monotonic() > end:
+            raise AssertionError(f"{what} did not come true within {deadline_s:g} s")
+        time.sleep(0.02)
