@@ -1,0 +1,8 @@
+"""Owns the codecs that turn bytes into fewer bytes: one streaming zstd context per direction.
+
+Never touches sockets, files, clocks or threads.
+"""
+
+from haulier.compress.stream import StreamCompressor, StreamDecompressor
+
+__all__ = ["StreamCompressor", "StreamDecompressor"]

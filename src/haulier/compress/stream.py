@@ -1,0 +1,82 @@
+"""Streaming zstd, flushed after each batch, with a window that outlives the batches.
+
+One context serves one direction of one handoff, so that guest A's secrets never shape the length of guest B's bytes.
+Both ends hold the window in memory: 1 << window_log bytes each. The decompressor never gives out more than it was told
+to expect, and never allocates a larger window than it was told to allow.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from haulier.compress import zstd
+from haulier.errors import Corrupt, UsageError
+
+MIN_WINDOW_LOG: Final = 20
+MAX_WINDOW_LOG: Final = 27
+DEFAULT_WINDOW_LOG: Final = 25
+SLOW_LINK_BPS: Final = 50e6
+
+Buffer = bytes | bytearray | memoryview
+
+
+def level_for(link_bps: float) -> int:
+    """The zstd level that pays on a link of that many bits a second.
+
+    Level 9 makes 2 to 8 % fewer bytes than level 3 and keeps 40 to 90 MB/s of residual per core flowing, which is more
+    than a link under about 50 Mbps carries.
+    """
+    return 9 if link_bps < SLOW_LINK_BPS else 3
+
+
+class StreamCompressor:
+    """One zstd frame without end.
+
+    `level` is zstd's; `window_log` is the base-2 logarithm of the window in bytes; `long` turns long-distance matching
+    on, which finds what was sent tens of megabytes ago at a small price.
+    """
+
+    def __init__(self, level: int = 3, window_log: int = DEFAULT_WINDOW_LOG, long: bool = True) -> None:
+        if not MIN_WINDOW_LOG <= window_log <= MAX_WINDOW_LOG:
+            raise UsageError(f"window_log {window_log} is outside {MIN_WINDOW_LOG} to {MAX_WINDOW_LOG}")
+        options: dict[int, int] = {
+            zstd.CompressionParameter.compression_level: level,
+            zstd.CompressionParameter.window_log: window_log,
+            zstd.CompressionParameter.enable_long_distance_matching: int(long),
+            zstd.CompressionParameter.checksum_flag: 0,
+        }
+        try:
+            self._zstd = zstd.ZstdCompressor(options=options)
+        except (ValueError, zstd.ZstdError) as error:
+            raise UsageError(f"zstd does not take level {level}: {error}") from error
+
+    def compress(self, *data: Buffer) -> bytes:
+        """The bytes from which the peer's decompressor gives back all of `data` at once (a block boundary)."""
+        out = [self._zstd.compress(part, zstd.ZstdCompressor.CONTINUE) for part in data]
+        out.append(self._zstd.flush(zstd.ZstdCompressor.FLUSH_BLOCK))
+        return b"".join(out)
+
+
+class StreamDecompressor:
+    """The other end of a StreamCompressor. After any error the context is useless: end the session."""
+
+    def __init__(self, max_window_log: int = MAX_WINDOW_LOG) -> None:
+        self._zstd = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: max_window_log})
+
+    def decompress(self, data: Buffer, max_out: int) -> bytes:
+        """What `data` holds, `max_out` bytes at most; Corrupt if it is more, or is not zstd, or ends the frame."""
+        try:
+            out = self._zstd.decompress(data, max_length=max_out + 1)
+            if len(out) <= max_out and not self._zstd.needs_input:
+                out += self._zstd.decompress(b"", max_length=max_out + 1 - len(out))
+        except zstd.ZstdError as error:
+            raise Corrupt(
+                f"a compressed batch is not valid zstd ({error}); end this session and start again"
+            ) from error
+        except EOFError as error:
+            raise Corrupt("bytes follow the end of the zstd frame; end this session") from error
+        if len(out) > max_out:
+            raise Corrupt(f"a compressed batch holds more than the {max_out} bytes announced; end this session")
+        if self._zstd.eof:
+            raise Corrupt("the peer ended the zstd frame in the middle of the stream; end this session")
+        return out

@@ -1,0 +1,33 @@
+"""Owns QEMU's migration stream: parsing and rebuilding it, the mirror of guest memory, the page codec, the two proxies.
+
+Takes bytes and gives bytes; touches files only by mapping them (a base, a mirror).
+Never touches sockets, clocks, threads or QEMU itself.
+"""
+
+from haulier.memory.base import MemoryBase
+from haulier.memory.compare import CompareReport, compare_ram
+from haulier.memory.mirror import Mirror
+from haulier.memory.pages import BlockFinder, BlockReader, PageDecoder, PageEncoder
+from haulier.memory.proxy import SourceProxy, TargetProxy, WireBatch
+from haulier.memory.stream import Mark, Pages, Raw, StreamParser, Token, Zeros, rebuild
+
+__all__ = [
+    "BlockFinder",
+    "BlockReader",
+    "CompareReport",
+    "Mark",
+    "MemoryBase",
+    "Mirror",
+    "PageDecoder",
+    "PageEncoder",
+    "Pages",
+    "Raw",
+    "SourceProxy",
+    "StreamParser",
+    "TargetProxy",
+    "Token",
+    "WireBatch",
+    "Zeros",
+    "compare_ram",
+    "rebuild",
+]

@@ -1,0 +1,165 @@
+"""A Mirror: guest memory as defined by the stream so far, kept alike at both sites.
+
+It starts as the base (blocks matched by idstr and length; others are zero) and changes only by what is in the stream,
+never by looking into a QEMU. Pages have one index over all blocks, in stream order. The file is sparse: pages that are
+zero and always were cost nothing, and are never read.
+
+New pages are written, not stored through the mapping: a full disk is then an error and not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haulier.errors import NoRoom, UsageError
+from haulier.memory import sparse
+from haulier.memory.base import MemoryBase
+from haulier.memory.mirrorfile import encode_header
+from haulier.units import MIB, PAGE
+
+_COPY: Final = 4 * MIB // PAGE
+_PUNCH: Final = 16
+_MADV_REMOVE: Final = getattr(mmap, "MADV_REMOVE", None)
+
+
+class Mirror:
+    """Pages by global index. `blocks` and `first` map idstr to length in bytes and to the index of its first page.
+
+    `present` (bool, one a page) is False for pages that are known to be zero. One thread at a time.
+    """
+
+    def __init__(self, path: Path, blocks: dict[str, int]) -> None:
+        """Use Mirror.create."""
+        self.path = path
+        self.blocks = dict(blocks)
+        self.first: dict[str, int] = {}
+        self.pages = 0
+        for name, length in blocks.items():
+            self.first[name] = self.pages
+            self.pages += length // PAGE
+        self.names = list(blocks)
+        self.starts = np.array(list(self.first.values()), np.int64)
+        self.present = np.zeros(self.pages, np.bool_)
+        self._order = np.zeros(self.pages, np.uint32)
+        head, header = encode_header(blocks)
+        self._offset = header.data_offset
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".digest").unlink(missing_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            self._pwrite(head, 0)
+            os.ftruncate(self._fd, header.size)
+            self._map = mmap.mmap(self._fd, header.size, mmap.MAP_SHARED)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._view: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, offset=self._offset).reshape(-1, PAGE)
+
+    @classmethod
+    def create(cls, path: Path, blocks: dict[str, int], base: MemoryBase | None = None) -> Mirror:
+        """A new mirror in the file `path` (replaced if there), of these blocks, as they are in `base`.
+
+        NoRoom if the file system has no room for the base's pages.
+        """
+        if not blocks:
+            raise UsageError("a mirror needs at least one RAM block")
+        mirror = cls(path, blocks)
+        try:
+            for name, length in blocks.items():
+                if base is not None and base.blocks.get(name) == length:
+                    mirror._copy(name, base)
+        except BaseException:
+            mirror.close()
+            path.unlink(missing_ok=True)
+            raise
+        return mirror
+
+    def _copy(self, name: str, base: MemoryBase) -> None:
+        view, first = base.view(name), self.first[name]
+        for page, count in base.nonzero_runs(name):
+            for start in range(page, page + count, _COPY):
+                end = min(start + _COPY, page + count)
+                self._pwrite(view[start:end].data, self._offset + (first + start) * PAGE)
+            self.present[first + page : first + page + count] = True
+
+    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
+        rest = memoryview(data).cast("B")
+        try:
+            while len(rest):
+                done = os.pwrite(self._fd, rest, offset)
+                rest, offset = rest[done:], offset + done
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise NoRoom(f"no room for the mirror of guest memory {self.path}: {error.strerror}") from error
+            raise
+
+    def get(self, gidx: NDArray[np.int64], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Copies of the pages, u8 (n, 4096), in `out` if given (contiguous, n rows)."""
+        if out is None:
+            out = np.empty((len(gidx), PAGE), np.uint8)
+        here = self.present[gidx]
+        if here.all():
+            # mode="clip" lets numpy write straight into `out`; the line above has refused what is out of range.
+            return np.take(self._view, gidx, axis=0, out=out, mode="clip")
+        out[~here] = 0
+        out[here] = self._view[gidx[here]]
+        return out
+
+    def set(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8]) -> None:
+        """Store pages, u8 (n, 4096); no index twice. NoRoom if the file system is full."""
+        here = self.present[gidx]
+        if here.all():
+            self._view[gidx] = pages
+            return
+        old = np.flatnonzero(here)
+        if len(old):
+            self._view[gidx[old]] = pages[old]
+        new = np.flatnonzero(~here)
+        where, fresh = gidx[new], np.ascontiguousarray(pages[new])
+        for position, count in sparse.runs(where):
+            self._pwrite(fresh[position : position + count].data, self._offset + int(where[position]) * PAGE)
+        self.present[where] = True
+
+    def zero(self, gidx: NDArray[np.int64]) -> None:
+        """Make pages zero; long runs give their memory back."""
+        there = gidx[self.present[gidx]]
+        for position, count in sparse.runs(there):
+            page = int(there[position])
+            if count < _PUNCH or not self._punch(page, count):
+                self._view[page : page + count] = 0
+            self.present[page : page + count] = False
+
+    def _punch(self, page: int, count: int) -> bool:
+        if _MADV_REMOVE is None:
+            return False
+        try:
+            self._map.madvise(_MADV_REMOVE, self._offset + page * PAGE, count * PAGE)
+        except OSError:
+            return False
+        return True
+
+    def last(self, gidx: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """True where an index occurs for the last time in `gidx`."""
+        count = np.arange(len(gidx), dtype=np.uint32)
+        self._order[gidx] = count
+        last: NDArray[np.bool_] = self._order[gidx] == count
+        return last
+
+    def close(self) -> None:
+        """Let go of the file; it stays, for MemoryBase.from_mirror."""
+        if self._fd < 0:
+            return
+        self._view = np.zeros((0, PAGE), np.uint8)
+        try:
+            self._map.close()
+        except BufferError:
+            pass
+        os.close(self._fd)
+        self._fd = -1

@@ -1,0 +1,342 @@
+"""The two ends of the memory stream, without any I/O: raw stream in, wire batches out, and back.
+
+A wire batch is
+
+    u8 kind, u32 sequence number, u32 raw length, u32 plain length, 16 bytes xxh3-128 of the raw bytes, contents
+
+little-endian. Kinds: OPAQUE (the raw bytes, compressed), TABLE (the RAM blocks; stands for no bytes of the stream),
+PAGES (columns, compressed). The target checks sequence number, lengths and checksum before it gives out any byte.
+An unknown stream is carried as OPAQUE batches, with a warning.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import xxhash
+from blake3 import blake3
+
+from haulier.compress import StreamCompressor, StreamDecompressor
+from haulier.compress.stream import DEFAULT_WINDOW_LOG, MAX_WINDOW_LOG
+from haulier.errors import Corrupt, HaulierError, UsageError
+from haulier.memory.base import MemoryBase
+from haulier.memory.elsewhere import BasePages
+from haulier.memory.mirror import Mirror
+from haulier.memory.mirrorfile import decode_table, encode_table
+from haulier.memory.pages import BlockFinder, BlockReader, PageDecoder, PageEncoder
+from haulier.memory.stream import Buffer, Pages, Raw, StreamParser, Token, Zeros
+from haulier.units import PAGE
+
+OPAQUE: Final = 1
+TABLE: Final = 2
+PAGES: Final = 3
+
+BATCH: Final = 512 << 10
+"""Raw bytes in a batch at most, unless a single token is larger (it never is)."""
+MAX_RAW: Final = 1 << 20
+"""Raw bytes that a target accepts in a batch."""
+_OVERHEAD: Final = 1 << 20
+_HEAD: Final = struct.Struct("<BIII16s")
+
+
+@dataclass(frozen=True, slots=True)
+class WireBatch:
+    """`data` goes to the peer; it stands for `raw_bytes` bytes of QEMU's stream (0 for a table)."""
+
+    data: bytes
+    raw_bytes: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """What went through. By kind of page ("zero", "same", "block", "base", "xor", "literal"), "raw" for the rest of the
+    stream: records in `pages`, bytes of the stream in `raw`, and in `wire` an estimate of compressed bytes: each
+    batch's bytes shared out by what the columns held ("meta" for addresses and kinds).
+    """
+
+    pages: dict[str, int] = field(default_factory=dict)
+    raw: dict[str, int] = field(default_factory=dict)
+    wire: dict[str, float] = field(default_factory=dict)
+    raw_bytes: int = 0
+    wire_bytes: int = 0
+    batches: int = 0
+
+    def as_dict(self) -> dict[str, object]:
+        """For reports, as JSON."""
+        return {
+            "pages": dict(self.pages),
+            "raw": dict(self.raw),
+            "wire": {kind: round(size) for kind, size in self.wire.items()},
+            "raw_bytes": self.raw_bytes,
+            "wire_bytes": self.wire_bytes,
+            "batches": self.batches,
+        }
+
+
+def _add(total: dict[str, int], more: dict[str, int]) -> None:
+    for kind, count in more.items():
+        if count:
+            total[kind] = total.get(kind, 0) + count
+
+
+class SourceProxy:
+    """QEMU's outgoing stream to wire batches.
+
+    feed() gives the batches that became full; call flush() when QEMU pauses for a few milliseconds, so that nothing
+    lingers, and finish() at its end. The mirror's file is created when the stream names the guest's memory.
+    """
+
+    def __init__(
+        self,
+        mirror_path: Path,
+        base: MemoryBase | None = None,
+        finder: BlockFinder | None = None,
+        level: int = 3,
+        window_log: int = DEFAULT_WINDOW_LOG,
+        *,
+        elsewhere: bool = False,
+        batch_bytes: int = BATCH,
+    ) -> None:
+        """`elsewhere`: also look for pages anywhere in the base; pays only if the base is of another boot.
+
+        Memory: the mirror's file, 1 << window_log bytes, and a few megabytes.
+        """
+        if not PAGE <= batch_bytes <= BATCH:
+            raise UsageError(f"a batch of {batch_bytes} bytes is outside {PAGE} to {BATCH}")
+        self.parser = StreamParser()
+        self.counters = Counters()
+        self.warnings: list[str] = []
+        self.mirror: Mirror | None = None
+        self.opaque = False
+        self._mirror_path = mirror_path
+        self._base = base
+        self._finder = finder
+        self._elsewhere = elsewhere
+        self._batch_bytes = batch_bytes
+        self._compressor = StreamCompressor(level, window_log)
+        self._encoder: PageEncoder | None = None
+        self._sequence = 0
+        self._digest = blake3()
+        self._tokens: list[Token] = []
+        self._token_bytes = 0
+        self._input: deque[memoryview] = deque()
+
+    @property
+    def device_state(self) -> bool:
+        """Device state has begun: the guest is stopped."""
+        return self.parser.device_state
+
+    @property
+    def unsent(self) -> int:
+        """Bytes fed that are in no batch yet."""
+        return self._token_bytes + (0 if self.opaque else len(self.parser.pending))
+
+    def feed(self, raw: Buffer) -> list[WireBatch]:
+        """Batches that are full with these bytes of QEMU's stream. Never raises for what the stream holds."""
+        data = bytes(raw)
+        if not data:
+            return []
+        self._digest.update(data)
+        self._input.append(memoryview(data))
+        self.counters.raw_bytes += len(data)
+        out: list[WireBatch] = []
+        for token in self._parse(data):
+            if self._token_bytes + token.size > self._batch_bytes:
+                out += self.flush()
+            self._tokens.append(token)
+            self._token_bytes += token.size
+        if self._token_bytes >= self._batch_bytes:
+            out += self.flush()
+        return out
+
+    def flush(self) -> list[WireBatch]:
+        """All complete records so far as batches. Up to 4.1 KB of an incomplete one stay until the rest comes."""
+        if not self._token_bytes:
+            self._tokens.clear()
+            return []
+        out: list[WireBatch] = []
+        if self._encoder is None and self.parser.ready and not self.opaque:
+            out.append(self._begin())
+        tokens, size = self._tokens, self._token_bytes
+        self._tokens, self._token_bytes = [], 0
+        checksum = self._checksum(size)
+        if self._encoder is None or not any(isinstance(token, Pages | Zeros) for token in tokens):
+            plain = b"".join(token.data for token in tokens if isinstance(token, Raw))
+            data = self._compressor.compress(plain)
+            out.append(self._batch(OPAQUE, size, len(plain), checksum, data))
+            _add(self.counters.raw, {"raw": len(plain)})
+            self._count_wire(len(out[-1].data), {"raw": len(plain)})
+            return out
+        batch = self._encoder.encode(tokens)
+        out.append(self._batch(PAGES, size, batch.size, checksum, self._compressor.compress(*batch.parts)))
+        _add(self.counters.pages, batch.pages)
+        _add(self.counters.raw, batch.raw)
+        self._count_wire(len(out[-1].data), batch.columns)
+        return out
+
+    def finish(self) -> bytes:
+        """BLAKE3 of the whole raw stream, after the last flush(). Corrupt if the stream ended within a record."""
+        if self._token_bytes:
+            raise UsageError("flush the source proxy before you finish it")
+        if self.unsent:
+            raise Corrupt(
+                f"QEMU's stream ended in the middle of a record, {self.unsent} bytes into it; the guest runs on"
+            )
+        return self._digest.digest()
+
+    def close(self) -> None:
+        """Let go of the mirror's file, which stays."""
+        if self.mirror is not None:
+            self.mirror.close()
+
+    def _parse(self, data: bytes) -> list[Token]:
+        if self.opaque:
+            return _raw_tokens(data)
+        try:
+            return self.parser.feed(data)
+        except HaulierError as error:
+            # The parser has kept every byte that it gave no token for, this feed's included.
+            self.opaque = True
+            self.warnings.append(f"memory goes compressed only: {error}")
+            return _raw_tokens(self.parser.pending)
+
+    def _begin(self) -> WireBatch:
+        self.mirror = Mirror.create(self._mirror_path, self.parser.blocks, self._base)
+        elsewhere = BasePages(self._base) if self._elsewhere and self._base is not None else None
+        self._encoder = PageEncoder(self.mirror, self._finder, elsewhere)
+        table = encode_table(self.parser.blocks)
+        batch = self._batch(TABLE, 0, len(table), bytes(16), table)
+        self._count_wire(len(batch.data), {"meta": len(table)})
+        return batch
+
+    def _batch(self, kind: int, raw: int, plain: int, checksum: bytes, data: bytes) -> WireBatch:
+        head = _HEAD.pack(kind, self._sequence, raw, plain, checksum)
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self.counters.batches += 1
+        return WireBatch(head + data, raw)
+
+    def _checksum(self, size: int) -> bytes:
+        """xxh3-128 of the next `size` bytes of the stream as QEMU gave it, not as the parser understood it."""
+        hasher = xxhash.xxh3_128()
+        while size:
+            piece = self._input.popleft()
+            if len(piece) > size:
+                self._input.appendleft(piece[size:])
+                piece = piece[:size]
+            hasher.update(piece)
+            size -= len(piece)
+        return hasher.digest()
+
+    def _count_wire(self, wire: int, columns: dict[str, int]) -> None:
+        self.counters.wire_bytes += wire
+        total = sum(columns.values())
+        for kind, size in columns.items():
+            if size:
+                self.counters.wire[kind] = self.counters.wire.get(kind, 0.0) + wire * size / total
+
+
+class TargetProxy:
+    """Wire batches back to the stream for the target's QEMU. Give it just the base and blocks the source's proxy has.
+
+    After any error the session is over: nothing of the bad batch was given out or put in the mirror.
+    """
+
+    def __init__(
+        self,
+        mirror_path: Path,
+        base: MemoryBase | None = None,
+        reader: BlockReader | None = None,
+        *,
+        max_window_log: int = MAX_WINDOW_LOG,
+        max_memory: int = 1 << 40,
+    ) -> None:
+        """`max_memory`: bytes of guest memory, all RAM blocks together, that the peer may announce."""
+        self.raw_bytes = 0
+        self.wire_bytes = 0
+        self.mirror: Mirror | None = None
+        self._mirror_path = mirror_path
+        self._base = base
+        self._reader = reader
+        self._max_memory = max_memory
+        self._decompressor = StreamDecompressor(max_window_log)
+        self._decoder: PageDecoder | None = None
+        self._sequence = 0
+        self._digest = blake3()
+        self._failed = False
+
+    def feed(self, wire_batch: Buffer) -> list[bytes]:
+        """The verified bytes for QEMU. Corrupt if the batch is out of order, malformed, or rebuilds to other bytes."""
+        if self._failed:
+            raise Corrupt("this memory stream failed before; end the session and start again")
+        try:
+            raw = self._feed(bytes(wire_batch))
+        except HaulierError:
+            self._failed = True
+            raise
+        if not raw:
+            return []
+        self._digest.update(raw)
+        self.raw_bytes += len(raw)
+        return [raw]
+
+    def digest(self) -> bytes:
+        """BLAKE3 of all bytes given out."""
+        return self._digest.digest()
+
+    def close(self) -> None:
+        """Let go of the mirror's file, which stays."""
+        if self.mirror is not None:
+            self.mirror.close()
+
+    def _feed(self, data: bytes) -> bytes:
+        if len(data) < _HEAD.size:
+            raise Corrupt(f"a batch of {len(data)} bytes is shorter than its header")
+        kind, sequence, raw_length, plain_length, checksum = _HEAD.unpack_from(data)
+        if sequence != self._sequence:
+            raise Corrupt(f"batch {sequence} came where {self._sequence} was due")
+        if raw_length > MAX_RAW or plain_length > 2 * raw_length + _OVERHEAD:
+            raise Corrupt(f"batch {sequence} announces {raw_length} bytes in {plain_length}, which is too much")
+        self._sequence = (sequence + 1) & 0xFFFFFFFF
+        self.wire_bytes += len(data)
+        contents = memoryview(data)[_HEAD.size :]
+        if kind == TABLE:
+            self._begin(bytes(contents), raw_length, plain_length)
+            return b""
+        if kind not in (OPAQUE, PAGES):
+            raise Corrupt(f"batch {sequence} is of an unknown kind {kind}")
+        plain = self._decompressor.decompress(contents, plain_length)
+        if len(plain) != plain_length:
+            raise Corrupt(f"batch {sequence} holds {len(plain)} bytes, not the {plain_length} announced")
+        if kind == OPAQUE:
+            if plain_length != raw_length or xxhash.xxh3_128_digest(plain) != checksum:
+                raise Corrupt(f"batch {sequence} does not match its checksum")
+            return plain
+        if self._decoder is None:
+            raise Corrupt(f"batch {sequence} holds pages, but no table of RAM blocks came before")
+        batch = self._decoder.decode(plain, raw_length)
+        if xxhash.xxh3_128_digest(batch.raw) != checksum:
+            raise Corrupt(f"batch {sequence} rebuilds to other bytes; do both sites hold the same base?")
+        self._decoder.apply(batch)
+        return batch.raw
+
+    def _begin(self, table: bytes, raw_length: int, plain_length: int) -> None:
+        if self._decoder is not None or raw_length or plain_length != len(table):
+            raise Corrupt("a table of RAM blocks came twice or with other lengths than announced")
+        blocks = decode_table(table)
+        total = sum(blocks.values())
+        if not blocks or total > self._max_memory:
+            raise Corrupt(
+                f"the peer announces {len(blocks)} RAM blocks of {total} bytes, beyond what this guest may have"
+            )
+        self.mirror = Mirror.create(self._mirror_path, blocks, self._base)
+        self._decoder = PageDecoder(
+            self.mirror, self._reader, BasePages(self._base) if self._base is not None else None
+        )
+
+
+def _raw_tokens(data: bytes) -> list[Token]:
+    return [Raw(data[at : at + BATCH]) for at in range(0, len(data), BATCH)]
