@@ -9,12 +9,13 @@ here as the same class of `haulier.errors`. What a peer answers is bounded and m
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -27,6 +28,7 @@ TIMEOUT_S: Final = 60.0
 CONNECT_S: Final = 10.0
 MAX_ANSWER: Final = 32 << 20
 _POLL_S: Final = 0.2
+_LACKING_BATCH: Final = 16384
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -178,8 +180,24 @@ class Client:
         return self.post(f"/v1/handoffs/{_segment(handoff)}/cancel")
 
     def offer(self, offer: Mapping[str, Any]) -> dict[str, Any]:
-        """To the target of a handoff; answers a `haulier.handoff.messages.Accept`, or raises what stands against it."""
+        """To the target of a handoff (an `Offer`); answers an `Accept`, or raises what stands against it there."""
         return self.post("/v1/peer/offers", dict(offer))
+
+    def look(self, offer: Mapping[str, Any]) -> dict[str, Any]:
+        """Like `offer`, but nothing is begun: what stands against it (`reasons`), and what is there already."""
+        return self.post("/v1/peer/look", dict(offer))
+
+    def lacking(self, fingerprints: Sequence[bytes]) -> list[int]:
+        """Positions of those chunks that the other site lacks."""
+        found: list[int] = []
+        for start in range(0, len(fingerprints), _LACKING_BATCH):
+            batch = fingerprints[start : start + _LACKING_BATCH]
+            answer = self.post("/v1/peer/lacking", {"fingerprints": base64.b64encode(b"".join(batch)).decode()})
+            for position in answer.get("lacking", ()):
+                if not isinstance(position, int) or not 0 <= position < len(batch):
+                    raise PeerError(f"{self.where} answered wrongly which chunks it lacks: run the same haulier there")
+                found.append(start + position)
+        return found
 
     def ownership(self, guest: str, event: str, epoch: int, handoff: str = "") -> dict[str, Any]:
         """A message of the ownership table outside a session; answers {"messages": [[event, epoch], ...]}."""

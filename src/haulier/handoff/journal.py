@@ -251,6 +251,13 @@ class Journal:
             )
         return new
 
+    def forget_guest(self, name: str, expect: str) -> None:
+        """Deletes a guest's record, epochs too: only at the operator's word, and only where the guest is not."""
+        with self.transaction():
+            if self.guest(name).state != expect:
+                raise Conflict(f"guest {name!r} is no longer {expect!r} at this site: look again")
+            self._db.execute("DELETE FROM guests WHERE name=?", (name,))
+
     # -- handoffs
 
     def add_handoff(self, row: HandoffRow) -> HandoffRow:
