@@ -22,6 +22,8 @@ class Control:
     def __init__(self, session: Session, peer: str, check: Callable[[], None]) -> None:
         self.session = session
         self.peer = peer
+        self.failed: HaulierError | None = None
+        """What the peer said went wrong, as soon as it said so (it is also raised in turn)."""
         self.clock_offset = 0.0
         """The peer's clock minus ours, in seconds."""
         self._check = check
@@ -56,9 +58,8 @@ class Control:
         found = self._kept
         self._kept = []
         while (news := self.next(0)) is not None:
-            message = self._sift(news)
-            if message is not None:
-                found.append(message)
+            if (sifted := self._sift(news)) is not None:
+                found.append(sifted)
         return found
 
     def wait(self, kind: type[M], timeout: float) -> M:
@@ -72,11 +73,11 @@ class Control:
             news = self.next(min(left, 0.1))
             if news is None:
                 continue
-            message = self._sift(news)
-            if isinstance(message, kind):
-                return message
-            if message is not None:
-                self._kept.append(message)
+            sifted = self._sift(news)
+            if isinstance(sifted, kind):
+                return sifted
+            if sifted is not None:
+                self._kept.append(sifted)
         raise PeerError(
             f"site {self.peer!r} did not answer within {timeout:g} s (waiting for {kind.__name__}): "
             "look at the log of its worker"
@@ -99,7 +100,7 @@ class Control:
         if isinstance(news, str):
             return None
         if isinstance(news, Failed):
-            raise by_code(news.code)(f"site {self.peer!r}: {news.text[:2000]}")
+            raise self._error(news)
         return news
 
     def _receive(self, data: bytes) -> None:
@@ -111,7 +112,12 @@ class Control:
         if isinstance(message, Clock) and not message.seen:
             self.send(Clock(message.sent, time.time()))
             return
+        if isinstance(message, Failed):
+            self.failed = self._error(message)
         self._news.put(message)
+
+    def _error(self, message: Failed) -> HaulierError:
+        return by_code(message.code)(f"site {self.peer!r}: {message.text[:2000]}")
 
 
 def failure(error: BaseException) -> Failed:

@@ -67,7 +67,7 @@ class Reading:
 
 
 class Gate:
-    """Holds the memory switchover back until the disk is nearly clean, then opens for one small disk round's after-glow.
+    """Holds the memory switchover back until the disk is nearly clean too.
 
     While memory converges, a disk round is due every `pause` seconds. Once memory is small, rounds follow each other
     without a pause until one is small too; the gate opens at that moment. If the guest does not stop within

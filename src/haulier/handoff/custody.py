@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,13 @@ def record_of(row: GuestRow | None) -> Record:
 
 
 def happen(
-    journal: Journal, guest: str, event: Event, epoch: int = 0, *, decided: bool = False, **changes: Any
+    journal: Journal,
+    guest: str,
+    event: Event,
+    epoch: int = 0,
+    *,
+    decided: bool = False,
+    changes: Mapping[str, Any] | None = None,
 ) -> Happened:
     """Takes the step that the table has for `event`, durably, with `changes` of other columns in the same transaction.
 
@@ -60,6 +67,6 @@ def happen(
                 pending=after.pending,
                 last_epoch=after.last,
                 taken=after.taken,
-                **changes,
+                **(changes or {}),
             )
     return Happened(before, after, actions, row or GuestRow(name=guest), epoch)

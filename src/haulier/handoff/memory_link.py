@@ -82,11 +82,11 @@ class MemoryPump:
 
     def _delivered(self, data: bytes) -> None:
         if len(data) != _U64.size:
-            raise Corrupt("the other site reported delivered bytes in a form that makes no sense: same haulier at both?")
+            raise Corrupt("the other site reported delivered bytes in a wrong form: run the same haulier at both")
         (total,) = _U64.unpack(data)
         with self._progress:
             if not self.delivered <= total <= self.raw:
-                raise Corrupt(f"the other site reports {total} delivered bytes of {self.raw}: run the same haulier at both")
+                raise Corrupt(f"the other site reports {total} delivered bytes of {self.raw}: same haulier there?")
             self.delivered = total
             self._progress.notify_all()
 

@@ -71,6 +71,8 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
     bulk: tuple[str, ...]
     manifest: bool
     """The target has the manifest (by digest), if not all of its chunks."""
+    golden: bool
+    """The target has the disk of the golden snapshot that the guest was born from."""
     memory_base: str
     """The best of the offered pictures of memory that the target has too; "" = none."""
     qemu: str = ""
@@ -87,7 +89,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     options: Options = Options()
     offer: Offer | None = None
     """At the target: the offer it was accepted from."""
-    memory_base: str = ""
+    manifest: str = ""
+    """At the target: name of the base manifest in the store, if it is there."""
+    golden: bool = False
+    """At the target: the golden snapshot's disk is here, as the source was told."""
 
 
 class Status(msgspec.Struct, kw_only=True):
@@ -122,40 +127,34 @@ class Message(msgspec.Struct, frozen=True, tag_field="type"):
     """Base of all control messages."""
 
 
-class Base(Message, tag="base"):
+class Base(Message, frozen=True, tag="base"):
     """S>T: the manifest the disk starts from, in full, because the target lacks it."""
 
     manifest: bytes
 
 
-class BaseReady(Message, tag="base-ready"):
+class BaseReady(Message, frozen=True, tag="base-ready"):
     """T>S: disk messages may come."""
 
 
-class DiskFinal(Message, tag="disk-final"):
-    """S>T: the manifest with this digest is the guest's disk at the switchover."""
-
-    manifest: bytes
-
-
-class PrepareMemory(Message, tag="prepare-memory"):
+class PrepareMemory(Message, frozen=True, tag="prepare-memory"):
     """S>T: start a stopped QEMU and connect the mirror."""
 
     memory_base: str
 
 
-class MemoryReady(Message, tag="memory-ready"):
+class MemoryReady(Message, frozen=True, tag="memory-ready"):
     """T>S: the stream may come."""
 
 
-class Clock(Message, tag="clock"):
+class Clock(Message, frozen=True, tag="clock"):
     """Either way: for comparing the two hosts' clocks. `sent` is echoed, `seen` is the peer's own time."""
 
     sent: float
     seen: float = 0.0
 
 
-class Arrived(Message, tag="arrived"):
+class Arrived(Message, frozen=True, tag="arrived"):
     """T>S: everything is here, durable and stopped; goes with the vote READY."""
 
     epoch: int
@@ -168,35 +167,33 @@ class Arrived(Message, tag="arrived"):
     check_s: float = 0.0
 
 
-class Own(Message, tag="own"):
+class Own(Message, frozen=True, tag="own"):
     """Either way: a message of the ownership table."""
 
     event: str
     epoch: int
 
 
-class Running(Message, tag="running"):
+class Running(Message, frozen=True, tag="running"):
     """T>S: the guest runs here; `at` is QEMU's RESUME event by the target's clock."""
 
     at: float
 
 
-class Finish(Message, tag="finish"):
+class Finish(Message, frozen=True, tag="finish"):
     """S>T: the source is done with it; keep the mirror under this name for the way back."""
 
     memory_id: str
 
 
-class Failed(Message, tag="failed"):
+class Failed(Message, frozen=True, tag="failed"):
     """Either way, before the token: this side cannot go on."""
 
     text: str
     code: int = 12
 
 
-AnyMessage = (
-    Base | BaseReady | DiskFinal | PrepareMemory | MemoryReady | Clock | Arrived | Own | Running | Finish | Failed
-)
+AnyMessage = Base | BaseReady | PrepareMemory | MemoryReady | Clock | Arrived | Own | Running | Finish | Failed
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(AnyMessage)
@@ -210,8 +207,9 @@ def encode(message: AnyMessage) -> bytes:
 def decode(data: bytes) -> AnyMessage:
     """Raises Corrupt for what is no control message."""
     if len(data) > MAX_CONTROL:
-        raise Corrupt(f"a control message of {len(data)} bytes came from the other site: at most {MAX_CONTROL} are allowed")
+        raise Corrupt(f"a control message of {len(data)} bytes came: at most {MAX_CONTROL} are allowed")
     try:
-        return _DECODER.decode(data)
+        message: AnyMessage = _DECODER.decode(data)
     except msgspec.MsgspecError as error:
-        raise Corrupt(f"a control message from the other site makes no sense ({error}): run the same haulier at both") from None
+        raise Corrupt(f"a control message makes no sense ({error}): run the same haulier at both sites") from None
+    return message

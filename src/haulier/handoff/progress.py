@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ INTERVAL_S = 0.2
 
 
 class Progress:
-    """Keeps status.json current and remembers how long each phase took. Not thread-safe: one owner writes."""
+    """Keeps status.json current and remembers how long each phase took."""
 
     def __init__(self, directory: Path, status: Status) -> None:
         self.status = status
         self.phases: list[dict[str, Any]] = []
         self._path = directory / "status.json"
         self._written = 0.0
-        self._wire_done = 0
+        self._lock = threading.Lock()
         status.started = time.time()
         self.write(force=True)
 
@@ -49,15 +50,16 @@ class Progress:
         self.write()
 
     def write(self, *, force: bool = False) -> None:
-        now = time.time()
-        if not force and now - self._written < INTERVAL_S:
-            return
-        self._written = now
-        self.status.updated = now
-        # Replaced in one step, not synced: a status that a power cut loses tells nothing that the journal does not.
-        temporary = self._path.with_suffix(".new")
-        temporary.write_bytes(msgspec.json.encode(self.status))
-        temporary.replace(self._path)
+        with self._lock:
+            now = time.time()
+            if not force and now - self._written < INTERVAL_S:
+                return
+            self._written = now
+            self.status.updated = now
+            # Replaced in one step, not synced: a status that a power cut loses tells nothing that the journal does not.
+            temporary = self._path.with_suffix(".new")
+            temporary.write_bytes(msgspec.json.encode(self.status))
+            temporary.replace(self._path)
 
     def finish(self) -> list[dict[str, Any]]:
         """Ends the last phase and returns all: name, start, seconds, wire bytes."""

@@ -72,7 +72,7 @@ def _recover_source(
     if state is State.GRANTED:
         answers = _ask(messenger, row, Event.TOKEN, epoch)
         for event, answered in answers:
-            _carry_out(site, journal, row, happen(journal, row.guest, event, answered, **_owner(row, event)))
+            _carry_out(site, journal, row, happen(journal, row.guest, event, answered, changes=_owner(row, event)))
         state = record_of(journal.guest(row.guest)).state
         if state is State.GRANTED:
             return False
@@ -167,7 +167,7 @@ def handle(
         lost = happen(journal, guest, Event.COPY_LOST)
         _carry_out(site, journal, handoff, lost)
         told += [(e.value, n) for e, n in lost.messages()]
-    happened = happen(journal, guest, event, epoch, **_owner(handoff, event, site))
+    happened = happen(journal, guest, event, epoch, changes=_owner(handoff, event, site))
     _carry_out(site, journal, handoff, happened)
     if handoff is not None and handoff.state != "ended" and happened.changed:
         after = happened.after.state
@@ -204,9 +204,7 @@ def _carry_out(site: Site, journal: Journal, row: HandoffRow | None, happened: H
             settle_arrival(site, journal, row)
 
 
-def _ask(
-    messenger: Callable[[str], Messenger], row: HandoffRow, event: Event, epoch: int
-) -> list[tuple[Event, int]]:
+def _ask(messenger: Callable[[str], Messenger], row: HandoffRow, event: Event, epoch: int) -> list[tuple[Event, int]]:
     try:
         return [(Event(e), n) for e, n in messenger(row.peer).own(row.guest, event.value, epoch, row.id)]
     except (PeerError, HaulierError, ValueError) as error:

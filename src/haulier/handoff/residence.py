@@ -99,7 +99,7 @@ def run_copy(site: Site, qemu: Qemu) -> float:
 
 
 def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> float:
-    """Tells the operator's hook that the guest runs here now; seconds it took. A hook that fails does not undo a move."""
+    """Tells the operator's hook that the guest runs here now; seconds it took. Its failure does not undo a move."""
     if not site.moved_hook:
         return 0.0
     began = time.monotonic()
@@ -112,7 +112,7 @@ def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> float:
 
 def discard_copy(site: Site, guest: str, handoff: str) -> None:
     """Throws a copy away: QEMU, export, tap, files, the manifest that pinned its chunks, their lease."""
-    _clear(site, guest)
+    clear(site, guest)
     with ChunkStore(site.store) as store:
         _drop(store, incoming_name(handoff))
         store.drop_lease(lease_of(handoff))
@@ -120,7 +120,7 @@ def discard_copy(site: Site, guest: str, handoff: str) -> None:
 
 def retire(site: Site, guest: str, handoff: str) -> None:
     """Clears away an original whose guest runs elsewhere now. Its chunks stay under `retained_name`."""
-    _clear(site, guest)
+    clear(site, guest)
     with ChunkStore(site.store) as store:
         if incoming_name(handoff) in store.manifest_names(incoming_name(handoff)):
             store.save_manifest(retained_name(guest), store.load_manifest(incoming_name(handoff)))
@@ -134,7 +134,8 @@ def _drop(store: ChunkStore, name: str) -> None:
         store.drop_manifest(name)
 
 
-def _clear(site: Site, guest: str) -> None:
+def clear(site: Site, guest: str) -> None:
+    """Ends everything of a guest on this host and removes its files; manifests and the journal stay."""
     paths = guest_paths(site, guest)
     qemu = adopt(site, guest, worker=True)
     if qemu is not None:

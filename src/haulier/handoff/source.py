@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import msgspec
 
 from haulier.agent.site import Site
-from haulier.chunks.blocks import BlockIndex, BlockSpace, StoreBlockFinder
+from haulier.chunks.blocks import BlockIndex, StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.disks.rounds import DiskRounds, Round
 from haulier.disks.transfer import DiskSender
@@ -44,7 +44,6 @@ from haulier.handoff.messages import (
     Base,
     BaseReady,
     Channel,
-    DiskFinal,
     Finish,
     Job,
     MemoryReady,
@@ -57,6 +56,7 @@ from haulier.handoff.messages import (
 from haulier.handoff.ownership import Action, Event
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import guest_paths, incoming_name, lease_of, retire, spec_of
+from haulier.handoff.shared import block_index, block_space, golden_manifest
 from haulier.memory.proxy import SourceProxy
 from haulier.session import PathAddress, Session, TlsConfig
 from haulier.units import PAGE
@@ -110,6 +110,7 @@ class SourceHandoff:
         self._disk_rounds: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
         self._stop_event: QmpEvent | None = None
+        self._over = threading.Event()
 
     # -- the whole of it -------------------------------------------------------------------------------------------
 
@@ -129,6 +130,7 @@ class SourceHandoff:
 
     def _hand_over(self) -> None:
         self._marks["begin"] = time.time()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._preflight()
         offer, accept = self._offer()
         self._connect(offer, accept)
@@ -147,7 +149,7 @@ class SourceHandoff:
             error = self._pump.error
             if isinstance(error, HaulierError):
                 raise error
-            raise GuestError(f"the memory stream of guest {self.job.guest!r} broke off ({error}): see its qemu.log") from error
+            raise GuestError(f"the memory of guest {self.job.guest!r} broke off ({error}): see its qemu.log") from error
         deadline = self.job.options.deadline_s
         if deadline and not self._granted and time.time() - self._marks["begin"] > deadline:
             raise HandoffFailed(
@@ -166,6 +168,26 @@ class SourceHandoff:
         status.rtt_s = session.rtt_s()
         status.paths = [msgspec.to_builtins(path) for path in session.paths()]
 
+    def _watch(self) -> None:
+        """Runs beside the engine: keeps the status fresh, and wakes a disk sender that waits when all is over."""
+        while not self._over.wait(0.2):
+            try:
+                self._observe()
+                self.progress.write()
+                error: HaulierError | None = None
+                try:
+                    self._check()
+                    if self._session is not None:
+                        error = self._session.error
+                    if error is None and self._control is not None:
+                        error = self._control.failed
+                except HaulierError as found:
+                    error = found
+                if error is not None and self._sender is not None:
+                    self._sender.fail(error)
+            except Exception:
+                log.exception("the watch over handoff %s", self.job.handoff)
+
     # -- offer and connection --------------------------------------------------------------------------------------
 
     def _preflight(self) -> None:
@@ -176,7 +198,7 @@ class SourceHandoff:
 
     def _offer(self) -> tuple[Offer, Accept]:
         happened = happen(
-            self.journal, self.job.guest, Event.BEGIN, decided=True, handoff=self.job.handoff
+            self.journal, self.job.guest, Event.BEGIN, decided=True, changes={"handoff": self.job.handoff}
         )
         self._began = True
         self._epoch = happened.after.pending
@@ -216,25 +238,29 @@ class SourceHandoff:
     # -- disk ------------------------------------------------------------------------------------------------------
 
     def _first_disk(self, accept: Accept) -> None:
-        """What the target lacks of the base, then rounds until they are small. Disk goes first: memory is full of it."""
-        assert self._session is not None and self._control is not None
+        """What the target lacks of the base, then rounds until they are small. First, for memory is full of it."""
+        session = self._session
+        assert session is not None and self._control is not None
         self.progress.phase("disk", "sending what the disk has and the target lacks")
         self._store.add_lease(lease_of(self.job.handoff))
-        space = BlockSpace(self._store)
-        space.append(list(self._manifest.chunks()))
-        index = self._index()
+        golden = golden_manifest(self._store, self.spec.golden) if accept.golden else None
+        ready = self.site.golden / self.spec.golden / "blocks.idx"
+        index = block_index(
+            self._store, self._manifest, golden, BlockIndex.load(ready) if golden and ready.exists() else None
+        )
+        space = block_space(self._store, self._manifest, golden)
         self._finder = StoreBlockFinder(index, space)
         sender = self._sender = DiskSender(
             self._store,
             self._manifest,
             space,
             index,
-            lambda data: self._session.send(Channel.DISK, data),  # type: ignore[union-attr]
+            lambda data: session.send(Channel.DISK, data),
             lease_of(self.job.handoff),
-            check=self._check_while_waiting,
         )
-        self._session.on(Channel.DISK, sender.handle)
+        session.on(Channel.DISK, sender.handle)
         sender.offer_manifest()
+        sender.commit()
         self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
         report = self._send_round(self._rounds.begin())
         for _ in range(4):
@@ -243,44 +269,19 @@ class SourceHandoff:
             report = self._send_round(self._rounds.next())
         self._probe()
 
-    def _index(self) -> BlockIndex:
-        """Where 4 KiB blocks of the disk are to be found: the golden snapshot's index, corrected for this manifest."""
-        golden = self.site.golden / self.spec.golden if self.spec.golden else None
-        if golden is not None and (golden / "blocks.idx").exists():
-            index = BlockIndex.load(golden / "blocks.idx")
-            name = f"golden/{self.spec.golden}"
-            if name in self._store.manifest_names(name):
-                changed = self._manifest.changed(self._store.load_manifest(name))
-                for position in changed:
-                    index.add_chunk(self._store, self._manifest[position], position)
-            return index
-        return BlockIndex.build(self._store, list(self._manifest.chunks()))
-
-    def _check_while_waiting(self) -> None:
-        """Called by the disk sender while it waits for the target."""
-        assert self._control is not None
-        self._check()
-        for message in self._control.poll():
-            raise HandoffFailed(f"site {self.job.peer!r} said {type(message).__name__} out of turn: same haulier at both?")
-        self._observe()
-        self.progress.write()
-
     def _send_round(self, current: Round, *, last: bool = False) -> dict[str, Any]:
-        """Sends one disk round and waits until it is durable at the target. A round is cut short when the guest stops."""
+        """Sends one disk round and waits until it is durable there. It is cut short when the guest stops."""
         assert self._sender is not None and self._rounds is not None
         began = time.time()
         with current:
             sent = self._sender.send_round(self._until_stop(current, last), ask=not last)
-        if last:
-            assert self._control is not None
-            self._control.send(DiskFinal(self._sender.manifest.digest))
-        self._sender.commit(wait=not last)
+        self._sender.commit(final=last, wait=not last)
         self._observe()
         entry = {
             "round": current.number,
             "last": last,
             "dirty": len(current.dirty),
-            "sent": sent.chunks,
+            "chunks": sent.chunks_dirty - sent.chunks_unchanged - sent.chunks_zero,
             "wire_bytes": sent.wire_bytes,
             "seconds": round(time.time() - began, 4),
             "at": round(began - self._marks["begin"], 4),
@@ -321,7 +322,10 @@ class SourceHandoff:
         qemus.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, QEMU_SNDBUF)
         self._pump = MemoryPump(ours, proxy, self._session, self._window)
         qemu = self.qemu
-        qemu.set_capabilities(events=True, pause_before_switchover=True, return_path=True)
+        # Capabilities stay set from whatever this QEMU did before, so those that must be off are named too.
+        qemu.set_capabilities(
+            events=True, pause_before_switchover=True, return_path=True, late_block_activate=False, mapped_ram=False
+        )
         qemu.set_parameters(
             max_bandwidth=MAX_BANDWIDTH,
             downtime_limit=self.job.options.downtime_ms,
@@ -376,7 +380,7 @@ class SourceHandoff:
             self._check()
             assert self._control is not None
             for message in self._control.poll():
-                raise HandoffFailed(f"site {self.job.peer!r} said {type(message).__name__} too early: same haulier at both?")
+                raise HandoffFailed(f"site {self.job.peer!r} said {type(message).__name__} too early")
             self._observe()
             ram = self.qemu.query_migrate().get("ram", {})
             self._remaining = int(ram.get("remaining", self.spec.memory_bytes))
@@ -412,6 +416,8 @@ class SourceHandoff:
         self._rounds.stop()
         self._marks["disk-sent"] = time.time()
         self.qemu.migrate_continue()
+        assert self._sender is not None
+        self._sender.wait_committed()
         memory = b""
         if self.job.options.check:
             memory = memory_digests(self.paths.ram)
@@ -432,11 +438,11 @@ class SourceHandoff:
             raise Corrupt(f"site {self.job.peer!r} votes for epoch {arrived.epoch}, not {self._epoch}: try again")
         if arrived.raw_bytes != self._pump.raw or arrived.stream_digest != self._pump.proxy.finish():
             raise Corrupt(
-                f"memory arrived differently at site {self.job.peer!r} ({arrived.raw_bytes} of {self._pump.raw} bytes): "
+                f"memory arrived wrong at site {self.job.peer!r} ({arrived.raw_bytes} of {self._pump.raw} bytes): "
                 "nothing was lost here; try again"
             )
         if arrived.manifest != self._sender.manifest.digest:
-            raise Corrupt(f"the disk at site {self.job.peer!r} is not the one that was sent: nothing was lost here; try again")
+            raise Corrupt(f"the disk arrived wrong at site {self.job.peer!r}: nothing was lost here; try again")
         if self.job.options.check:
             wrong = differing(memory, arrived.memory)
             self.report["check"] = {
@@ -469,7 +475,7 @@ class SourceHandoff:
             except HaulierError as error:
                 if not self._ask_agent():
                     raise HandoffFailed(
-                        f"the token for {self.job.guest!r} is on its way to site {self.job.peer!r}, which cannot be heard "
+                        f"the token for {self.job.guest!r} is on its way to site {self.job.peer!r}, which is not heard "
                         f"({error}); the agents go on asking, 'haulier status' shows the result"
                     ) from error
                 return
@@ -486,7 +492,7 @@ class SourceHandoff:
             self.job.guest,
             event,
             epoch,
-            **({"owner": self.job.peer, "wanted": ""} if event is Event.TOOK else {}),
+            changes={"owner": self.job.peer, "wanted": ""} if event is Event.TOOK else None,
         )
         self._send(happened)
         if Action.RETIRE in happened.actions:
@@ -585,10 +591,10 @@ class SourceHandoff:
                 "rounds": ram.get("dirty-sync-count", 0),
                 "resent_pages": max(0, ram.get("normal", 0) - self.spec.memory_bytes // PAGE),
                 "stalled_s": round(self._pump.stalled_s, 3),
-                "kinds": msgspec.to_builtins(counters),
+                "kinds": counters.as_dict(),
                 "warnings": list(self._pump.proxy.warnings),
             },
-            "disk": {"rounds": self._disk_rounds, "origin": msgspec.to_builtins(self._sender.counters)},
+            "disk": {"rounds": self._disk_rounds, "origin": self._sender.counters.as_dict()},
         }
 
     def _back_out(self, error: BaseException) -> None:
@@ -620,6 +626,7 @@ class SourceHandoff:
         self._store.drop_lease(lease_of(self.job.handoff))
 
     def _close(self) -> None:
+        self._over.set()
         self.progress.finish()
         self.report["phases"] = self.progress.phases
         if self._session is not None:

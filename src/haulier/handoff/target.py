@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from haulier.agent.site import Site
-from haulier.chunks.blocks import BlockSpace
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
@@ -30,7 +29,6 @@ from haulier.handoff.messages import (
     Base,
     BaseReady,
     Channel,
-    DiskFinal,
     Finish,
     Job,
     MemoryReady,
@@ -51,7 +49,7 @@ from haulier.handoff.residence import (
     run_copy,
     spec_of,
 )
-from haulier.memory.mirror import Mirror
+from haulier.handoff.shared import block_space, golden_manifest
 from haulier.memory.proxy import TargetProxy
 from haulier.session import Session, TlsConfig
 
@@ -83,11 +81,9 @@ class TargetHandoff:
         self._cancelled = cancelled
         self._qemu: Qemu | None = None
         self._sink: MemorySink | None = None
-        self._mirror: Mirror | None = None
         self._export: DiskExport | None = None
         self._receiver: DiskReceiver | None = None
         self._store = ChunkStore(site.store)
-        self._final: bytes | None = None
         self._loaded_at = 0.0
         self._voted = False
         self._running = False
@@ -134,7 +130,7 @@ class TargetHandoff:
                 if self._running:
                     return  # the guest runs here; the source will learn it from the agent
                 if self._voted:
-                    raise Undecided(f"complete, but the source cannot be heard ({error}): the agents settle it") from error
+                    raise Undecided(f"the source cannot be heard ({error}): the agents settle it") from error
                 raise
             if isinstance(news, Exception):
                 raise news
@@ -144,9 +140,6 @@ class TargetHandoff:
                 self._adopt_base(news)
             elif isinstance(news, PrepareMemory):
                 self._prepare_memory(news)
-            elif isinstance(news, DiskFinal):
-                self._final = news.manifest
-                self._maybe_arrived()
             elif isinstance(news, Own):
                 if self._owned(news):
                     return
@@ -177,12 +170,8 @@ class TargetHandoff:
     # -- disk ------------------------------------------------------------------------------------------------------
 
     def _prepare_disk(self) -> None:
-        wanted = bytes.fromhex(self.offer.manifest)
-        for name in self._store.manifest_names():
-            manifest = self._store.load_manifest(name) if self._store.manifest_digest(name) == wanted else None
-            if manifest is not None:
-                self._start_receiver(manifest)
-                return
+        if self.job.manifest:
+            self._start_receiver(self._store.load_manifest(self.job.manifest))
 
     def _adopt_base(self, news: Base) -> None:
         manifest = Manifest.decode(news.manifest)
@@ -193,8 +182,8 @@ class TargetHandoff:
         self.control.send(BaseReady())
 
     def _start_receiver(self, manifest: Manifest) -> None:
-        space = BlockSpace(self._store)
-        space.append(list(manifest.chunks()))
+        golden = golden_manifest(self._store, self.spec.golden) if self.job.golden else None
+        space = block_space(self._store, manifest, golden)
         name = incoming_name(self.job.handoff)
         self._space = space
         self._receiver = DiskReceiver(
@@ -210,12 +199,12 @@ class TargetHandoff:
     def _disk(self, data: bytes) -> None:
         try:
             if self._receiver is None:
-                raise Corrupt("disk messages came before the manifest they are about: run the same haulier at both sites")
+                raise Corrupt("disk messages came before their manifest: run the same haulier at both sites")
             self._receiver.handle(data)
         except Exception as error:
             self.control.tell(error)
 
-    def _committed(self, manifest: Manifest) -> None:
+    def _committed(self, manifest: Manifest, final: bool) -> None:
         with self._lock:
             if self._export is not None:
                 self._export.swap(incoming_name(self.job.handoff))
@@ -225,7 +214,7 @@ class TargetHandoff:
 
     def _prepare_memory(self, news: PrepareMemory) -> None:
         if self._receiver is None or self._qemu is not None:
-            raise Corrupt("the source's messages came in an order that makes no sense: run the same haulier at both sites")
+            raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
         spec, paths = self.spec, self.paths
         base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
         name = incoming_name(self.job.handoff)
@@ -263,11 +252,9 @@ class TargetHandoff:
 
     def _maybe_arrived(self) -> None:
         """Votes once memory is loaded and the final manifest is durable here."""
-        if self._voted or not self._loaded_at or self._final is None:
+        if self._voted or not self._loaded_at or self._receiver is None or not self._receiver.final:
             return
-        assert self._receiver is not None and self._qemu is not None and self._sink is not None
-        if self._receiver.manifest.digest != self._final or not self._receiver.committed:
-            return
+        assert self._qemu is not None and self._sink is not None
         if self._qemu.status() != "paused":
             self._qemu.wait_status({"paused"}, 10)
         memory, check_s = b"", 0.0
@@ -279,7 +266,14 @@ class TargetHandoff:
         self._voted = True
         happened = happen(self.journal, self.spec.name, Event.COMPLETE, decided=True)
         self.control.send(
-            Arrived(happened.after.pending, proxy.raw_bytes, proxy.digest(), self._final, memory, check_s)
+            Arrived(
+                happened.after.pending,
+                proxy.raw_bytes,
+                proxy.digest(),
+                self._receiver.manifest.digest,
+                memory,
+                check_s,
+            )
         )
         self._send(happened)
         self.progress.phase("ready")
@@ -297,7 +291,7 @@ class TargetHandoff:
             self.spec.name,
             Event(news.event),
             news.epoch,
-            **({"owner": self.site.name, "wanted": "running"} if news.event == Event.TOKEN else {}),
+            changes={"owner": self.site.name, "wanted": "running"} if news.event == Event.TOKEN else None,
         )
         for action in happened.actions:
             if action is Action.RUN_COPY:

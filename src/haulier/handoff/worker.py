@@ -7,34 +7,31 @@ SIGTERM and SIGINT cancel.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import fcntl
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from typing import Any
 
 import msgspec
-import psutil
 
 from haulier.agent.client import Client
-from haulier.agent.site import Site, write_atomically
+from haulier.agent.site import Site
 from haulier.errors import Cancelled, Conflict, Corrupt, HandoffFailed, HaulierError, PeerError
-from haulier.handoff.custody import happen, record_of
-from haulier.handoff.journal import HandoffRow, Journal
-from haulier.handoff.messages import Accept, Job, Offer, Status
-from haulier.handoff.ownership import Action, Event, State
+from haulier.handoff.custody import record_of
+from haulier.handoff.journal import Journal
+from haulier.handoff.messages import Accept, Job, Offer
+from haulier.handoff.ownership import State
 from haulier.handoff.progress import write_report
-from haulier.handoff.residence import discard_copy, retire
 from haulier.handoff.source import SourceHandoff
+from haulier.handoff.spawning import accept, spawn, start_source
 from haulier.handoff.target import TargetHandoff
 
+__all__ = ["AgentPeer", "accept", "main", "peer_of", "spawn", "start_source"]
+
 log = logging.getLogger("haulier.handoff")
-LISTEN_S = 20.0
 
 
 class AgentPeer:
@@ -55,94 +52,11 @@ class AgentPeer:
         try:
             return msgspec.convert(answer.get("messages", []), list[tuple[str, int]])
         except msgspec.ValidationError as error:
-            raise PeerError(f"{self._client.where} answered about ownership in a way that makes no sense: {error}") from None
+            raise PeerError(f"{self._client.where} answered nonsense about ownership: {error}") from None
 
 
 def peer_of(site: Site, journal: Journal, name: str) -> AgentPeer:
     return AgentPeer(Client.peer(site, journal.site(name)))
-
-
-# -- started by the agent -----------------------------------------------------------------------------------------
-
-
-def spawn(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
-    """Starts a worker that outlives the agent; its process is in the handoff's row when this returns."""
-    directory = site.handoff_root(job.handoff)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_atomically(directory / "job.json", msgspec.json.encode(job), 0o600)
-    with (directory / "worker.log").open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "haulier.handoff.worker", "--root", str(site.root), "--id", job.handoff],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    started = psutil.Process(process.pid).create_time()
-    journal.update_handoff(job.handoff, pid=process.pid, pid_started=started)
-    return process
-
-
-def start_source(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
-    """Records a handoff at its source and starts its worker."""
-    record = record_of(journal.guest(job.guest))
-    if record.state is not State.OWNER:
-        raise Conflict(f"guest {job.guest!r} is {record.state.value!r} at site {site.name!r}: see 'haulier status'")
-    journal.add_handoff(HandoffRow(id=job.handoff, guest=job.guest, role="source", peer=job.peer))
-    return spawn(site, journal, job)
-
-
-def accept(
-    site: Site, journal: Journal, offer: Offer, *, manifest: bool, memory_base: str
-) -> tuple[Accept, subprocess.Popen[bytes]]:
-    """Takes an offer that passed the preflight: durable as RECEIVING, worker started, its port known.
-
-    Raises Conflict if a guest of that name lives here already.
-    """
-    name = str(offer.spec.get("name", ""))
-    before = journal.find_guest(name)
-    happened = happen(
-        journal, name, Event.OFFER, offer.epoch, spec=offer.spec, owner=offer.source, handoff=offer.handoff
-    )
-    if happened.after.state is not State.RECEIVING or happened.row.handoff != offer.handoff:
-        raise Conflict(
-            f"guest {name!r} is {happened.before.state.value!r} at site {site.name!r} (epoch {happened.before.last}): "
-            "an offer of it cannot be taken here now; see 'haulier guest show' there"
-        )
-    for action in happened.actions:
-        if action is Action.DISCARD_COPY:
-            discard_copy(site, name, before.handoff if before else "")
-        elif action is Action.RETIRE:
-            retire(site, name, before.handoff if before else "")
-    journal.add_handoff(
-        HandoffRow(id=offer.handoff, guest=name, role="target", peer=offer.source, epoch=offer.epoch)
-    )
-    job = Job(
-        handoff=offer.handoff,
-        role="target",
-        guest=name,
-        peer=offer.source,
-        options=offer.options,
-        offer=offer,
-        memory_base=memory_base,
-    )
-    process = spawn(site, journal, job)
-    port = _await_port(site, offer.handoff, process)
-    return Accept(port=port, bulk=site.bulk, manifest=manifest, memory_base=memory_base), process
-
-
-def _await_port(site: Site, handoff: str, process: subprocess.Popen[bytes]) -> int:
-    path = site.handoff_root(handoff) / "status.json"
-    deadline = time.monotonic() + LISTEN_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            status = msgspec.json.decode(path.read_bytes(), type=Status)
-            if status.port:
-                return status.port
-        time.sleep(0.01)
-    raise HandoffFailed(
-        f"the worker at site {site.name!r} did not start to listen: see {site.handoff_root(handoff) / 'worker.log'} there"
-    )
 
 
 # -- the worker itself --------------------------------------------------------------------------------------------

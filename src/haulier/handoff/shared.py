@@ -1,0 +1,45 @@
+"""What both ends of a handoff must agree on before any byte is sent: which blocks have which numbers."""
+
+from __future__ import annotations
+
+from haulier.chunks.blocks import BlockIndex, BlockSpace
+from haulier.chunks.fingerprint import ZERO
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.guests.golden import MANIFEST_PREFIX, block_fingerprints
+
+
+def golden_manifest(store: ChunkStore, golden: str) -> Manifest | None:
+    """The disk of a golden snapshot, if this site has it."""
+    name = MANIFEST_PREFIX + golden
+    if not golden or name not in store.manifest_names(name):
+        return None
+    return store.load_manifest(name)
+
+
+def block_list(base: Manifest, golden: Manifest | None) -> tuple[list[bytes], int]:
+    """The chunks that the block space starts with, and how many of them are the golden snapshot's.
+
+    The snapshot's come first and in its own order, so that its ready-made index holds; then what else the guest's
+    disk has. Both ends compute the same list from the same two manifests.
+    """
+    first = block_fingerprints(golden) if golden is not None else []
+    known = {ZERO, *first}
+    return first + [fp for fp in dict.fromkeys(base.chunks()) if fp not in known], len(first)
+
+
+def block_space(store: ChunkStore, base: Manifest, golden: Manifest | None) -> BlockSpace:
+    """The block space as a handoff begins."""
+    space = BlockSpace(store)
+    space.append(block_list(base, golden)[0])
+    return space
+
+
+def block_index(store: ChunkStore, base: Manifest, golden: Manifest | None, ready: BlockIndex | None) -> BlockIndex:
+    """Where blocks are to be found in `block_space`; `ready` is the golden snapshot's own index."""
+    fps, count = block_list(base, golden)
+    if golden is None or ready is None:
+        return BlockIndex.build(store, fps)
+    extra = BlockIndex.build(store, fps[count:], first_block=count * 16)
+    ready.merge(extra)
+    return ready

@@ -1,0 +1,134 @@
+"""Starting workers: what the agent does with an operator's wish and with another site's offer."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+
+import msgspec
+import psutil
+
+from haulier.agent.site import Site, write_atomically
+from haulier.chunks.store import ChunkStore
+from haulier.errors import Conflict, Corrupt, HandoffFailed
+from haulier.handoff.custody import happen, record_of
+from haulier.handoff.journal import HandoffRow, Journal
+from haulier.handoff.messages import Accept, Job, Offer, Status
+from haulier.handoff.ownership import Action, Event, State
+from haulier.handoff.residence import discard_copy, retire
+from haulier.handoff.shared import golden_manifest
+
+LISTEN_S = 20.0
+
+
+def spawn(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
+    """Starts a worker that outlives the agent; its process is in the handoff's row when this returns."""
+    directory = site.handoff_root(job.handoff)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomically(directory / "job.json", msgspec.json.encode(job), 0o600)
+    with (directory / "worker.log").open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "haulier.handoff.worker", "--root", str(site.root), "--id", job.handoff],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    started = psutil.Process(process.pid).create_time()
+    journal.update_handoff(job.handoff, pid=process.pid, pid_started=started)
+    return process
+
+
+def start_source(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
+    """Records a handoff at its source and starts its worker."""
+    record = record_of(journal.guest(job.guest))
+    if record.state is not State.OWNER:
+        raise Conflict(f"guest {job.guest!r} is {record.state.value!r} at site {site.name!r}: see 'haulier status'")
+    journal.add_handoff(HandoffRow(id=job.handoff, guest=job.guest, role="source", peer=job.peer))
+    return spawn(site, journal, job)
+
+
+def accept(
+    site: Site, journal: Journal, offer: Offer, *, manifest: bool, memory_base: str
+) -> tuple[Accept, subprocess.Popen[bytes]]:
+    """Takes an offer that passed the preflight: durable as RECEIVING, worker started, its port known.
+
+    `manifest`: the base manifest is here by digest; `memory_base`: the picture of memory to start from. Raises
+    Conflict if a guest of that name lives here already.
+    """
+    name = str(offer.spec["name"])
+    before = journal.find_guest(name)
+    happened = happen(
+        journal,
+        name,
+        Event.OFFER,
+        offer.epoch,
+        changes={
+            "spec": offer.spec,
+            "owner": offer.source,
+            "handoff": offer.handoff,
+            "manifest": "",
+            "wanted": "",
+        },
+    )
+    if happened.after.state is not State.RECEIVING or happened.row.handoff != offer.handoff:
+        raise Conflict(
+            f"guest {name!r} is {happened.before.state.value!r} at site {site.name!r} (epoch {happened.before.last}, "
+            f"offered {offer.epoch}): it cannot be taken there now; see 'haulier guest show {name}' there"
+        )
+    for action in happened.actions:
+        if action is Action.DISCARD_COPY:
+            discard_copy(site, name, before.handoff if before else "")
+        elif action is Action.RETIRE:
+            retire(site, name, before.handoff if before else "")
+    journal.add_handoff(HandoffRow(id=offer.handoff, guest=name, role="target", peer=offer.source, epoch=offer.epoch))
+    job = Job(
+        handoff=offer.handoff,
+        role="target",
+        guest=name,
+        peer=offer.source,
+        options=offer.options,
+        offer=offer,
+        manifest=_manifest_name(site, bytes.fromhex(offer.manifest)) if manifest else "",
+        golden=_has_golden(site, str(offer.spec.get("golden", ""))),
+    )
+    process = spawn(site, journal, job)
+    port = _await_port(site, offer.handoff, process)
+    answer = Accept(
+        port=port,
+        bulk=site.bulk,
+        manifest=bool(job.manifest),
+        golden=job.golden,
+        memory_base=memory_base,
+    )
+    return answer, process
+
+
+def _await_port(site: Site, handoff: str, process: subprocess.Popen[bytes]) -> int:
+    path = site.handoff_root(handoff) / "status.json"
+    deadline = time.monotonic() + LISTEN_S
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            status = msgspec.json.decode(path.read_bytes(), type=Status)
+            if status.port:
+                return status.port
+        time.sleep(0.01)
+    raise HandoffFailed(
+        f"the worker at site {site.name!r} did not start to listen: see its worker.log under handoffs/{handoff} there"
+    )
+
+
+def _manifest_name(site: Site, digest: bytes) -> str:
+    with ChunkStore(site.store) as store:
+        for name in store.manifest_names():
+            with contextlib.suppress(Corrupt):
+                if store.load_manifest(name).digest == digest:
+                    return name
+    return ""
+
+
+def _has_golden(site: Site, golden: str) -> bool:
+    with ChunkStore(site.store) as store:
+        return golden_manifest(store, golden) is not None
