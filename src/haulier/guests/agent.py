@@ -112,9 +112,21 @@ class GuestAgent:
         """Set the guest's clock to this host's."""
         self.execute("guest-set-time", {"time": time.time_ns()}, timeout)
 
-    def shutdown(self) -> None:
-        """Start powering off. The agent does not answer this, so nothing is waited for."""
+    def shutdown(self, patience: float = 2) -> None:
+        """Start powering off. Keep this open until the guest is gone: what the agent has not read is lost on close.
+
+        The agent answers `guest-shutdown` only if it fails, as in guests without a login manager; those get a plain
+        `poweroff`. Raises `GuestError` if that fails as well.
+        """
         self._send("guest-shutdown", {"mode": "powerdown"}, 5)
+        try:
+            line = self._line(time.monotonic() + patience)
+        except GuestError:
+            return
+        try:
+            self._result("guest-shutdown", line)
+        except GuestError:
+            self.execute("guest-exec", {"path": "/sbin/poweroff"}, 5)
 
     # -- wire ----------------------------------------------------------------------------------------------------
 

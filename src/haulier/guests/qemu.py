@@ -207,19 +207,23 @@ class Qemu(Migration):
         try:
             if self.status() != "running":
                 self.cont()
-            self._ask_to_power_off(min(5.0, deadline_s))
+            clean = self._power_off(deadline)
         except GuestError:
-            pass
-        clean = self.process.wait_gone(max(0.0, deadline - time.monotonic()))
+            clean = not self.alive()
         self.quit()
         return clean
 
-    def _ask_to_power_off(self, timeout: float) -> None:
+    def _power_off(self, deadline: float) -> bool:
         try:
-            with self.guest_agent(timeout) as agent:
+            # The channel stays open until the guest is gone, or for half of the time; then the power button.
+            with self.guest_agent(min(5.0, deadline - time.monotonic())) as agent:
                 agent.shutdown()
+                if self.process.wait_gone((deadline - time.monotonic()) / 2):
+                    return True
         except GuestError:
-            self.qmp.execute("system_powerdown")
+            pass
+        self.qmp.execute("system_powerdown")
+        return self.process.wait_gone(max(0.0, deadline - time.monotonic()))
 
     def quit(self, *, keep_ram: bool = False, timeout: float = 20) -> None:
         """End QEMU at once, as if the power failed, with its disk images closed properly. No error if it is gone."""
