@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from haulier.errors import UnknownThing, UsageError
+from haulier.errors import HaulierError, UnknownThing, UsageError
 from haulier.lab import topology as topologies
 from haulier.lab.lab import Lab, take_down
 from haulier.lab.shaper import Shape
@@ -156,14 +156,23 @@ def status(name: str | None = None, /, *, json: Json = False) -> None:
     if name is not None:
         _tell(Lab.load(name).status(), json)
         return
-    labs = [Lab.load(there).status() for there in Lab.names()]
+    labs: list[dict[str, Any]] = []
+    for there in Lab.names():
+        try:
+            labs.append(Lab.load(there).status())
+        except HaulierError as error:
+            # Left half way, or taken down meanwhile: the others are still worth telling.
+            labs.append({"lab": there, "error": str(error)})
     if json:
         _print_json({"labs": labs})
     elif not labs:
         print("no lab is up")
     else:
         for facts in labs:
-            _tell(facts, json)
+            if "error" in facts:
+                print(f"lab {facts['lab']}: {facts['error']}")
+            else:
+                _tell(facts, json)
 
 
 @lab_app.command
@@ -223,7 +232,7 @@ def _shape_facts(shape: Shape) -> dict[str, Any]:
 
 
 def _print_json(facts: object) -> None:
-    print(json.dumps(facts, indent=2))
+    print(json.dumps(facts), flush=True)
 
 
 def _tell(facts: dict[str, Any], as_json: bool) -> None:
