@@ -69,7 +69,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/net/tun").ex
 
 
 @pytest.fixture(scope="module")
-def file(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sweep()
     file = tmp_path_factory.mktemp("lab") / "lab.toml"
     file.write_text(own_name(TEXT))
