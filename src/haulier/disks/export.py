@@ -1,0 +1,477 @@
+"""The process that serves one guest's disk to its QEMU, and the handle on it.
+
+    python -m haulier.disks.export --store DIR --manifest NAME --socket PATH --control PATH [--detach --log FILE]
+
+It is detached: it belongs to the guest, not to the agent, and goes on when the agent dies. Whoever comes next finds it
+by its control socket and its state file beside that (``<control>.json``: pid, start time, and all that is needed to
+start it again). While it runs it holds a lock on ``<control>.lock``, so two can never serve the same guest. When it
+dies QEMU's client waits (reconnect-delay) and connects to the next one under the same socket.
+
+The control socket takes one JSON object a line and answers each with one:
+
+    {"command": "swap", "manifest": NAME}    serve another manifest of the same size from now on
+    {"command": "stats"}                     counters, the current manifest, its digest
+    {"command": "stop"}                      stop; the answer comes before the process ends
+
+An answer is {"ok": true, ...} or {"ok": false, "error": text, "code": exit code of the error's class}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Final
+
+import psutil
+
+from haulier.chunks.store import ChunkStore
+from haulier.disks.server import PATIENCE_S, ExportServer
+from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, PeerError, UnknownThing, UsageError, by_code
+
+log = logging.getLogger(__name__)
+
+MAX_LINE: Final = 64 << 10
+MAX_SOCKET_PATH: Final = 100
+START_S: Final = 30.0
+ANSWER_S: Final = 30.0
+STOP_S: Final = 10.0
+
+
+@dataclass(frozen=True)
+class ExportState:
+    """What the state file says: how to recognise the process and how to start it again."""
+
+    pid: int
+    started: float
+    """Start time of the process in seconds since the epoch, as psutil tells it: pids are used again."""
+    store: str
+    manifest: str
+    socket: str
+    control: str
+    log: str
+
+    @classmethod
+    def load(cls, control: Path) -> ExportState:
+        """Read the state file beside `control`. UnknownThing when there is none, Corrupt when it is not readable."""
+        path = _beside(control, ".json")
+        try:
+            raw = json.loads(path.read_bytes())
+            return cls(**{name: kind(raw[name]) for name, kind in _STATE_FIELDS.items()})
+        except FileNotFoundError:
+            raise UnknownThing(f"no disk export has run at {control}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise Corrupt(f"{path} is not the state of a disk export ({error}); start the export anew") from error
+
+    def save(self) -> None:
+        path = _beside(Path(self.control), ".json")
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps(asdict(self)))
+        new.replace(path)
+
+
+_STATE_FIELDS: Final[dict[str, Callable[[Any], Any]]] = {
+    "pid": int, "started": float, "store": str, "manifest": str, "socket": str, "control": str, "log": str
+}  # fmt: skip
+
+
+class DiskExport:
+    """A handle on a running export. Any process may have one; none owns the export."""
+
+    def __init__(self, state: ExportState) -> None:
+        self.state = state
+        self.control = Path(state.control)
+
+    @classmethod
+    def start(
+        cls,
+        store_dir: Path,
+        manifest_name: str,
+        socket: Path,
+        control: Path,
+        log: Path,
+        patience_s: float = PATIENCE_S,
+    ) -> DiskExport:
+        """Start an export and return when it accepts connections.
+
+        Conflict when one is running at `control` or something else listens on `socket`; UnknownThing when the store
+        or manifest does not exist.
+        """
+        command = [sys.executable, "-m", "haulier.disks.export", "--detach"]
+        command += ["--store", str(Path(store_dir).absolute()), "--manifest", manifest_name]
+        command += ["--socket", str(Path(socket).absolute()), "--control", str(Path(control).absolute())]
+        command += ["--log", str(Path(log).absolute()), "--patience", str(patience_s)]
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=START_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise PeerError(f"the disk export of {manifest_name} did not start within {START_S:.0f} s") from None
+        if done.returncode:
+            text = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise by_code(done.returncode)(text[-1] if text else f"disk export of {manifest_name} did not start")
+        return cls.attach(control)
+
+    @classmethod
+    def restart(cls, control: Path) -> DiskExport:
+        """Start an export that has died again, with the manifest it served last."""
+        state = ExportState.load(control)
+        return cls.start(Path(state.store), state.manifest, Path(state.socket), Path(control), Path(state.log))
+
+    @classmethod
+    def attach(cls, control: Path) -> DiskExport:
+        """A handle on the export that runs at `control`. UnknownThing when none does."""
+        found = cls(ExportState.load(Path(control).absolute()))
+        if not found.alive():
+            raise UnknownThing(f"the disk export at {control} (pid {found.pid}) does not run any more; restart it")
+        return found
+
+    @property
+    def pid(self) -> int:
+        return self.state.pid
+
+    @property
+    def socket(self) -> Path:
+        """The NBD socket."""
+        return Path(self.state.socket)
+
+    def alive(self) -> bool:
+        """Whether that very process runs."""
+        return _runs(self.state.pid, self.state.started)
+
+    def swap(self, manifest_name: str) -> None:
+        """Serve another manifest from now on; when this returns every new request sees it."""
+        self._ask({"command": "swap", "manifest": manifest_name})
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start (see `server.Counters`), and `manifest`, `digest` (hex), `size`, `pid`."""
+        return self._ask({"command": "stats"})
+
+    def stop(self) -> None:
+        """Stop the export, wait for its end and remove its files; fine when it is gone already.
+
+        Never signals another process, and leaves the files of a successor alone.
+        """
+        try:
+            self._ask({"command": "stop"}, timeout_s=STOP_S)
+        except HaulierError:
+            # It may hang or be gone; a signal goes only to the process that the state file names.
+            _signal(self.state, signal.SIGTERM)
+        if not _until(lambda: not self.alive(), STOP_S):
+            _signal(self.state, signal.SIGKILL)
+            if not _until(lambda: not self.alive(), STOP_S):
+                raise Conflict(f"the disk export at {self.control} (pid {self.pid}) cannot be killed")
+        try:
+            with _lock(self.control):
+                for path in (self.socket, self.control):
+                    path.unlink(missing_ok=True)
+                _beside(self.control, ".json").unlink(missing_ok=True)
+                _beside(self.control, ".lock").unlink(missing_ok=True)
+        except (Conflict, NoRoom):
+            pass
+
+    def _ask(self, question: dict[str, Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
+        what = f"disk export at {self.control} (pid {self.pid})"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout_s)
+            try:
+                connection.connect(str(self.control))
+                peer = _peer_pid(connection)
+                if peer != self.pid:
+                    raise Conflict(f"{what} is gone: process {peer} listens there now")
+                connection.sendall(json.dumps(question).encode() + b"\n")
+                line = b""
+                while not line.endswith(b"\n"):
+                    part = connection.recv(MAX_LINE)
+                    if not part or len(line) > MAX_LINE:
+                        raise PeerError(f"{what} gave no whole answer")
+                    line += part
+            except OSError as error:
+                if isinstance(error, HaulierError):
+                    raise
+                raise PeerError(f"{what} cannot be asked ({error})") from error
+        try:
+            answer = json.loads(line)
+            if answer["ok"] is True:
+                return dict(answer)
+            raise by_code(int(answer["code"]))(str(answer["error"]))
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, HaulierError):
+                raise
+            raise PeerError(f"{what} answered nonsense ({error})") from error
+
+
+# -- the process
+
+
+class _Process:
+    """The running export: listens on both sockets until told to stop."""
+
+    def __init__(self, options: argparse.Namespace, ready: Callable[[], None]) -> None:
+        self._options = options
+        self._ready = ready
+        self._store = ChunkStore(options.store, create=False)
+        self._server = ExportServer(self._store, self._store.load_manifest(options.manifest), options.patience)
+        self._name: str = options.manifest
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        paths: tuple[Path, Path] = (self._options.socket, self._options.control)
+        for path in paths:
+            _free(path)
+        old = os.umask(0o177)
+        try:
+            disk = await loop.create_unix_server(self._server.connection, str(paths[0]))
+            control = await asyncio.start_unix_server(self._control, str(paths[1]), limit=MAX_LINE)
+        finally:
+            os.umask(old)
+        self._save_state()
+        log.info("serving %s (%d bytes) at %s", self._name, self._server.manifest.size, paths[0])
+        self._ready()
+        await self._stopping.wait()
+        log.info("stopping")
+        for path in paths:
+            path.unlink(missing_ok=True)
+        disk.close()
+        control.close()
+        self._server.close()
+        self._store.close()
+
+    def _save_state(self) -> None:
+        pid = os.getpid()
+        options = self._options
+        ExportState(
+            pid=pid,
+            started=psutil.Process(pid).create_time(),
+            store=str(options.store),
+            manifest=self._name,
+            socket=str(options.socket),
+            control=str(options.control),
+            log=str(options.log or ""),
+        ).save()
+
+    async def _control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                try:
+                    answer = {"ok": True, **await self._answer(line)}
+                except HaulierError as error:
+                    answer = {"ok": False, "error": str(error), "code": error.exit_code}
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        except (OSError, ValueError) as error:
+            log.warning("control connection: %s", error)
+        except asyncio.CancelledError:
+            # The loop ends; the streams module would log a cancelled handler as an error.
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            question = json.loads(line)
+            command = question["command"]
+        except (ValueError, KeyError, TypeError):
+            raise UsageError("a control message is one JSON object a line, with a command") from None
+        if command == "swap":
+            name = question.get("manifest")
+            if not isinstance(name, str):
+                raise UsageError("swap needs the name of a manifest")
+            loop = asyncio.get_running_loop()
+            self._server.swap(await loop.run_in_executor(None, self._store.load_manifest, name))
+            self._name = name
+            self._save_state()
+            log.info("serving %s from now on", name)
+            return {}
+        if command == "stats":
+            manifest = self._server.manifest
+            facts = {"manifest": self._name, "digest": manifest.digest.hex(), "size": manifest.size, "pid": os.getpid()}
+            return {**self._server.counters.as_dict(), **facts}
+        if command == "stop":
+            # The answer goes out first.
+            asyncio.get_running_loop().call_soon(self._stopping.set)
+            return {}
+        raise UsageError(f"no such command: {str(command)[:40]!r}; there are swap, stats and stop")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the export; the exit code is that of the error's class."""
+    parser = argparse.ArgumentParser(prog="haulier.disks.export", description="Serves a disk's manifest as NBD.")
+    parser.add_argument("--store", type=Path, required=True, help="directory of the chunk store")
+    parser.add_argument("--manifest", required=True, help="name of the manifest in the store")
+    parser.add_argument("--socket", type=Path, required=True, help="unix socket for NBD")
+    parser.add_argument("--control", type=Path, required=True, help="unix socket for control")
+    parser.add_argument("--log", type=Path, help="file that messages are appended to")
+    parser.add_argument("--patience", type=float, default=PATIENCE_S, help="seconds to wait for a missing chunk")
+    parser.add_argument("--detach", action="store_true", help="go on in the background once ready")
+    options = parser.parse_args(arguments)
+    try:
+        for path in (options.socket, options.control):
+            if len(str(path).encode()) > MAX_SOCKET_PATH:
+                raise UsageError(f"socket path {path} is longer than {MAX_SOCKET_PATH} bytes; choose a shorter one")
+        with _lock(options.control) as lock:
+            # Two processes must not both hold the lock: the child inherits it, the parent leaves by _exit.
+            done = _detach(options.log) if options.detach else None
+            _log_to(options.log)
+            _serve(options, done)
+            del lock
+    except HaulierError as error:
+        print(str(error).replace("\n", " "), file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _serve(options: argparse.Namespace, done: IO[bytes] | None) -> None:
+    def ready() -> None:
+        if done is not None:
+            done.write(b"\0")
+            done.close()
+
+    try:
+        asyncio.run(_run(options, ready))
+    except HaulierError as error:
+        log.error("%s", error)
+        if done is None:
+            raise
+        if not done.closed:
+            done.write(bytes([error.exit_code]) + str(error).replace("\n", " ").encode())
+            done.close()
+        os._exit(error.exit_code)
+    except BaseException as error:
+        log.exception("the export failed")
+        if done is not None and not done.closed:
+            done.write(b"\1" + f"the disk export failed: {error!r}; see {options.log}".encode())
+            done.close()
+        raise
+
+
+async def _run(options: argparse.Namespace, ready: Callable[[], None]) -> None:
+    await _Process(options, ready).run()
+
+
+def _detach(log_path: Path | None) -> IO[bytes]:
+    """Go on in a child, in a session of its own; the parent waits for what the child writes to the returned file.
+
+    A zero byte: ready. Another: the exit code, and a message.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        with os.fdopen(reading, "rb") as said:
+            message = said.read()
+        code = message[0] if message else 1
+        if code:
+            print(message[1:].decode("utf-8", "replace") or "the disk export died at its start", file=sys.stderr)
+            sys.stderr.flush()
+        os._exit(code)
+    os.close(reading)
+    os.setsid()
+    os.chdir("/")
+    with open(os.devnull, "r+b") as null, open(log_path or os.devnull, "ab") as output:
+        os.dup2(null.fileno(), 0)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    return os.fdopen(writing, "wb", buffering=0)
+
+
+def _log_to(path: Path | None) -> None:
+    form = "%(asctime)s %(levelname)s %(message)s"
+    if path is None:
+        logging.basicConfig(level=logging.INFO, format=form)
+    else:
+        logging.basicConfig(level=logging.INFO, format=form, filename=path)
+
+
+def _lock(control: Path) -> IO[bytes]:
+    """The lock that says that an export runs at `control`; it is held until the file is closed by the last holder."""
+    path = _beside(control, ".lock")
+    while True:
+        try:
+            lock = open(path, "ab")  # noqa: SIM115  (the caller closes it)
+        except OSError as error:
+            raise NoRoom(f"cannot make {path} ({error})") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise Conflict(f"a disk export runs at {control} already; attach to it or stop it") from None
+        # The file may have been removed between the two steps: then this lock keeps nobody out.
+        try:
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        lock.close()
+
+
+def _free(path: Path) -> None:
+    """Remove a socket that nobody listens on. Conflict when somebody does, or it is something else."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise Conflict(f"{path} exists and is not a socket; remove it or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+            return
+        except OSError as error:
+            raise Conflict(f"{path} is in use ({error}); choose another path") from error
+    raise Conflict(f"another process listens at {path}; stop it or choose another path")
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(raw[:4], sys.byteorder, signed=True)
+
+
+def _runs(pid: int, started: float) -> bool:
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - started) < 0.02 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _signal(state: ExportState, number: int) -> None:
+    if not _runs(state.pid, state.started):
+        return
+    try:
+        os.kill(state.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _until(condition: Callable[[], bool], deadline_s: float) -> bool:
+    deadline = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
