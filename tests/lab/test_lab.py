@@ -378,6 +378,28 @@ def test_two_labs_do_not_see_each_other() -> None:
         assert ping(one, "a", one.address("b"), count=1)[0] == 1
 
 
+def test_many_processes_use_labs_at_once() -> None:
+    code = (
+        "import sys; from tests.support.labs import lab\n"
+        "with lab(sys.argv[1]) as made:\n"
+        "    for n in range(5):\n"
+        "        made.link('a-b').set(delay_s=n / 1000)\n"
+        "        made.route_guest('b', '10.77.0.10', 'a')\n"
+        "        made.exec('b', ['ping', '-c1', made.address('a')])\n"
+        "print(made.name)\n"
+    )
+    text = PAIR.replace('name = "a"', 'name = "a"\nguest_gateway = "10.77.0.1/24"', 1)
+    argv = [sys.executable, "-c", code, text]
+    running = [
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        for _ in range(4)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert left_of(out.strip()) == []
+
+
 def test_killed_relay_is_noticed_and_down_still_works() -> None:
     with lab(PAIR, backend="tun") as made:
         link = made.link("a-b")

@@ -6,7 +6,8 @@ The queue is served lazily: nothing happens between two calls, and each call fir
 transmissions that began before its time. So a caller needs to wake only when something can come out
 (`Shaper.due`), and a changed rate applies to what still waits in the queue, as on a real link.
 
-Packets never overtake each other: jitter that would reorder them is cut short.
+Packets never overtake each other: the delay line is first in, first out, so one whose own delay is over still waits
+for those before it.
 """
 
 from __future__ import annotations
@@ -99,8 +100,6 @@ class Shaper:
         self._line: deque[tuple[float, bytes]] = deque()
         self._free = 0.0
         """When the transmitter has sent the packet it is at."""
-        self._last = 0.0
-        """When the youngest packet of the delay line comes out."""
         self._limit = shape.limit_bytes
 
     @property
@@ -164,7 +163,7 @@ class Shaper:
             self._queue.clear()
             self._line.clear()
             self._queued_bytes = 0
-            self._free = self._last = now
+            self._free = now
             return
         if self._free > now and old.rate_bps != shape.rate_bps:
             # The transmitter is at the youngest packet of the line: what is left of it goes at the new rate.
@@ -172,9 +171,7 @@ class Shaper:
             free = now + (left / shape.rate_bps if shape.rate_bps else 0.0)
             if self._line:
                 out, packet = self._line.pop()
-                before = self._line[-1][0] if self._line else now
-                self._last = max(before, out + free - self._free)
-                self._line.append((self._last, packet))
+                self._line.append((out + free - self._free, packet))
             self._free = free
         self._serve(now)
 
@@ -192,7 +189,4 @@ class Shaper:
         out = done + shape.delay_s
         if shape.jitter_s:
             out += self._rng.uniform(-shape.jitter_s, shape.jitter_s)
-        if out < self._last:
-            out = self._last
-        self._last = out
         self._line.append((out, packet))
