@@ -1,0 +1,621 @@
+"""The chunk store of a site: append-only packs and an index, opened by many processes at once.
+
+How it holds together:
+
+- Every process appends to packs of its own (flock), so writers never wait for each other but at `commit`.
+- A chunk is visible to its own process at once, to others and after a crash from `commit` on: the pack is synced
+  first, then the index commits. The index never points at bytes that a power cut could take.
+- Locations are remembered in memory only for chunks whose fingerprint this process has checked, and only for one
+  *generation*: a counter in a shared mapping that a collection moves on after deleting rows and before punching
+  holes. A reader looks at the counter after reading, so bytes from a place given up meanwhile are never returned.
+- What keeps a chunk: references (of manifests), leases (of somebody at work), and the store that put it while that
+  is open. A collection takes all others.
+
+Do not carry an open store over a fork; open it again in the child.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import re
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from sqlite3 import Connection
+from typing import Any, Final
+
+from haulier.chunks import index as sql
+from haulier.chunks.collect import CheckReport, GcReport, check_store, collect_garbage, reindex
+from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK, Buffer, fingerprint
+from haulier.chunks.index import Index
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.packs import RAW, Location, Pack, Writer, decode_record, disk_error, encode_record
+from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing, UsageError
+from haulier.units import CHUNK, FINGERPRINT, MIB
+
+PACK_SIZE: Final = 256 * MIB
+RESERVE: Final = 16 * MIB
+"""Room on disk that `put` leaves for the index, so that a full disk can still be cleaned up."""
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]{0,199}")
+_OWN_LEASE: Final = "open:"
+_WARM_MOST: Final = 131_072  # about 230 bytes each; 8 GiB of disk
+_DECODED_MOST: Final = 64  # chunks kept decompressed, 4 MiB
+_AGAIN_MOST: Final = 16 * MIB
+_META_MOST: Final = 1 * MIB
+_RETRIES: Final = 16
+_ROOM_EVERY: Final = 64
+
+_Warm = dict[bytes, tuple[Pack, int]]
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """`chunks` held, `bytes` they stand for, `stored` bytes they take in packs, `disk` bytes of the pack files."""
+
+    chunks: int
+    bytes: int
+    stored: int
+    disk: int
+    packs: int
+    manifests: int
+    leases: int
+
+
+@dataclass
+class _Batch:
+    """What was put since the last commit."""
+
+    pending: dict[bytes, Location] = field(default_factory=dict)
+    again: dict[bytes, bytes] = field(default_factory=dict)  # were here already; kept lest a collection takes them
+    claims: dict[str, set[bytes]] = field(default_factory=dict)  # lease -> chunks
+    tails: list[tuple[Writer, int]] = field(default_factory=list)
+
+
+class ChunkStore:
+    """See the module. All methods may be called from any thread.
+
+    `zstd_level` compresses what is put from now on (for archives; an export wants raw chunks). `reserve` is the room
+    in bytes that `put` leaves on the disk. Raises UnknownThing when there is no store and `create` is false.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        create: bool = True,
+        *,
+        zstd_level: int | None = None,
+        pack_size: int = PACK_SIZE,
+        reserve: int = RESERVE,
+    ) -> None:
+        self.path = Path(path)
+        self.packs = self.path / "packs"
+        self.pack_size = pack_size
+        self._level = zstd_level
+        self._reserve = reserve
+        if not create and not (self.path / "index.sqlite").exists():
+            raise UnknownThing(f"no chunk store at {self.path}; check the directory, or import an image first")
+        try:
+            self.packs.mkdir(parents=True, exist_ok=True)
+            (self.path / "open").mkdir(exist_ok=True)
+            with open(self.path / "lock", "a+b") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._generation = _map_generation(self.path / "generation")
+                self.index = Index(self.path / "index.sqlite")
+                made = self.index.create(uuid.uuid4().bytes)
+                with self.index.read() as db:
+                    self.id: bytes = db.execute("SELECT id FROM store").fetchone()[0]
+                if made:
+                    reindex(self)  # an index was lost: what its packs hold need not travel again
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        self._batch = _Batch()
+        self._append_lock = threading.RLock()
+        self._commit_lock = threading.RLock()
+        self._cache_lock = threading.Lock()
+        self._seen: tuple[bytes, _Warm] = (self._generation[:8], {})
+        self._open_packs: dict[int, Pack] = {}
+        self._decoded: OrderedDict[bytes, bytes] = OrderedDict()
+        self._writer: Writer | None = None
+        self._sealed: list[Writer] = []
+        self._since_room = 0
+        self._own: tuple[str, int] | None = None
+        self._saved: dict[str, tuple[bytes, Manifest]] = {}
+        self._closed = False
+
+    def __enter__(self) -> ChunkStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close(commit=exc[0] is None)
+
+    def close(self, *, commit: bool = True) -> None:
+        """Commit and let go. Chunks put without a lease and in no manifest are no longer kept."""
+        with self._commit_lock, self._append_lock:
+            if self._closed:
+                return
+            try:
+                if commit:
+                    self.commit()
+            finally:
+                self._closed = True
+                self._forget()
+                self._writer = None
+                if self._own is not None:
+                    name, fd = self._own
+                    try:
+                        with self.index.write() as db:
+                            sql.end_lease(db, name)
+                        (self.path / "open" / name.removeprefix(_OWN_LEASE)).unlink(missing_ok=True)
+                    except (HaulierError, OSError):
+                        pass  # the next collection sees that nobody holds the lock
+                    os.close(fd)
+                self.index.close()
+                self._open_packs = {}
+                self._seen = (b"", {})
+
+    # --- reading ---
+
+    def has(self, fp: bytes) -> bool:
+        """Whether the chunk is here. Nothing keeps it here but a reference or a lease."""
+        return fp == ZERO or self._locate(fp) is not None
+
+    def missing(self, fps: Iterable[bytes], lease: str = "") -> list[bytes]:
+        """Those of `fps` not held, each once, in order. With a lease, the others are durably kept under it."""
+        wanted = list(dict.fromkeys(fp for fp in fps if fp != ZERO))
+        with self._append_lock:
+            own = set(self._batch.pending)
+        unknown = [fp for fp in wanted if fp not in own]
+        if lease:
+            _check_lease(lease)
+            with self.index.write() as db:
+                found = sql.present(db, unknown)
+                number = sql.renew_lease(db, lease, time.time())
+                db.executemany("INSERT OR IGNORE INTO leased VALUES (?,?)", ((fp, number) for fp in found))
+            with self._append_lock:
+                self._batch.claims.setdefault(lease, set()).update(own.intersection(wanted))
+        else:
+            with self.index.read() as db:
+                found = sql.present(db, unknown)
+        return [fp for fp in unknown if fp not in found]
+
+    def get(self, fp: bytes) -> bytes:
+        """The chunk's 64 KiB. Raises UnknownThing, or Corrupt (the chunk is then dropped from the index)."""
+        return self.read(fp, 0, CHUNK)
+
+    def read(self, fp: bytes, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset` of a chunk; like `get`, verified whole when this process first reads it."""
+        if offset < 0 or length < 0 or offset + length > CHUNK:
+            raise UsageError(f"{length} bytes at {offset} of a chunk of {CHUNK}")
+        generation, warm = self._seen
+        known = warm.get(fp)
+        if known is not None:
+            try:
+                data = os.pread(known[0].fd, length, known[1] + offset)
+            except OSError:
+                data = b""
+            if self._generation[:8] == generation and len(data) == length:
+                return data
+        if fp == ZERO:
+            return ZERO_CHUNK[:length]
+        return self._load(fp)[offset : offset + length]
+
+    def _load(self, fp: bytes) -> bytes:
+        kept = self._decoded.get(fp)
+        if kept is not None:
+            return kept
+        for _ in range(_RETRIES):
+            generation = self._generation[:8]
+            at = self._locate(fp)
+            if at is None:
+                raise UnknownThing(f"chunk {fp.hex()} is not in the store at {self.path}; fetch it from another site")
+            pack: Pack | None = None
+            data: bytes | None = None
+            try:
+                pack = self._pack(at.pack)
+                data = decode_record(fp, at, pack.read_record(at))
+            except OSError:
+                pass  # gone, or unreadable: told apart below
+            if pack is not None and data is not None:
+                self._remember(generation, fp, pack, at, data)
+                return data
+            if self._locate(fp) == at and self._generation[:8] == generation:
+                self._drop(fp, at)
+                raise Corrupt(
+                    f"chunk {fp.hex()} in {self.path} does not match its fingerprint and was dropped;"
+                    " fetch it again, and check the disk"
+                )
+        raise Conflict(f"chunk {fp.hex()} in {self.path} kept moving while it was read; try again")
+
+    def _locate(self, fp: bytes) -> Location | None:
+        at = self._batch.pending.get(fp)
+        if at is not None:
+            return at
+        with self.index.read() as db:
+            at = sql.locate(db, fp)
+        return at or self._batch.pending.get(fp)
+
+    def _pack(self, number: int) -> Pack:
+        pack = self._open_packs.get(number)
+        if pack is None:
+            pack = Pack(self.packs, number)
+            with self._cache_lock:
+                if len(self._open_packs) >= 256:
+                    self._open_packs = {}
+                self._open_packs[number] = pack
+        return pack
+
+    def _remember(self, generation: bytes, fp: bytes, pack: Pack, at: Location, data: bytes) -> None:
+        """Keep a checked location (or, compressed, the data), unless a collection went by since `generation`."""
+        with self._cache_lock:
+            if at.codec != RAW:
+                self._decoded[fp] = data
+                if len(self._decoded) > _DECODED_MOST:
+                    self._decoded.popitem(last=False)
+                return
+            if self._generation[:8] != generation:
+                return
+            if self._seen[0] != generation:
+                self._seen = (generation, {})
+                self._open_packs = {pack.id: pack}
+            warm = self._seen[1]
+            if len(warm) >= _WARM_MOST:
+                warm.pop(next(iter(warm)), None)
+            warm[fp] = (pack, at.offset + 64)
+
+    def _drop(self, fp: bytes, at: Location) -> None:
+        with self._append_lock:
+            if self._batch.pending.get(fp) == at:
+                del self._batch.pending[fp]
+                for claimed in self._batch.claims.values():
+                    claimed.discard(fp)
+        with self._cache_lock:
+            self._seen[1].pop(fp, None)
+        with self.index.write() as db:
+            db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
+
+    # --- writing ---
+
+    def put(self, data: Buffer, fp: bytes | None = None, lease: str = "") -> bytes:
+        """Keep a chunk of exactly CHUNK bytes; its fingerprint. Raises Corrupt when it is not the one of `fp`.
+
+        Visible to this process at once; to others, and durably, after `commit`. Kept under `lease`, or without one as
+        long as this store is open, or a manifest refers to it. Raises NoRoom when the disk is full: nothing is lost.
+        """
+        if len(data) != CHUNK:
+            raise UsageError(f"a chunk of {len(data)} bytes; pad it with zeros to {CHUNK}")
+        if lease:
+            _check_lease(lease)
+        actual = fingerprint(data)
+        if fp is not None and fp != actual:
+            raise Corrupt(f"chunk {fp.hex()} arrived as {actual.hex()}; it is not kept, ask for it again")
+        if actual == ZERO:
+            return ZERO
+        with self._append_lock:
+            batch = self._batch
+            if actual not in batch.again:
+                held = actual in batch.pending
+                if not held:
+                    with self.index.read() as db:
+                        held = sql.locate(db, actual) is not None
+                if held:
+                    batch.again[actual] = bytes(data)
+                else:
+                    self._append(actual, data)
+            batch.claims.setdefault(lease, set()).add(actual)
+            full = len(batch.again) * CHUNK > _AGAIN_MOST
+        if full:
+            self.commit()
+        return actual
+
+    def _append(self, fp: bytes, data: Buffer) -> None:
+        if self._closed:
+            raise UsageError(f"the chunk store at {self.path} was closed")
+        self._check_room()
+        record = encode_record(fp, data, self._level)
+        if self._writer is not None and self._writer.tail >= self.pack_size:
+            self._sealed.append(self._writer)
+            self._writer = None
+        if self._writer is None:
+            self._writer = self.new_writer()
+        self._batch.pending[fp] = self._writer.append(*record)
+
+    def _check_room(self) -> None:
+        if self._since_room % _ROOM_EVERY == 0:
+            space = os.statvfs(self.path)
+            if space.f_bavail * space.f_frsize < self._reserve + _ROOM_EVERY * (CHUNK + 64):
+                raise NoRoom(
+                    f"less than {(self._reserve + _ROOM_EVERY * CHUNK) // MIB} MiB are left for the chunk store at"
+                    f" {self.path}; free some space or run haulier gc, then try again"
+                )
+        self._since_room += 1
+
+    def new_writer(self, *, adopt: bool = True) -> Writer:
+        """A pack locked for appending: one that nobody writes and that has room, or a new one."""
+        if adopt:
+            with self.index.read() as db:
+                open_ends = db.execute(
+                    "SELECT id FROM packs WHERE tail < ? ORDER BY id DESC LIMIT 8", (self.pack_size,)
+                ).fetchall()
+            for (number,) in open_ends:
+                writer = Writer.adopt(self.packs, number)
+                if writer is None:
+                    continue
+                with self.index.read() as db:  # again, now that nobody else moves it
+                    row = db.execute("SELECT tail FROM packs WHERE id=?", (number,)).fetchone()
+                if row is not None and writer.set_tail(row[0]):
+                    return writer
+        for _ in range(_RETRIES):
+            with self.index.write() as db:
+                cursor = db.execute("INSERT INTO packs (tail) VALUES (0)")
+                number = int(cursor.lastrowid or 0)
+            made = Writer.create(self.packs, number, self.id)
+            if made is not None:
+                return made
+        raise Conflict(f"no pack could be made in {self.packs}; try again")
+
+    def commit(self) -> None:
+        """Make everything put so far durable and visible to all. Raises NoRoom: the batch is kept, try again later."""
+        self._commit(None)
+
+    def _commit(self, then: Callable[[Connection], None] | None) -> None:
+        with self._commit_lock:
+            batch = self._snapshot()
+            if not batch.claims and not batch.pending and then is None:
+                return
+            self._sync(batch)
+            with self.index.write() as db:
+                _insert(db, batch)
+                gone = set(batch.again) - sql.present(db, list(batch.again))
+                if gone:
+                    with self._append_lock:
+                        for fp in gone:
+                            self._append(fp, batch.again[fp])
+                            self._batch.again.pop(fp, None)
+                        batch = self._snapshot()
+                    self._sync(batch)
+                    _insert(db, batch)
+                now = time.time()
+                for lease, fps in batch.claims.items():
+                    number = sql.renew_lease(db, lease or self._own_lease(), now)
+                    db.executemany("INSERT OR IGNORE INTO leased VALUES (?,?)", ((fp, number) for fp in fps))
+                if then is not None:
+                    then(db)
+            self._settle(batch)
+
+    def _snapshot(self) -> _Batch:
+        with self._append_lock:
+            now = self._batch
+            writers = [*self._sealed, *([self._writer] if self._writer else [])]
+            return _Batch(
+                dict(now.pending),
+                dict(now.again),
+                {lease: set(fps) for lease, fps in now.claims.items()},
+                [(writer, writer.tail) for writer in writers if writer.tail > writer.committed],
+            )
+
+    def _sync(self, batch: _Batch) -> None:
+        for writer, _ in batch.tails:
+            try:
+                writer.sync()
+            except OSError as error:
+                # The kernel may have thrown the pages away: nothing since the last commit can be trusted.
+                self._forget()
+                raise disk_error(error, self.packs) from error
+
+    def _settle(self, done: _Batch) -> None:
+        """After a commit: what it held is no longer ours to remember."""
+        with self._append_lock:
+            now = self._batch
+            for fp, at in done.pending.items():
+                if now.pending.get(fp) == at:
+                    del now.pending[fp]
+            for fp in done.again:
+                now.again.pop(fp, None)
+            for lease, fps in done.claims.items():
+                left = now.claims.get(lease, set())
+                left -= fps
+                if not left:
+                    now.claims.pop(lease, None)
+            for writer, tail in done.tails:
+                writer.committed = tail
+            self._sealed = [writer for writer in self._sealed if writer.tail > writer.committed]
+
+    def _forget(self) -> None:
+        """Throw away what was put since the last commit."""
+        with self._append_lock:
+            self._batch = _Batch()
+            for writer in [*self._sealed, *([self._writer] if self._writer else [])]:
+                writer.forget()
+            self._sealed = []
+            self._writer = None
+            with self._cache_lock:
+                self._seen = (self._generation[:8], {})
+
+    def release_writer(self) -> None:
+        """Commit and give up the pack being written, so that a collection may move it."""
+        with self._commit_lock:
+            self.commit()
+            with self._append_lock:
+                if self._writer is not None and self._writer.tail == self._writer.committed:
+                    self._writer = None
+
+    # --- leases ---
+
+    def _own_lease(self) -> str:
+        """The lease of what is put without one: it lives as long as this store holds the lock of a file."""
+        if self._own is None:
+            name = uuid.uuid4().hex
+            fd = os.open(self.path / "open" / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            self._own = (_OWN_LEASE + name, fd)
+        return self._own[0]
+
+    def add_lease(self, lease: str) -> None:
+        """Make or renew a lease, durably. Chunks put under it are kept until `drop_lease`."""
+        _check_lease(lease)
+        with self.index.write() as db:
+            sql.renew_lease(db, lease, time.time())
+
+    def drop_lease(self, lease: str) -> None:
+        """Forget a lease. What it alone kept may now be collected; nothing happens if there is no such lease."""
+        _check_lease(lease)
+        with self._append_lock:
+            self._batch.claims.pop(lease, None)
+        with self.index.write() as db:
+            sql.end_lease(db, lease)
+
+    def leases(self) -> list[str]:
+        """Names of the leases that were asked for."""
+        with self.index.read() as db:
+            names = [row[0] for row in db.execute("SELECT name FROM leases ORDER BY name")]
+        return [name for name in names if not name.startswith(_OWN_LEASE)]
+
+    # --- manifests ---
+
+    def save_manifest(
+        self, name: str, manifest: Manifest, meta: dict[str, Any] | None = None, *, partial: bool = False
+    ) -> None:
+        """Commit, and in the same transaction put `manifest` under `name` in place of any other; durable on return.
+
+        `meta` is kept with it as JSON. Raises UnknownThing when chunks are not here, unless `partial`: then nothing
+        changes. From here on the manifest's references keep its chunks.
+        """
+        _check_name(name)
+        text = json.dumps(meta or {}, sort_keys=True)
+        if len(text) > _META_MOST:
+            raise UsageError(f"{len(text)} bytes of notes with manifest {name}; at most {_META_MOST}")
+        data = manifest.encode()
+        wanted = manifest.unique()
+
+        def save(db: Connection) -> None:
+            row = db.execute("SELECT data, complete FROM manifests WHERE name=?", (name,)).fetchone()
+            before = self._decode(name, row[0]).unique() if row else frozenset[bytes]()
+            added = wanted - before
+            # A complete manifest keeps its own chunks, so only new ones need looking for.
+            look = added if row and row[1] else wanted
+            complete = len(sql.present(db, list(look))) == len(look)
+            if not complete and not partial:
+                lacking = set(look) - sql.present(db, list(look))
+                raise UnknownThing(
+                    f"manifest {name} needs {len(lacking)} chunks that are not in {self.path},"
+                    f" the first is {min(lacking).hex()}; fetch them first"
+                )
+            sql.count_references(db, added, before - wanted)
+            db.execute("INSERT OR REPLACE INTO manifests VALUES (?,?,?,?,?)", (name, data, complete, text, time.time()))
+            if self._own is not None:
+                own = db.execute("SELECT id FROM leases WHERE name=?", (self._own[0],)).fetchone()
+                if own is not None:
+                    db.executemany("DELETE FROM leased WHERE fp=? AND lease=?", ((fp, own[0]) for fp in added))
+
+        self._commit(save)
+        self._saved[name] = (data, manifest)
+
+    def _decode(self, name: str, data: bytes) -> Manifest:
+        known = self._saved.get(name)
+        if known is not None and known[0] == data:
+            return known[1]
+        try:
+            return Manifest.decode(data)
+        except Corrupt as error:
+            raise Corrupt(f"manifest {name} in {self.path} is damaged: {error}") from error
+
+    def load_manifest(self, name: str) -> Manifest:
+        """The manifest under `name`. Raises UnknownThing or Corrupt."""
+        with self.index.read() as db:
+            row = db.execute("SELECT data FROM manifests WHERE name=?", (name,)).fetchone()
+        if row is None:
+            raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
+        return self._decode(name, row[0])
+
+    def manifest_names(self, prefix: str = "") -> list[str]:
+        """Names of the manifests that start with `prefix`, sorted."""
+        with self.index.read() as db:
+            rows = db.execute("SELECT name FROM manifests ORDER BY name").fetchall()
+        return [row[0] for row in rows if row[0].startswith(prefix)]
+
+    def manifest_meta(self, name: str) -> dict[str, Any]:
+        """What was kept with the manifest. Raises UnknownThing."""
+        with self.index.read() as db:
+            row = db.execute("SELECT meta FROM manifests WHERE name=?", (name,)).fetchone()
+        if row is None:
+            raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
+        meta: dict[str, Any] = json.loads(row[0])
+        return meta
+
+    def drop_manifest(self, name: str) -> None:
+        """Forget a manifest and its references; its chunks stay until a collection. Raises UnknownThing."""
+        with self.index.write() as db:
+            row = db.execute("SELECT data FROM manifests WHERE name=?", (name,)).fetchone()
+            if row is None:
+                raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
+            sql.count_references(db, (), self._decode(name, row[0]).unique())
+            db.execute("DELETE FROM manifests WHERE name=?", (name,))
+        self._saved.pop(name, None)
+
+    # --- housekeeping ---
+
+    def gc(self, dry_run: bool = False, *, lease_age_s: float | None = None) -> GcReport:
+        """Take what neither a manifest nor a lease keeps, and give its space back; safe beside readers and writers.
+
+        Leases not renewed for `lease_age_s` seconds end. Raises Conflict when another collection is under way.
+        """
+        return collect_garbage(self, dry_run, lease_age_s)
+
+    def check(self, repair: bool = False) -> CheckReport:
+        """Verify every chunk, and compare the references with the manifests. `repair` puts right what can be."""
+        return check_store(self, repair)
+
+    def next_generation(self) -> None:
+        """Make every process forget locations. Only under the lock of a collection."""
+        number = int.from_bytes(self._generation[:8], "little") + 1
+        self._generation[:8] = (number % (1 << 64)).to_bytes(8, "little")
+
+    def stats(self) -> StoreStats:
+        """Counts and sizes, over all processes' committed chunks."""
+        with self.index.read() as db:
+            chunks, stored = db.execute("SELECT count(*), coalesce(sum(stored), 0) FROM chunks").fetchone()
+            manifests = db.execute("SELECT count(*) FROM manifests").fetchone()[0]
+            leases = db.execute("SELECT count(*) FROM leases WHERE name NOT LIKE 'open:%'").fetchone()[0]
+        files = list(self.packs.glob("*.pack"))
+        disk = 0
+        for file in files:
+            try:
+                disk += file.stat().st_blocks * 512
+            except FileNotFoundError:
+                continue
+        return StoreStats(chunks, chunks * CHUNK, stored, disk, len(files), manifests, leases)
+
+
+def _insert(db: Connection, batch: _Batch) -> None:
+    db.executemany("INSERT OR IGNORE INTO chunks VALUES (?,?,?,?,?)", ((fp, *at) for fp, at in batch.pending.items()))
+    for writer, tail in batch.tails:
+        sql.set_tail(db, writer.pack.id, tail)
+
+
+def _map_generation(path: Path) -> mmap.mmap:
+    with open(path, "a+b") as file:
+        if file.seek(0, os.SEEK_END) < 8:
+            file.truncate(0)
+            file.write(bytes(8))
+            file.flush()
+        return mmap.mmap(file.fileno(), 8)
+
+
+def _check_lease(lease: str) -> None:
+    if not _NAME.fullmatch(lease) or lease.startswith(_OWN_LEASE):
+        raise UsageError(f"lease {lease!r}: use 1 to 200 letters, digits and ._/@:+-, and no name of ours")
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"manifest name {name!r}: use 1 to 200 letters, digits and ._/@:+-, a letter or digit first")
+
+
+assert len(ZERO) == FINGERPRINT
