@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import socket
 import ssl
 import time
@@ -29,6 +30,8 @@ CONNECT_S: Final = 10.0
 MAX_ANSWER: Final = 32 << 20
 _POLL_S: Final = 0.2
 _LACKING_BATCH: Final = 16384
+_PROBE_SIZES: Final = (128 << 10, 512 << 10)
+"""The first opens the connection's window, the second is timed."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -145,7 +148,7 @@ class Client:
         return list(self.get("/v1/guests")["guests"])
 
     def guest(self, name: str) -> dict[str, Any]:
-        return self.get(f"/v1/guests/{_segment(name)}")
+        return self.get(f"/v1/guests/{path_segment(name)}")
 
     def images(self) -> list[dict[str, Any]]:
         return list(self.get("/v1/images")["images"])
@@ -163,12 +166,12 @@ class Client:
             if now["state"] == "failed":
                 raise by_code(int(now["code"]))(str(now["error"]))
             time.sleep(_POLL_S)
-            now = self.get(f"/v1/jobs/{_segment(str(now['id']))}")
+            now = self.get(f"/v1/jobs/{path_segment(str(now['id']))}")
 
     # -- handoffs
 
     def handoff(self, handoff: str) -> dict[str, Any]:
-        return self.get(f"/v1/handoffs/{_segment(handoff)}")
+        return self.get(f"/v1/handoffs/{path_segment(handoff)}")
 
     def handoffs(self) -> list[dict[str, Any]]:
         return list(self.get("/v1/handoffs")["handoffs"])
@@ -177,11 +180,31 @@ class Client:
         return self.post("/v1/handoffs", {"guest": guest, "to": to, "options": dict(options or {})})
 
     def cancel(self, handoff: str) -> dict[str, Any]:
-        return self.post(f"/v1/handoffs/{_segment(handoff)}/cancel")
+        return self.post(f"/v1/handoffs/{path_segment(handoff)}/cancel")
 
     def offer(self, offer: Mapping[str, Any]) -> dict[str, Any]:
         """To the target of a handoff (an `Offer`); answers an `Accept`, or raises what stands against it there."""
         return self.post("/v1/peer/offers", dict(offer))
+
+    def measure(self) -> tuple[float, float]:
+        """(bits per second towards the other site, round trip in seconds), by sending a little on one connection."""
+        connection = self._connect(TIMEOUT_S)
+        try:
+            began = time.monotonic()
+            connection.connect()
+            # TCP's handshake and TLS 1.3's take one round trip each
+            rtt = (time.monotonic() - began) / 2
+            for size in _PROBE_SIZES:
+                began = time.monotonic()
+                connection.request("POST", "/v1/peer/probe", os.urandom(size))
+                answer = connection.getresponse()
+                _read(self.where, answer.status, answer.read(MAX_ANSWER))
+                took = time.monotonic() - began
+        except (OSError, http.client.HTTPException) as error:
+            raise PeerError(f"{self.where} cannot be measured ({error}): is 'haulier agent' running there?") from None
+        finally:
+            connection.close()
+        return size * 8 / max(took - rtt, 1e-4), rtt
 
     def look(self, offer: Mapping[str, Any]) -> dict[str, Any]:
         """Like `offer`, but nothing is begun: what stands against it (`reasons`), and what is there already."""
@@ -205,7 +228,7 @@ class Client:
         return self.post("/v1/peer/ownership", body)
 
 
-def _segment(text: str) -> str:
+def path_segment(text: str) -> str:
     """`text` as one segment of a path; the agent judges whether it is a name."""
     if text in ("", ".", ".."):
         raise UnknownThing(f"{text!r} names nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ class Core:
         self.journal = Journal(site.journal)
         self.jobs = Jobs()
         self.started = time.time()
+        self.children: list[subprocess.Popen[bytes]] = []
+        """Workers that this process started: their ends have to be waited for."""
         self._busy: dict[str, str] = {}
         self._busy_lock = threading.Lock()
         self._refresh_lock = threading.Lock()

@@ -24,9 +24,13 @@ from aiohttp import web
 
 from haulier.agent import authority
 from haulier.agent.core import Core
+from haulier.agent.guests import Guests
+from haulier.agent.handoffs import Handoffs
+from haulier.agent.images import Images
 from haulier.agent.notify import notify
-from haulier.agent.routes import Access, Call, Route, sites
+from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, peers, sites, upkeep
 from haulier.agent.site import Site
+from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,9 @@ log = logging.getLogger(__name__)
 MAX_BODY: Final = 1 << 20
 _THREADS: Final = 32
 _GRACE_S: Final = 3.0
+GUESTS_EVERY_S: Final = 2.0
+HANDOFFS_EVERY_S: Final = 0.5
+LOOP_END_S: Final = 10.0
 _STATUS: Final = {2: 400, 3: 404, 4: 409, 5: 422, 6: 507, 7: 422, 8: 502, 9: 403, 10: 500, 11: 409, 12: 500}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -41,7 +48,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def route_table() -> tuple[Route, ...]:
     """All routes of the control API."""
-    return (*sites.TABLE,)
+    return (*sites.TABLE, *guests.TABLE, *images.TABLE, *handoffs.TABLE, *peers.TABLE, *upkeep.TABLE)
 
 
 class Agent:
@@ -51,13 +58,45 @@ class Agent:
         self.site = site
         self.core = Core(site)
         self.journal = self.core.journal
-        self.stopping = threading.Event()
+        self.store = ChunkStore(site.store)
+        self.guests = Guests(self.core, self.store)
+        self.images = Images(self.core, self.store)
+        self.handoffs = Handoffs(self.core)
+        self._stopping = threading.Event()
+        self._loops: list[threading.Thread] = []
 
     def recover(self) -> None:
-        """At the start: takes up what an earlier agent left. Blocking."""
+        """Takes up what an earlier agent left, and begins to watch over guests and handoffs. Blocking."""
+        for what, adopt in (
+            ("golden snapshots", self.images.adopt),
+            ("guests", self.guests.adopt),
+            ("handoffs", self.handoffs.adopt),
+        ):
+            try:
+                adopt()
+            except Exception:
+                # an agent that does not start helps nobody; what is wrong is tried again and stands in the log
+                log.exception("taking up %s", what)
+        for name, every_s, watch in (
+            ("guests", GUESTS_EVERY_S, self.guests.supervise),
+            ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
+        ):
+            loop = threading.Thread(target=self._watch, args=(name, every_s, watch), name=f"watch {name}", daemon=True)
+            self._loops.append(loop)
+            loop.start()
+
+    def _watch(self, name: str, every_s: float, watch: Callable[[], None]) -> None:
+        while not self._stopping.wait(every_s):
+            try:
+                watch()
+            except Exception:
+                log.exception("watching over %s", name)
 
     def close(self) -> None:
-        self.stopping.set()
+        self._stopping.set()
+        for loop in self._loops:
+            loop.join(LOOP_END_S)
+        self.store.close()
         self.core.close()
 
 
@@ -196,7 +235,6 @@ async def serve(agent: Agent, stop: asyncio.Event, ready: Callable[[], None] = l
             ready()
             await stop.wait()
         finally:
-            agent.stopping.set()
             await runner.cleanup()
             site.socket.unlink(missing_ok=True)
 

@@ -20,6 +20,8 @@ Root = Annotated[
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as JSON, one object a line.")]
 
 console = Console()
+bars = Console(stderr=True)
+"""Progress goes to stderr: what is printed may be read by a program."""
 
 
 def load_site(root: Path | None) -> Site:

@@ -1,0 +1,395 @@
+"""The guests of this site: begun, stopped, removed, and kept going.
+
+What must survive a kill of the agent is written before it is done: a guest's record says "creating" before its first
+file exists and "removing" before the first one goes, and `Guests.adopt` finishes either when the next agent starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import threading
+from typing import Any, Final
+
+import msgspec
+
+from haulier.agent.core import Core
+from haulier.agent.jobs import Job, Progress
+from haulier.agent.site import check_name
+from haulier.chunks.store import ChunkStore
+from haulier.disks.export import DiskExport
+from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
+from haulier.guests import launch
+from haulier.guests.accel import probe
+from haulier.guests.golden import IMAGE_PREFIX, Golden, find_golden
+from haulier.guests.model import GuestSpec, new_spec
+from haulier.guests.qemu import Qemu, memory_reasons
+from haulier.guests.tap import create_tap, delete_tap, tap_name
+from haulier.handoff import residence, retained
+from haulier.handoff.journal import GuestRow
+from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, State
+
+log = logging.getLogger(__name__)
+
+HIDDEN: Final = frozenset({State.ABSENT, State.REFUSED})
+"""Records that only keep an epoch from being used twice."""
+
+
+class RunRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A guest to be made. `cold` boots it even where there is a golden snapshot; without `agent` it is booted, and
+    nobody waits for an agent inside or gives it an identity."""
+
+    name: str
+    image: str
+    memory_mib: int = 512
+    vcpus: int = 1
+    address: str = ""
+    gateway: str = ""
+    mac: str = ""
+    cold: bool = False
+    agent: bool = True
+
+
+class Guests:
+    """All guests of which this site has a record."""
+
+    def __init__(self, core: Core, store: ChunkStore) -> None:
+        self.core = core
+        self.site = core.site
+        self.journal = core.journal
+        self.store = store
+        # QEMU serves one connection of the agent at a time
+        self._asking = threading.Lock()
+
+    # -- seen ----------------------------------------------------------------------------------------------------
+
+    def list(self) -> list[dict[str, Any]]:
+        """Guests that are here, on their way, or were here last."""
+        return [self._describe(row) for row in self.journal.guests() if row.state not in HIDDEN]
+
+    def show(self, name: str) -> dict[str, Any]:
+        """UnknownThing if there is none."""
+        row = self._known(name)
+        paths = residence.guest_paths(self.site, name)
+        facts = self._describe(row) | {"spec": row.spec, "root": str(paths.root), "serial_log": str(paths.serial_log)}
+        facts["handoffs"] = [h.id for h in self.journal.handoffs(guest=name)[:10]]
+        with contextlib.suppress(HaulierError, OSError):
+            facts["export"] = DiskExport.attach(paths.nbd_ctl).stats()
+        return facts
+
+    def _known(self, name: str) -> GuestRow:
+        row = self.journal.guest(check_name(name, "guest"))
+        if row.state in HIDDEN:
+            raise UnknownThing(f"no guest {name!r} at this site: 'haulier guest list' shows those there are")
+        return row
+
+    def _describe(self, row: GuestRow) -> dict[str, Any]:
+        status, pid, accel = self._status(row)
+        spec = row.spec
+        return {
+            "name": row.name,
+            "state": row.state,
+            "status": status,
+            "site": row.owner or self.site.name,
+            "epoch": row.epoch,
+            "handoff": row.handoff if row.state in UNDER_WAY else "",
+            "pid": pid,
+            "accel": accel,
+            **{k: spec.get(k) for k in ("image", "golden", "memory_mib", "vcpus", "disk_size", "address", "mac")},
+        }
+
+    def _status(self, row: GuestRow) -> tuple[str, int, str]:
+        if row.state == State.AWAY:
+            return f"at {row.owner}", 0, ""
+        if row.wanted in ("creating", "removing"):
+            return row.wanted, 0, ""
+        qemu = residence.adopt(self.site, row.name)
+        if qemu is None:
+            stopped = row.wanted == "stopped" or row.state not in MAY_RUN
+            return ("stopped" if stopped else "dead"), 0, ""
+        with self._asking:
+            try:
+                return qemu.status(), qemu.pid, qemu.accel
+            except GuestError:
+                return "does not answer", qemu.pid, qemu.accel
+            finally:
+                qemu.close()
+
+    # -- made ----------------------------------------------------------------------------------------------------
+
+    def run(self, request: RunRequest) -> Job:
+        """Begins a guest; what can be known at once is refused at once. The job's result is what `show` gives."""
+        spec, golden, manifest = self._prepare(request)
+        row = self.journal.find_guest(spec.name)
+        if row is not None and row.state not in HIDDEN:
+            where = f"at site {row.owner!r}" if row.state == State.AWAY else "here"
+            raise Conflict(f"there is a guest {spec.name!r} already, {where}: choose another name, or remove it first")
+
+        def work(progress: Progress) -> dict[str, Any]:
+            with self.core.alone(spec.name, "being made"):
+                self._make(spec, golden, manifest, request.agent, progress)
+            return self.show(spec.name)
+
+        return self.core.jobs.start("run", spec.name, work)
+
+    def _prepare(self, request: RunRequest) -> tuple[GuestSpec, Golden | None, str]:
+        check_name(request.name, "guest")
+        check_name(request.image, "image")
+        name = IMAGE_PREFIX + request.image
+        try:
+            image = self.store.load_manifest(name)
+        except UnknownThing:
+            raise UnknownThing(
+                f"no image {request.image!r} at this site: bring it in with 'haulier image import', "
+                "'haulier image list' shows those there are"
+            ) from None
+        gateway = request.gateway or default_gateway(request.address)
+        golden = None
+        if request.agent and not request.cold:
+            golden = find_golden(
+                self.site.golden,
+                request.image,
+                request.memory_mib,
+                request.vcpus,
+                accel=probe().kind,
+                image_manifest=image.digest.hex(),
+            )
+        if golden is not None:
+            spec = golden.spec(request.name, mac=request.mac, address=request.address, gateway=gateway)
+            name = golden.manifest_name
+        else:
+            spec = new_spec(
+                request.name,
+                request.image,
+                memory_mib=request.memory_mib,
+                vcpus=request.vcpus,
+                disk_size=image.size,
+                mac=request.mac,
+                address=request.address,
+                gateway=gateway,
+            )
+        paths = residence.guest_paths(self.site, spec.name)
+        self.site.check_socket_path(paths.handoff_sock)
+        reasons = memory_reasons(spec, self.site.ram_dir)
+        if reasons:
+            raise NoRoom(f"{'; '.join(reasons)}: stop another guest, or give this one less memory")
+        return spec, golden, name
+
+    def _make(self, spec: GuestSpec, golden: Golden | None, source: str, agent: bool, progress: Progress) -> None:
+        # The epoch goes on from where an earlier guest of this name ended.
+        last = (self.journal.find_guest(spec.name) or GuestRow(name=spec.name)).last_epoch
+        manifest = residence.manifest_name(spec.name)
+        self.journal.advance(
+            spec.name,
+            {state.value for state in HIDDEN},
+            State.OWNER.value,
+            owner=self.site.name,
+            epoch=last + 1,
+            taken=last + 1,
+            pending=0,
+            handoff="",
+            spec=msgspec.to_builtins(spec),
+            manifest=manifest,
+            wanted="creating",
+        )
+        try:
+            # a name of its own, so that the image may be removed while its guests live
+            self.store.save_manifest(manifest, self.store.load_manifest(source))
+            self._launch(spec, golden, agent, progress)
+            self.journal.advance(spec.name, State.OWNER.value, State.OWNER.value, wanted="running")
+        except BaseException:
+            self._erase(spec.name)
+            raise
+
+    def _launch(self, spec: GuestSpec, golden: Golden | None, agent: bool, progress: Progress) -> None:
+        paths = residence.guest_paths(self.site, spec.name)
+        tap = self._tap(spec)
+        manifest = residence.manifest_name(spec.name)
+        if golden is None:
+            qemu = launch.boot_cold(
+                spec, paths, store_dir=self.site.store, tap=tap, manifest=manifest, identity=agent, progress=progress
+            )
+        else:
+            qemu = launch.start_from_golden(golden, spec, paths, store_dir=self.site.store, tap=tap, progress=progress)
+            DiskExport.attach(paths.nbd_ctl).swap(manifest)
+        qemu.close()
+
+    def _tap(self, spec: GuestSpec) -> str | None:
+        if not spec.address:
+            return None
+        tap = tap_name(spec.name)
+        create_tap(tap)
+        return tap
+
+    def start(self, name: str) -> Job:
+        """Boots a stopped guest again, on the writes it made."""
+        self._owned(name, "start")
+        if self._alive(name):
+            raise Conflict(f"guest {name!r} runs already")
+
+        def work(progress: Progress) -> dict[str, Any]:
+            with self.core.alone(name, "being started"):
+                row = self._owned(name, "start")
+                spec = residence.spec_of(row)
+                paths = residence.guest_paths(self.site, name)
+                Qemu.clear(paths)
+                self._stop_export(name)
+                qemu = launch.boot_cold(
+                    spec,
+                    paths,
+                    store_dir=self.site.store,
+                    tap=self._tap(spec),
+                    manifest=row.manifest,
+                    identity=False,
+                    fresh_overlay=False,
+                    progress=progress,
+                )
+                qemu.close()
+                self.journal.advance(name, State.OWNER.value, State.OWNER.value, wanted="running")
+            return self.show(name)
+
+        return self.core.jobs.start("start", name, work)
+
+    # -- ended ---------------------------------------------------------------------------------------------------
+
+    def stop(self, name: str, deadline_s: float = 60.0, force: bool = False) -> Job:
+        """Shuts a guest down; by force after `deadline_s`, or at once."""
+        self._owned(name, "stop")
+
+        def work(progress: Progress) -> dict[str, Any]:
+            with self.core.alone(name, "being stopped"):
+                self._owned(name, "stop")
+                clean = self._shut_down(name, 0.0 if force else deadline_s)
+            return self.show(name) | {"clean": clean}
+
+        return self.core.jobs.start("stop", name, work)
+
+    def _shut_down(self, name: str, deadline_s: float) -> bool:
+        self.journal.advance(name, State.OWNER.value, State.OWNER.value, wanted="stopped")
+        clean = True
+        qemu = residence.adopt(self.site, name)
+        if qemu is not None:
+            if deadline_s > 0:
+                clean = qemu.shutdown(deadline_s)
+            else:
+                clean = False
+                qemu.quit()
+        self._stop_export(name)
+        with contextlib.suppress(HaulierError):
+            delete_tap(tap_name(name))
+        return clean
+
+    def remove(self, name: str, force: bool = False) -> dict[str, Any]:
+        """Removes a stopped guest and its disk (with `force` a running one), or what is left of one that is away."""
+        row = self.journal.guest(check_name(name, "guest"))
+        with self.core.alone(name, "being removed"):
+            if row.state == State.AWAY or row.state in HIDDEN:
+                self._forget_leftovers(row)
+                return {"name": name, "removed": "what was left of it; the guest itself is not here"}
+            self._owned(name, "remove")
+            if self._alive(name) and not force:
+                raise Conflict(f"guest {name!r} runs: stop it first, or use --force")
+            self.journal.advance(name, State.OWNER.value, State.OWNER.value, wanted="removing")
+            self._erase(name)
+        return {"name": name, "removed": "the guest and its disk"}
+
+    def _forget_leftovers(self, row: GuestRow) -> None:
+        retained.forget(self.site, row.name)
+        with contextlib.suppress(UnknownThing):
+            self.store.drop_manifest(residence.retained_name(row.name))
+        self.journal.forget_guest(row.name, row.state)
+
+    def _erase(self, name: str) -> None:
+        """Everything of an owned guest, in an order that may be cut short anywhere and be repeated."""
+        residence.clear(self.site, name)
+        retained.forget(self.site, name)
+        for manifest in (residence.manifest_name(name), residence.retained_name(name)):
+            with contextlib.suppress(UnknownThing):
+                self.store.drop_manifest(manifest)
+        self.journal.advance(
+            name, State.OWNER.value, State.ABSENT.value, epoch=0, owner="", spec={}, manifest="", wanted=""
+        )
+
+    # -- kept going ----------------------------------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """At the agent's start: finishes what was half made or half removed, mends exports, says what is there."""
+        for row in self.journal.guests():
+            if row.state in MAY_RUN and row.wanted in ("creating", "removing"):
+                log.warning("guest %s was being %s when the agent ended: clearing it away", row.name, row.wanted)
+                try:
+                    self._erase(row.name)
+                except HaulierError as error:
+                    log.error("guest %s cannot be cleared away: %s", row.name, error)
+        self.supervise()
+        for row in self.journal.guests():
+            if row.state not in HIDDEN:
+                log.info("guest %s: %s, %s", row.name, row.state, self._status(row)[0])
+
+    def supervise(self) -> None:
+        """Restarts disk exports that died under a running guest, and lets the guest run on."""
+        for row in self.journal.guests():
+            if row.state not in MAY_RUN | {State.GRANTED} or self.core.is_busy(row.name) or not self._alive(row.name):
+                continue
+            try:
+                self._mend_export(row)
+            except (HaulierError, OSError) as error:
+                log.error("disk export of guest %s: %s", row.name, error)
+
+    def _mend_export(self, row: GuestRow) -> None:
+        paths = residence.guest_paths(self.site, row.name)
+        with contextlib.suppress(UnknownThing):
+            DiskExport.attach(paths.nbd_ctl)
+            return
+        log.warning("the disk export of guest %s died: starting it again", row.name)
+        try:
+            DiskExport.start(self.site.store, row.manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log)
+        except Conflict:
+            return  # somebody was faster
+        if row.state not in MAY_RUN:
+            return
+        qemu = residence.adopt(self.site, row.name)
+        if qemu is not None:
+            try:
+                if qemu.status() == "io-error":
+                    qemu.recover_io()
+            finally:
+                qemu.close()
+
+    def _stop_export(self, name: str) -> None:
+        with contextlib.suppress(HaulierError, OSError):
+            DiskExport.attach(residence.guest_paths(self.site, name).nbd_ctl).stop()
+
+    def _alive(self, name: str) -> bool:
+        qemu = residence.adopt(self.site, name)
+        if qemu is None:
+            return False
+        qemu.close()
+        return True
+
+    def _owned(self, name: str, doing: str) -> GuestRow:
+        """The record of a guest with which this site may do as its operator likes."""
+        row = self._known(name)
+        if row.state == State.OWNER and row.wanted not in ("creating", "removing"):
+            return row
+        if row.state == State.AWAY:
+            raise Conflict(f"guest {name!r} is at site {row.owner!r}: {doing} it there")
+        if row.state in UNDER_WAY:
+            raise Conflict(
+                f"guest {name!r} is being handed over (handoff {row.handoff}, {row.state}): "
+                f"wait for the end, or cancel with 'haulier cancel {row.handoff}'"
+            )
+        raise Conflict(f"guest {name!r} is {row.wanted}: wait until that has ended")
+
+
+def default_gateway(address: str) -> str:
+    """The first address of a guest's network; "" without an address."""
+    if not address:
+        return ""
+    try:
+        interface = ipaddress.ip_interface(address)
+        first = next(iter(interface.network.hosts()))
+    except (ValueError, StopIteration):
+        raise UsageError(f"bad guest address {address[:60]!r}: write for example 10.77.0.10/24") from None
+    return "" if first == interface.ip else str(first)

@@ -1,0 +1,244 @@
+"""Handoffs as the agent sees them: begun, watched, cancelled, and taken up again when a worker dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from haulier.agent.core import Core
+from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, UsageError
+from haulier.handoff import recovery, spawning, worker
+from haulier.handoff.custody import record_of
+from haulier.handoff.journal import HandoffRow, new_handoff_id
+from haulier.handoff.messages import Job, Options
+from haulier.handoff.ownership import Event, State
+
+log = logging.getLogger(__name__)
+
+_MAX_FILE: Final = 16 << 20
+_PATIENCE_S: Final = 3.0
+"""A worker that was just begun, or has just ended, is left alone for so long before its handoff is taken up."""
+_RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class StartRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Hand `guest` to the site `to`."""
+
+    guest: str
+    to: str
+    options: Options = Options()
+
+
+class OwnershipMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    guest: str
+    event: str
+    epoch: int
+    handoff: str = ""
+
+
+class Handoffs:
+    """All handoffs of which this site has a record, as source or target."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.site = core.site
+        self.journal = core.journal
+        self._tries: dict[str, tuple[int, float]] = {}
+
+    # -- seen ----------------------------------------------------------------------------------------------------
+
+    def list(self, guest: str = "", limit: int = 100) -> list[dict[str, Any]]:
+        """Newest first."""
+        return [self._describe(row) for row in self.journal.handoffs(guest=guest or None)[:limit]]
+
+    def show(self, name: str) -> dict[str, Any]:
+        """A handoff by its id, or the newest of a guest by the guest's name. With its report, if there is one."""
+        row = self.journal.find_handoff(name)
+        if row is None:
+            mine = self.journal.handoffs(guest=name)
+            if not mine:
+                raise UnknownThing(f"no handoff and no guest {name[:60]!r} at this site: 'haulier status' shows all")
+            row = mine[0]
+        facts = self._describe(row)
+        facts["report"] = _read(self.site.handoff_root(row.id) / "report.json")
+        return facts
+
+    def _describe(self, row: HandoffRow) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "id": row.id,
+            "guest": row.guest,
+            "role": row.role,
+            "source": self.site.name if row.role == "source" else row.peer,
+            "target": row.peer if row.role == "source" else self.site.name,
+            "state": row.state,
+            "outcome": row.outcome,
+            "epoch": row.epoch,
+            "created": row.created,
+            "ended": row.ended,
+            "error": str(row.detail.get("error", "")),
+            "code": int(row.detail.get("code", 0)),
+        }
+        status = _read(self.site.handoff_root(row.id) / "status.json") or {}
+        status.pop("handoff", None)
+        facts["status"] = status
+        if row.state != "ended" and not recovery.worker_alive(row):
+            facts["status"] = {**status, "phase": "recovering", "eta_s": -1.0}
+        return facts
+
+    # -- begun and cancelled ---------------------------------------------------------------------------------------
+
+    def start(self, request: StartRequest) -> dict[str, Any]:
+        """Begins a handoff; what this site can know is refused at once, what the target says comes with the result."""
+        if request.to == self.site.name:
+            raise UsageError(f"guest {request.guest!r} is to go to {request.to!r}, which is this site: name another")
+        peer = self.core.known_site(request.to)
+        _check_options(request.options)
+        row = self.journal.guest(request.guest)
+        with self.core.alone(row.name, "beginning a handoff"):
+            record = record_of(self.journal.guest(row.name))
+            if record.state is State.AWAY:
+                raise Conflict(f"guest {row.name!r} is at site {row.owner!r} already: begin its handoff there")
+            if record.state in (State.ABSENT, State.REFUSED):
+                raise UnknownThing(f"no guest {row.name!r} at this site: 'haulier guest list' shows those there are")
+            if record.state is not State.OWNER or self.journal.handoffs(guest=row.name, live=True):
+                raise Conflict(
+                    f"guest {row.name!r} is being handed over already (handoff {row.handoff}): "
+                    "see 'haulier status', or cancel it"
+                )
+            if row.wanted != "running":
+                raise Conflict(f"guest {row.name!r} is {row.wanted}: only a running guest can be handed over")
+            job = Job(handoff=new_handoff_id(), role="source", guest=row.name, peer=peer.name, options=request.options)
+            self.core.children.append(spawning.start_source(self.site, self.journal, job))
+        return self.show(job.handoff)
+
+    def cancel(self, name: str) -> dict[str, Any]:
+        """Asks the worker to stop. The handoff's end tells whether it came in time. Conflict if it is over."""
+        row = self.journal.handoff(str(self.show(name)["id"]))
+        if row.state == "ended":
+            raise Conflict(f"handoff {row.id} is over ({row.outcome}): there is nothing to cancel")
+        state = record_of(self.journal.find_guest(row.guest)).state
+        if (row.role == "source" and state not in (State.OWNER, State.OFFERED)) or (
+            row.role == "target" and state not in (State.RECEIVING, State.READY)
+        ):
+            raise Conflict(
+                f"handoff {row.id} cannot be cancelled any more: the guest has been given to site "
+                f"{row.peer if row.role == 'source' else self.site.name!r}; hand it back instead"
+            )
+        # a worker that is hit before it can heed the signal just dies; recovery then has to know that it was meant to
+        self.journal.update_handoff(row.id, detail={**row.detail, "cancel": True})
+        if recovery.worker_alive(row):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(row.pid, signal.SIGTERM)
+        return self.show(row.id)
+
+    # -- between agents ----------------------------------------------------------------------------------------------
+
+    def ownership(self, message: OwnershipMessage, caller: str) -> dict[str, Any]:
+        """A message of the ownership table from another site's agent; what to answer."""
+        try:
+            event = Event(message.event)
+        except ValueError:
+            raise UsageError(
+                f"{message.event[:40]!r} is no message about ownership: run the same haulier there"
+            ) from None
+        if event not in (Event.READY, Event.TOKEN, Event.TOOK, Event.REFUSED, Event.ABORT) or message.epoch <= 0:
+            raise UsageError(f"{event.value!r} with epoch {message.epoch} is no message between agents")
+        if not self._party(message.guest, caller):
+            log.warning("site %s sent %s about guest %s, in which it has no part", caller, event, message.guest)
+            return {"messages": []}
+        with self.core.alone(f"ownership of {message.guest}", "settling who owns it"):
+            answers = recovery.handle(self.site, self.journal, message.guest, event, message.epoch, caller)
+        return {"messages": [list(answer) for answer in answers]}
+
+    def _party(self, guest: str, caller: str) -> bool:
+        """A site may speak of a guest only if it was ever the other side of a handoff of it."""
+        return any(row.peer == caller for row in self.journal.handoffs(guest=guest))
+
+    # -- kept going ----------------------------------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """At the agent's start: says what goes on, and makes whole what was cut short between two writes."""
+        for guest in self.journal.guests():
+            if guest.state == State.RECEIVING and self.journal.find_handoff(guest.handoff) is None:
+                # killed between taking an offer and recording the handoff: recovery needs the record
+                self.journal.add_handoff(
+                    HandoffRow(guest.handoff, guest.name, "target", guest.owner, epoch=guest.pending)
+                )
+        for row in self.journal.handoffs(live=True):
+            how = "goes on" if recovery.worker_alive(row) else "has no worker any more: taking it up"
+            log.info("handoff %s of guest %s: %s", row.id, row.guest, how)
+        self.supervise()
+
+    def supervise(self) -> None:
+        """Brings handoffs without a worker to their end, patiently where the other site does not answer."""
+        self.core.children = [child for child in self.core.children if child.poll() is None]
+        live = self.journal.handoffs(live=True)
+        for name in self._tries.keys() - {row.id for row in live}:
+            del self._tries[name]
+        now = time.monotonic()
+        for row in live:
+            if recovery.worker_alive(row) or self.core.is_busy(row.guest):
+                continue
+            if not row.pid and time.time() - row.created < _PATIENCE_S:
+                continue
+            count, again = self._tries.get(row.id, (0, 0.0))
+            if now < again:
+                continue
+            self._tries[row.id] = (count + 1, now + _RETRY_S[min(count, len(_RETRY_S) - 1)])
+            self._recover(row)
+
+    def _recover(self, row: HandoffRow) -> None:
+        try:
+            with self.core.alone(row.guest, f"handoff {row.id} is being settled"):
+                # the row may have ended since it was read
+                row = self.journal.handoff(row.id)
+                if row.state == "ended" or recovery.worker_alive(row):
+                    return
+                done = recovery.recover(self.site, self.journal, row, self._messenger)
+                self._note_cancel(row.id)
+            log.info("handoff %s of guest %s: %s", row.id, row.guest, "settled" if done else "not settled yet")
+        except Conflict as error:
+            log.info("handoff %s: %s", row.id, error)
+        except Exception:
+            # one that cannot be settled must not keep the others from being settled
+            log.exception("handoff %s of guest %s cannot be settled yet", row.id, row.guest)
+
+    def _note_cancel(self, handoff: str) -> None:
+        row = self.journal.handoff(handoff)
+        if row.state == "ended" and row.outcome == "failed" and row.detail.get("cancel"):
+            text = f"handoff of {row.guest!r} cancelled; the guest runs on at its source"
+            detail = {**row.detail, "error": text, "code": Cancelled.exit_code}
+            self.journal.update_handoff(handoff, outcome="cancelled", detail=detail)
+
+    def _messenger(self, site: str) -> worker.AgentPeer:
+        try:
+            return worker.peer_of(self.site, self.journal, site)
+        except PeerError:
+            raise
+        except HaulierError as error:
+            raise PeerError(f"site {site!r} cannot be asked: {error}") from error
+
+
+def _check_options(options: Options) -> None:
+    if not 10 <= options.downtime_ms <= 60_000:
+        raise UsageError(f"a downtime of {options.downtime_ms} ms cannot be aimed for: give 10 to 60000")
+    if not 0 <= options.deadline_s < 1e7 or not 0 < options.stall_s < 1e7 or not -50 <= options.level <= 19:
+        raise UsageError("the handoff's options are out of bounds: seconds from 0 to 10000000, level from -50 to 19")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A worker's JSON file; None if there is none (yet) or it is not whole."""
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(_MAX_FILE))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

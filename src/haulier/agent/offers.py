@@ -1,0 +1,208 @@
+"""The target's side of an offer: everything that can stand against a handoff is found before anything is sent."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import re
+import shutil
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from haulier.agent.core import Core
+from haulier.agent.site import check_name
+from haulier.chunks.store import ChunkStore
+from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, NotTrusted, UnknownThing, Unsupported, UsageError
+from haulier.guests.accel import probe, qemu_info, qemu_version
+from haulier.guests.model import GuestSpec
+from haulier.guests.qemu import memory_reasons, refuse_reasons
+from haulier.guests.tap import BRIDGE, exists
+from haulier.handoff import residence, retained, spawning
+from haulier.handoff.custody import record_of
+from haulier.handoff.messages import Accept, Offer
+from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, Event, State, find
+from haulier.units import CHUNK, FINGERPRINT, MIB
+
+_HEX64: Final = re.compile(r"[0-9a-f]{64}")
+_SLACK: Final = 256 * MIB
+"""Of the disk: what the guest writes while it arrives, the journal, logs."""
+_MAX_EPOCH: Final = 1 << 62
+
+
+class Lacking(msgspec.Struct, forbid_unknown_fields=True):
+    """Fingerprints, 32 bytes each, in base64."""
+
+    fingerprints: str
+
+
+def read_offer(body: Any, caller: str) -> tuple[Offer, GuestSpec]:
+    """An offer and its guest. NotTrusted if it is not the caller's, UsageError if it makes no sense."""
+    try:
+        offer = msgspec.convert(body, Offer)
+        spec = msgspec.convert(offer.spec, GuestSpec)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"the offer makes no sense ({error}): run the same haulier at both sites") from None
+    for what, text in (("secret", offer.secret), ("manifest", offer.manifest)):
+        if not _HEX64.fullmatch(text):
+            raise UsageError(f"the offer's {what} is not 64 hexadecimal digits: run the same haulier at both sites")
+    if offer.source != caller:
+        raise NotTrusted(f"site {caller!r} made an offer in the name of site {offer.source[:60]!r}")
+    check_name(offer.handoff, "handoff")
+    if not 0 < offer.epoch < _MAX_EPOCH or not 0 <= offer.disk_bytes < 1 << 50 or len(offer.memory_bases) > 64:
+        raise UsageError("the offer's numbers are out of bounds: run the same haulier at both sites")
+    return offer, spec
+
+
+@dataclass(frozen=True)
+class Found:
+    """What this site has of what an offer names. `missing_bytes` counts whole chunks."""
+
+    spec: GuestSpec
+    manifest: bool
+    """The base manifest is here, if not all of its chunks."""
+    memory_base: str
+    missing_bytes: int
+
+
+def find_here(core: Core, store: ChunkStore, offer: Offer, spec: GuestSpec) -> Found:
+    """Looks for what need not be sent. Reads only."""
+    wanted = bytes.fromhex(offer.manifest)
+    missing, known = offer.disk_bytes, False
+    for name in store.manifest_names():
+        with contextlib.suppress(Corrupt, UnknownThing):
+            manifest = store.load_manifest(name)
+            if manifest.digest == wanted:
+                missing, known = len(store.missing(manifest.unique())) * CHUNK, True
+                break
+    here = retained.candidates(core.site, spec.name, spec.uuid, spec.golden)
+    base = next((picture for picture in offer.memory_bases if picture in here), "")
+    return Found(spec, known, base, missing)
+
+
+def look(core: Core, store: ChunkStore, body: Any, caller: str) -> dict[str, Any]:
+    """What stands against an offer ({"reasons": [[exit code, text], ...]}), and what is here already."""
+    offer, spec = read_offer(body, caller)
+    found = find_here(core, store, offer, spec)
+    return {
+        "site": core.site.name,
+        "reasons": [[kind.exit_code, text] for kind, text in reasons(core, offer, found)],
+        "manifest": found.manifest,
+        "memory_base": found.memory_base,
+        "missing_bytes": found.missing_bytes,
+        "qemu": _qemu(),
+        "accelerator": probe().kind,
+    }
+
+
+def take(core: Core, store: ChunkStore, body: Any, caller: str) -> dict[str, Any]:
+    """Takes an offer, or raises all that stands against it. An offer that is repeated is answered as before."""
+    offer, spec = read_offer(body, caller)
+    with core.alone(spec.name, f"being offered by site {caller!r}"):
+        again = _answered(core, offer, caller)
+        if again is not None:
+            return again
+        found = find_here(core, store, offer, spec)
+        against = reasons(core, offer, found)
+        if against:
+            kind, _ = against[0]
+            text = "; ".join(text for _, text in against)
+            raise kind(f"site {core.site.name!r} cannot take guest {spec.name!r}: {text}")
+        accept, process = spawning.accept(
+            core.site, core.journal, offer, manifest=found.manifest, memory_base=found.memory_base
+        )
+        core.children.append(process)
+    accept = msgspec.structs.replace(accept, qemu=_qemu(), accelerator=probe().kind)
+    _remember(core, offer, accept)
+    return dict(msgspec.to_builtins(accept))
+
+
+def lacking(store: ChunkStore, request: Lacking) -> dict[str, Any]:
+    """Positions of those fingerprints whose chunks are not here."""
+    try:
+        packed = base64.b64decode(request.fingerprints, validate=True)
+    except (binascii.Error, ValueError):
+        raise UsageError("fingerprints are given in base64") from None
+    if len(packed) % FINGERPRINT:
+        raise UsageError(f"a fingerprint has {FINGERPRINT} bytes")
+    fps = [packed[i : i + FINGERPRINT] for i in range(0, len(packed), FINGERPRINT)]
+    missing = set(store.missing(fps))
+    return {"lacking": [i for i, fp in enumerate(fps) if fp in missing]}
+
+
+def reasons(core: Core, offer: Offer, here: Found) -> list[tuple[type[HaulierError], str]]:
+    """All that stands against an offer here: which kind of error, and what to do about it."""
+    spec = here.spec
+    found: list[tuple[type[HaulierError], str]] = []
+    taken = _name_taken(core, offer, spec)
+    if taken:
+        found.append((Conflict, taken))
+    try:
+        for text in refuse_reasons(spec, qemu_info(), source_accel=offer.accelerator or None):
+            found.append((Unsupported, f"{text} (install the same QEMU at both sites, or choose another site)"))
+    except HaulierError as error:
+        found.append((Unsupported, str(error)))
+    for text in memory_reasons(spec, core.site.ram_dir):
+        found.append((NoRoom, f"{text} (stop another guest there)"))
+    need = here.missing_bytes + spec.memory_bytes + _SLACK
+    free = shutil.disk_usage(core.site.root).free
+    if free < need:
+        found.append(
+            (
+                NoRoom,
+                f"{core.site.root} has {free // MIB} MiB free, up to {need // MIB} MiB are needed (run 'haulier gc')",
+            )
+        )
+    if spec.address and not exists(BRIDGE):
+        found.append((Unsupported, f"there is no bridge {BRIDGE} for its network ('haulier doctor' tells more)"))
+    path = residence.guest_paths(core.site, spec.name).handoff_sock
+    try:
+        core.site.check_socket_path(path)
+    except UsageError as error:
+        found.append((Unsupported, str(error)))
+    return found
+
+
+def _name_taken(core: Core, offer: Offer, spec: GuestSpec) -> str:
+    row = core.journal.find_guest(spec.name)
+    if row is None:
+        return ""
+    record = record_of(row)
+    if record.state in MAY_RUN:
+        return f"a guest of that name lives there already, at epoch {record.epoch} (rename one of them)"
+    step = find(record, Event.OFFER, offer.epoch)
+    if step is None or step.to is not State.RECEIVING:
+        if record.state in UNDER_WAY:
+            return f"a handoff of a guest of that name is under way there ({row.handoff}; see 'haulier status' there)"
+        return (
+            f"that site remembers a guest of that name at epoch {record.last}, which is not before the offered "
+            f"{offer.epoch} (if it is another guest, run 'haulier guest remove {spec.name}' there)"
+        )
+    return ""
+
+
+def _answered(core: Core, offer: Offer, caller: str) -> dict[str, Any] | None:
+    row = core.journal.find_handoff(offer.handoff)
+    if row is None:
+        return None
+    if row.peer != caller or row.role != "target" or row.epoch != offer.epoch or row.state == "ended":
+        raise Conflict(f"handoff {offer.handoff!r} is known at site {core.site.name!r} and over: begin a new one")
+    accept = row.detail.get("accept")
+    if not accept:
+        raise Conflict(f"handoff {offer.handoff!r} is being accepted at site {core.site.name!r}: ask again")
+    return dict(accept)
+
+
+def _remember(core: Core, offer: Offer, accept: Accept) -> None:
+    with core.journal.transaction():
+        row = core.journal.handoff(offer.handoff)
+        core.journal.update_handoff(row.id, detail={**row.detail, "accept": msgspec.to_builtins(accept)})
+
+
+def _qemu() -> str:
+    try:
+        return ".".join(map(str, qemu_version()))
+    except HaulierError:
+        return ""

@@ -1,0 +1,42 @@
+"""What another site may ask of this one in the course of a handoff."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from haulier.agent import offers
+from haulier.agent.handoffs import OwnershipMessage
+from haulier.agent.routes import Access, Call, Route
+
+if TYPE_CHECKING:
+    from haulier.agent.server import Agent
+
+
+def offer(agent: Agent, call: Call) -> dict[str, Any]:
+    return offers.take(agent.core, agent.store, call.read(dict[str, Any]), call.site)
+
+
+def look(agent: Agent, call: Call) -> dict[str, Any]:
+    return offers.look(agent.core, agent.store, call.read(dict[str, Any]), call.site)
+
+
+def probe(agent: Agent, call: Call) -> dict[str, Any]:
+    """The caller measures the link by how long this takes."""
+    return {"bytes": len(call.body)}
+
+
+def lacking(agent: Agent, call: Call) -> dict[str, Any]:
+    return offers.lacking(agent.store, call.read(offers.Lacking))
+
+
+def ownership(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.handoffs.ownership(call.read(OwnershipMessage), call.site)
+
+
+TABLE = (
+    Route("POST", "/v1/peer/offers", Access.SITE, offer),
+    Route("POST", "/v1/peer/look", Access.SITE, look),
+    Route("POST", "/v1/peer/probe", Access.SITE, probe),
+    Route("POST", "/v1/peer/lacking", Access.SITE, lacking),
+    Route("POST", "/v1/peer/ownership", Access.SITE, ownership),
+)

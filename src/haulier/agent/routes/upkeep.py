@@ -1,0 +1,38 @@
+"""Jobs, garbage collection, and the examination of the host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from haulier.agent import upkeep
+from haulier.agent.routes import Access, Call, Route
+
+if TYPE_CHECKING:
+    from haulier.agent.server import Agent
+
+
+def jobs(agent: Agent, call: Call) -> dict[str, Any]:
+    return {"jobs": [msgspec.to_builtins(job) for job in agent.core.jobs.all()]}
+
+
+def job(agent: Agent, call: Call) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(agent.core.jobs.get(call.names["id"])))
+
+
+def gc(agent: Agent, call: Call) -> dict[str, Any]:
+    request = call.read(upkeep.GcRequest)
+    return dict(msgspec.to_builtins(upkeep.collect(agent.core, agent.store, request.dry_run)))
+
+
+def doctor(agent: Agent, call: Call) -> dict[str, Any]:
+    return upkeep.examine(agent.core, agent.store)
+
+
+TABLE = (
+    Route("GET", "/v1/jobs", Access.OPERATOR, jobs),
+    Route("GET", "/v1/jobs/{id}", Access.OPERATOR, job),
+    Route("POST", "/v1/gc", Access.OPERATOR, gc),
+    Route("GET", "/v1/doctor", Access.OPERATOR, doctor),
+)

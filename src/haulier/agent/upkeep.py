@@ -1,0 +1,175 @@
+"""Housekeeping of a site: freeing what nothing refers to, and saying what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from haulier.agent import authority
+from haulier.agent.client import Client
+from haulier.agent.core import Core
+from haulier.agent.jobs import Job, Progress
+from haulier.chunks.store import ChunkStore
+from haulier.errors import HaulierError
+from haulier.guests.accel import probe, qemu_version
+from haulier.guests.tap import BRIDGE, check_bridge
+from haulier.handoff import residence
+from haulier.units import MIB
+
+log = logging.getLogger(__name__)
+
+LOW_DISK: Final = 2 << 30
+LOW_TMPFS: Final = 512 * MIB
+RENEW_DAYS: Final = 60.0
+KEEP_HANDOFF_S: Final = 30 * 86400.0
+
+
+class GcRequest(msgspec.Struct, forbid_unknown_fields=True):
+    dry_run: bool = False
+
+
+def collect(core: Core, store: ChunkStore, dry_run: bool) -> Job:
+    """Frees chunks that nothing refers to, leases and mirrors of handoffs that are over, and old handoffs' files."""
+
+    def work(progress: Progress) -> dict[str, Any]:
+        with core.alone("the store", "being collected"):
+            progress(0.1, "handoffs that are over")
+            over = _over(core, store, dry_run)
+            progress(0.2, "chunks")
+            report = store.gc(dry_run=dry_run)
+        return {"dry_run": dry_run, "handoffs": over, "store": msgspec.to_builtins(report)}
+
+    return core.jobs.start("gc", core.site.name, work)
+
+
+def _over(core: Core, store: ChunkStore, dry_run: bool) -> list[str]:
+    live = {row.id for row in core.journal.handoffs(live=True)}
+    found = []
+    for lease in store.leases():
+        handoff = lease.removeprefix("handoff/")
+        if handoff != lease and handoff not in live:
+            found.append(lease)
+            if not dry_run:
+                store.drop_lease(lease)
+    using = {row.manifest for row in core.journal.guests()}
+    for name in store.manifest_names("incoming/"):
+        if name.removeprefix("incoming/") not in live and name not in using and not _served(core, name):
+            found.append(name)
+            if not dry_run:
+                store.drop_manifest(name)
+    for path in core.site.handoffs.iterdir() if core.site.handoffs.is_dir() else ():
+        if path.name in live:
+            continue
+        mirror = path / "mirror"
+        if mirror.exists():
+            found.append(str(mirror))
+            if not dry_run:
+                mirror.unlink(missing_ok=True)
+        if time.time() - path.stat().st_mtime > KEEP_HANDOFF_S:
+            found.append(str(path))
+            if not dry_run:
+                shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+def _served(core: Core, manifest: str) -> bool:
+    """Whether a guest's disk export serves a manifest under this name."""
+    from haulier.disks.export import ExportState
+
+    for row in core.journal.guests():
+        try:
+            state = ExportState.load(residence.guest_paths(core.site, row.name).nbd_ctl)
+        except HaulierError:
+            continue
+        if state.manifest == manifest:
+            return True
+    return False
+
+
+# -- doctor --------------------------------------------------------------------------------------------------------
+
+
+def examine(core: Core, store: ChunkStore) -> dict[str, Any]:
+    """What this host can do and what is wrong: {"checks": [{"name", "ok", "found", "advice"}]}."""
+    checks = [
+        _check("qemu", _qemu, "install QEMU >= 8.2 (Debian: qemu-system-x86)"),
+        _check("accelerator", _accelerator, ""),
+        _check("qemu-img", _qemu_img, "install qemu-utils"),
+        _check("memory for guests", lambda: _tmpfs(core.site.ram_dir), "enlarge the tmpfs, or stop guests"),
+        _check("disk", lambda: _disk(core.site.root), "run 'haulier gc', or give the site a larger disk"),
+        _check("bridge", _bridge, f"make {BRIDGE} with the same MAC and address at every site (docs/sites.md)"),
+        _check("certificate", lambda: _certificate(core), "set the site up anew with 'haulier site token --site NAME'"),
+        _check("store", lambda: _store(store), "run 'haulier gc'"),
+        *(
+            _check(f"site {row.name}", partial(_peer, core, row), "start its agent, or check the link and address")
+            for row in core.journal.sites()
+            if row.name != core.site.name
+        ),
+    ]
+    return {"site": core.site.name, "ok": all(check["ok"] for check in checks), "checks": checks}
+
+
+def _check(name: str, look: Callable[[], tuple[bool, str]], advice: str) -> dict[str, Any]:
+    try:
+        ok, found = look()
+    except (HaulierError, OSError) as error:
+        ok, found = False, str(error)
+    return {"name": name, "ok": ok, "found": found, "advice": "" if ok else advice}
+
+
+def _qemu() -> tuple[bool, str]:
+    return True, ".".join(map(str, qemu_version()))
+
+
+def _accelerator() -> tuple[bool, str]:
+    accelerator = probe()
+    return True, f"{accelerator.kind}: {accelerator.reason}"
+
+
+def _qemu_img() -> tuple[bool, str]:
+    done = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, timeout=20, check=False)
+    return done.returncode == 0, (done.stdout or done.stderr).splitlines()[0]
+
+
+def _tmpfs(path: Path) -> tuple[bool, str]:
+    there = path
+    while not there.exists():
+        there = there.parent
+    space = os.statvfs(there)
+    free = space.f_bavail * space.f_frsize
+    return free >= LOW_TMPFS, f"{free // MIB} MiB free in {path}"
+
+
+def _disk(path: Path) -> tuple[bool, str]:
+    free = shutil.disk_usage(path).free
+    return free >= LOW_DISK, f"{free // MIB} MiB free in {path}"
+
+
+def _bridge() -> tuple[bool, str]:
+    wrong = check_bridge()
+    return not wrong, "; ".join(wrong) or f"{BRIDGE} is there, with a MAC of its own"
+
+
+def _certificate(core: Core) -> tuple[bool, str]:
+    days = authority.days_left(core.site.certificate)
+    return days > RENEW_DAYS, f"good for {days:.0f} days"
+
+
+def _store(store: ChunkStore) -> tuple[bool, str]:
+    stats = store.stats()
+    return True, f"{stats.chunks} chunks, {stats.disk // MIB} MiB on disk, {stats.manifests} manifests"
+
+
+def _peer(core: Core, row: Any) -> tuple[bool, str]:
+    began = time.monotonic()
+    facts = Client.peer(core.site, row).site()
+    return True, f"answers in {(time.monotonic() - began) * 1000:.0f} ms, haulier {str(facts.get('version'))[:20]}"

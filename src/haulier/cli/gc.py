@@ -1,0 +1,27 @@
+"""`haulier gc`: free what nothing refers to."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from haulier.cli.common import Json, Root, client, print_json, print_table
+from haulier.cli.progress import wait
+
+
+def gc(
+    *,
+    dry_run: Annotated[bool, Parameter(negative="", help="Only say what would be freed.")] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Free chunks that no guest, image or handoff refers to."""
+    agent = client(root)
+    found = wait(agent, agent.post("/v1/gc", {"dry_run": dry_run}), json)
+    if json:
+        print_json(found)
+        return
+    rows: list[tuple[str, object]] = list(found["store"].items())
+    rows += [("would go" if dry_run else "gone", name) for name in found["handoffs"]]
+    print_table(("", ""), rows)

@@ -1,0 +1,167 @@
+"""`haulier guest`: run, start, stop, remove, list, show."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from haulier.agent.client import path_segment
+from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table
+from haulier.cli.progress import wait
+
+guest_app = App(name="guest", help="Guests of this site.")
+
+
+@guest_app.command
+def run(
+    name: str,
+    /,
+    *,
+    image: Annotated[str, Parameter(help="Image to run.")],
+    memory: Annotated[str, Parameter(help="For example 512M or 2G.")] = "512M",
+    vcpus: int = 1,
+    address: Annotated[str, Parameter(help="Its address, for example 10.77.0.10/24; without one it has no NIC.")] = "",
+    gateway: Annotated[str, Parameter(help="[default: the first address of its network]")] = "",
+    mac: Annotated[str, Parameter(help="[default: a random one]")] = "",
+    cold: Annotated[bool, Parameter(negative="", help="Boot it even where there is a golden snapshot.")] = False,
+    agent: Annotated[
+        bool, Parameter(name="--agent", help="Wait for the agent inside and give the guest its identity.")
+    ] = True,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Run a new guest: from a golden snapshot where there is one for its image and memory, else by booting.
+
+    Parameters
+    ----------
+    name
+        Name of the guest.
+    """
+    caller = client(root)
+    body = {
+        "name": name,
+        "image": image,
+        "memory_mib": parse_memory(memory),
+        "vcpus": vcpus,
+        "address": address,
+        "gateway": gateway,
+        "mac": mac,
+        "cold": cold,
+        "agent": agent,
+    }
+    result = wait(caller, caller.post("/v1/guests", body), json)
+    if json:
+        print_json(result)
+    else:
+        how = "from a golden snapshot" if result.get("golden") else "booted"
+        console.print(plain(f"guest {name} runs ({how}, {result['accel']}, pid {result['pid']})"), highlight=False)
+
+
+@guest_app.command
+def start(name: str, /, *, root: Root = None, json: Json = False) -> None:
+    """Boot a stopped guest again.
+
+    Parameters
+    ----------
+    name
+        Name of the guest.
+    """
+    agent = client(root)
+    result = wait(agent, agent.post(f"/v1/guests/{path_segment(name)}/start"), json)
+    if json:
+        print_json(result)
+    else:
+        console.print(plain(f"guest {name} runs (pid {result['pid']})"), highlight=False)
+
+
+@guest_app.command
+def stop(
+    name: str,
+    /,
+    *,
+    deadline: Annotated[float, Parameter(help="Seconds before it is stopped by force.")] = 60.0,
+    force: Annotated[bool, Parameter(negative="", help="At once, as if the power failed.")] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Shut a guest down. Its disk stays; 'haulier guest start' boots it again.
+
+    Parameters
+    ----------
+    name
+        Name of the guest.
+    """
+    agent = client(root)
+    body = {"deadline_s": deadline, "force": force}
+    result = wait(agent, agent.post(f"/v1/guests/{path_segment(name)}/stop", body), json)
+    if json:
+        print_json(result)
+    else:
+        how = "" if result["clean"] else " by force"
+        console.print(plain(f"guest {name} stopped{how}"), highlight=False)
+
+
+@guest_app.command
+def remove(
+    name: str,
+    /,
+    *,
+    force: Annotated[bool, Parameter(negative="", help="Also if it runs.")] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Remove a stopped guest and its disk; or, where it has moved away, what it left behind here.
+
+    Parameters
+    ----------
+    name
+        Name of the guest.
+    """
+    result = client(root).delete(f"/v1/guests/{path_segment(name)}{'?force=1' if force else ''}")
+    if json:
+        print_json(result)
+    else:
+        console.print(plain(f"removed: {result['removed']} ({name})"), highlight=False)
+
+
+@guest_app.command(name="list")
+def listing(*, root: Root = None, json: Json = False) -> None:
+    """List the guests of this site, those that moved away too."""
+    guests = client(root).guests()
+    if json:
+        print_json({"guests": guests})
+        return
+    print_table(
+        ("GUEST", "STATE", "STATUS", "EPOCH", "IMAGE", "MEMORY", "ADDRESS", "HANDOFF"),
+        [
+            (
+                g["name"],
+                g["state"],
+                g["status"],
+                g["epoch"],
+                g["image"],
+                f"{g['memory_mib']} MiB",
+                g["address"] or "-",
+                g["handoff"],
+            )
+            for g in guests
+        ],
+    )
+
+
+@guest_app.command
+def show(name: str, /, *, root: Root = None, json: Json = False) -> None:
+    """Show all about a guest.
+
+    Parameters
+    ----------
+    name
+        Name of the guest.
+    """
+    facts = client(root).guest(name)
+    if json:
+        print_json(facts)
+        return
+    flat = {**{k: v for k, v in facts.items() if not isinstance(v, dict)}, **facts["spec"]}
+    print_table(("", ""), list(flat.items()))

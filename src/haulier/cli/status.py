@@ -1,0 +1,64 @@
+"""`haulier status`: handoffs, running and past."""
+
+from __future__ import annotations
+
+import time
+
+from haulier.cli.common import Json, Root, client, print_json, print_table
+from haulier.cli.handoff import summary
+
+
+def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None:
+    """Show handoffs of this site: all, or one with its report.
+
+    Parameters
+    ----------
+    which
+        Id of a handoff, or name of a guest (its newest handoff).
+    """
+    agent = client(root)
+    if which:
+        facts = agent.handoff(which)
+        if json:
+            print_json(facts)
+        else:
+            _one(facts)
+        return
+    handoffs = agent.handoffs()
+    if json:
+        print_json({"handoffs": handoffs})
+        return
+    print_table(
+        ("HANDOFF", "GUEST", "FROM", "TO", "BEGUN", "STATE", "PROGRESS", "ETA"),
+        [
+            (
+                h["id"],
+                h["guest"],
+                h["source"],
+                h["target"],
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(h["created"])),
+                h["outcome"] or h["status"].get("phase", "starting"),
+                "" if h["outcome"] else f"{100 * float(h['status'].get('progress', 0)):.0f} %",
+                "" if h["outcome"] or float(h["status"].get("eta_s", -1)) < 0 else f"{h['status']['eta_s']:.0f} s",
+            )
+            for h in handoffs
+        ],
+    )
+
+
+def _one(facts: dict[str, object]) -> None:
+    if facts["outcome"] == "done" and facts.get("report") and facts["role"] == "source":
+        print(summary(facts))
+    rows: list[tuple[str, object]] = [
+        (key, facts[key]) for key in ("id", "guest", "source", "target", "role", "state", "outcome", "epoch")
+    ]
+    if facts.get("error"):
+        rows.append(("error", facts["error"]))
+    state = facts.get("status")
+    if facts["state"] != "ended" and isinstance(state, dict):
+        rows += [(key, state[key]) for key in ("phase", "message", "progress", "eta_s", "wire_bytes") if key in state]
+    report = facts.get("report")
+    if isinstance(report, dict):
+        for phase in report.get("phases", []):
+            rows.append((f"phase {phase.get('name')}", f"{phase.get('seconds')} s, {phase.get('wire_bytes')} bytes"))
+    print_table(("", ""), rows)
