@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from haulier.chunks.blocks import BlockIndex, BlockSpace
+from haulier.chunks.blocks import BlockIndex, BlockSpace, hash_blocks
 from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.guests.golden import MANIFEST_PREFIX, block_fingerprints
+from haulier.units import BLOCKS_PER_CHUNK
 
 
 def golden_manifest(store: ChunkStore, golden: str) -> Manifest | None:
@@ -40,6 +41,6 @@ def block_index(store: ChunkStore, base: Manifest, golden: Manifest | None, read
     fps, count = block_list(base, golden)
     if golden is None or ready is None:
         return BlockIndex.build(store, fps)
-    extra = BlockIndex.build(store, fps[count:], first_block=count * 16)
-    ready.merge(extra)
+    if count < len(fps):
+        ready.add(*hash_blocks(store, fps[count:], count * BLOCKS_PER_CHUNK))
     return ready

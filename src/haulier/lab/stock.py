@@ -8,6 +8,7 @@ in pre-switchover. Two settings: QEMU's defaults, and the strongest it has for a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -42,9 +43,18 @@ class StockMigration:
         self.source, self.target, self.mode = source, target, mode
         self.address, self.port = address, port
 
-    def run(self, give_up_s: float) -> StockResult:
-        """Migrate; given up after `give_up_s` seconds, and the guest then runs on at the source."""
+    def run(
+        self,
+        give_up_s: float,
+        progress: Callable[[float, str], None] | None = None,
+        resumed: Callable[[], None] | None = None,
+    ) -> StockResult:
+        """Migrate; given up after `give_up_s` seconds, and the guest then runs on at the source.
+
+        `resumed` is called at once when the guest runs at the target: the place to lead clients there.
+        """
         began = time.monotonic()
+        self._began, self._give_up_s, self._progress = began, give_up_s, progress
         mark, target_mark = self.source.qmp.mark(), self.target.qmp.mark()
         self._prepare()
         try:
@@ -58,12 +68,14 @@ class StockMigration:
             self.target.wait_status({"paused", "running"}, 10)
             resumed_mark = self.target.qmp.mark()
             self.target.cont()
-            resumed = self.target.qmp.wait_event("RESUME", timeout=10, since=resumed_mark)
+            resume = self.target.qmp.wait_event("RESUME", timeout=10, since=resumed_mark)
+            if resumed is not None:
+                resumed()
         except TimeoutError:
             return self._given_up(began)
         total = time.monotonic() - began
         stop = next(e for e in self.source.qmp.events(mark) if e.name == "STOP")
-        return self._result(True, total, (resumed.at - stop.at) * 1000, stop.at)
+        return self._result(True, total, (resume.at - stop.at) * 1000, stop.at)
 
     def _prepare(self) -> None:
         target, source = self.target, self.source
@@ -129,8 +141,11 @@ class StockMigration:
                 raise GuestError(f"QEMU's migration failed: {now.get('error-desc', 'no reason given')}")
             self._in_time(deadline)
 
-    @staticmethod
-    def _in_time(deadline: float) -> None:
+    def _in_time(self, deadline: float) -> None:
+        ram = self.source.query_migrate().get("ram", {})
+        self._say(
+            f"round {ram['dirty-sync-count']}, {ram['remaining'] >> 20} MiB left" if ram else "mirroring the disk"
+        )
         if time.monotonic() > deadline:
             raise TimeoutError
         time.sleep(0.05)

@@ -1,0 +1,300 @@
+"""Two sites and a client on a shaped link, with real agents and a real guest: what demo, tests and benchmarks share."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import haulier
+from haulier.agent.client import Client
+from haulier.agent.site import Site
+from haulier.chunks.images import import_image
+from haulier.chunks.store import ChunkStore
+from haulier.errors import GuestError, HaulierError
+from haulier.guests.accel import probe, qemu_version
+from haulier.guests.golden import Golden, list_goldens, make_golden
+from haulier.lab.image import cached_image
+from haulier.lab.lab import Lab
+
+IMAGE = "debian"
+GUEST_ADDRESS = "10.77.0.10/24"
+GATEWAY = "10.77.0.1/24"
+CONTROL_PORT = 7440
+CACHE = Path("/var/cache/haulier")
+WORK = Path("/var/lib/haulier-lab")
+
+Say = Callable[[float, str], None]
+
+
+def quiet(share: float, what: str) -> None:
+    """A progress callback that says nothing."""
+
+
+def topology(name: str, links: list[str]) -> str:
+    """Sites oslo, lisbon and client; `links` are the settings of each link between oslo and lisbon."""
+    text = [f'name = "{name}"']
+    for site in ("oslo", "lisbon"):
+        text += ["[[site]]", f'name = "{site}"', f'guest_gateway = "{GATEWAY}"']
+    text += ["[[site]]", 'name = "client"']
+    for number, settings in enumerate(links):
+        text += ["[[link]]", f'name = "wan{number}"', 'a = "oslo"', 'b = "lisbon"', settings]
+    for site in ("oslo", "lisbon"):
+        text += ["[[link]]", f'name = "client-{site}"', 'a = "client"', f'b = "{site}"', 'rate = "100mbit"']
+        text += ['delay = "5ms"']
+    return "\n".join(text) + "\n"
+
+
+def wan(rate: str, delay: str) -> str:
+    """Settings of one link between the sites; `delay` is one way."""
+    return f'rate = "{rate}"\ndelay = "{delay}"'
+
+
+# -- the image and its golden snapshot, made once -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Template:
+    """A store that holds the image and its golden snapshot; sites start as copies of it."""
+
+    root: Path
+    golden: Golden
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    def copy_to(self, root: Path) -> None:
+        """Gives a site's directory the image and the snapshot, as if they had been brought there before."""
+        root.mkdir(parents=True, exist_ok=True)
+        for name in ("store", "golden"):
+            subprocess.run(
+                ["cp", "-a", "--reflink=auto", "--sparse=always", str(self.root / name), str(root / name)], check=True
+            )
+
+
+def template(memory_mib: int, say: Say = quiet) -> Template:
+    """Builds the Debian image, imports it and takes its golden snapshot; all of it is kept for the next time."""
+    say(0.0, "building the guest image from Debian packages")
+    image = cached_image()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    what = f"{image.name} {memory_mib} {qemu_version()} {probe().kind}"
+    root = CACHE / f"site-{hashlib.blake2b(what.encode(), digest_size=6).hexdigest()}"
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = list_goldens(root / "golden") if root.exists() else []
+        if found:
+            return Template(root, found[0])
+        for old in CACHE.glob("site-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        root.mkdir(parents=True)
+        with ChunkStore(root / "store") as store:
+            import_image(store, IMAGE, image, lambda done, total: say(0.5 + 0.1 * done / max(1, total), "importing"))
+            golden = make_golden(
+                store,
+                IMAGE,
+                memory_mib,
+                root / "work",
+                root=root / "golden",
+                progress=lambda share, text: say(0.6 + 0.4 * share, f"golden snapshot: {text}"),
+            )
+        return Template(root, golden)
+
+
+# -- sites with agents --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LabSite:
+    """One site of a scenario: its directory, its agent, and a client of that agent."""
+
+    lab: Lab
+    name: str
+    root: Path
+    agent: subprocess.Popen[bytes] | None = None
+    logs: list[IO[bytes]] = field(default_factory=list)
+
+    @property
+    def site(self) -> Site:
+        return Site.load(self.root)
+
+    @property
+    def client(self) -> Client:
+        return Client.local(self.site)
+
+    def haulier(self, *words: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs a haulier command at this site, as its operator would."""
+        command = [sys.executable, "-m", "haulier", *words]
+        environment = {**os.environ, "HAULIER_ROOT": str(self.root)}
+        done = subprocess.run(
+            self.lab.command(self.name, command),
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        if check and done.returncode:
+            raise HaulierError(f"haulier {' '.join(words)} at {self.name} failed: {done.stderr.strip()[-1500:]}")
+        return done
+
+    def facts(self, *words: str, timeout: float = 120) -> Any:
+        """The JSON that a haulier command prints."""
+        return json.loads(self.haulier(*words, "--json", timeout=timeout).stdout)
+
+    def start_agent(self) -> None:
+        """Starts the agent and waits until it answers."""
+        log = (self.root / "agent.log").open("ab")
+        self.agent = self.lab.popen(
+            self.name,
+            [sys.executable, "-m", "haulier", "agent", "--root", str(self.root)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        log.close()
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.client.site()
+                return
+            except HaulierError as error:
+                if self.agent.poll() is not None or time.monotonic() > deadline:
+                    text = (self.root / "agent.log").read_text(errors="replace")[-1500:]
+                    raise GuestError(f"the agent of {self.name} did not start ({error}): {text}") from error
+            time.sleep(0.05)
+
+    def kill_agent(self, number: int = signal.SIGKILL) -> None:
+        """Ends the agent; what it runs goes on."""
+        if self.agent is not None and self.agent.poll() is None:
+            self.agent.send_signal(number)
+            self.agent.wait(20)
+        self.agent = None
+
+
+@dataclass
+class Scenario:
+    """A lab with agents at oslo and lisbon."""
+
+    lab: Lab
+    work: Path
+    sites: dict[str, LabSite]
+    template: Template
+
+    @property
+    def oslo(self) -> LabSite:
+        return self.sites["oslo"]
+
+    @property
+    def lisbon(self) -> LabSite:
+        return self.sites["lisbon"]
+
+    def other(self, name: str) -> LabSite:
+        return self.lisbon if name == "oslo" else self.oslo
+
+    def route(self, site: str, address: str = GUEST_ADDRESS) -> None:
+        """The client reaches the guest at `site` from now on."""
+        self.lab.route_guest("client", address.partition("/")[0], site)
+
+    def start_guest(self, name: str = "web1", address: str = GUEST_ADDRESS, memory: str = "512M") -> dict[str, Any]:
+        """Starts a guest at oslo from the golden snapshot; what `haulier guest show` tells of it."""
+        words = ["guest", "run", name, "--image", IMAGE, "--memory", memory, "--address", address]
+        facts = self.oslo.facts(*words, timeout=300)
+        self.route("oslo", address)
+        return dict(facts)
+
+    def hand_over(self, name: str, source: str, target: str, *words: str, timeout: float = 900) -> dict[str, Any]:
+        """A handoff as the operator asks for it; the report."""
+        done = self.sites[source].haulier("handoff", name, "--to", target, *words, "--json", timeout=timeout)
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+    def wan_bytes(self) -> int:
+        """Bytes of IP packets that crossed the links between the two sites, both ways."""
+        return sum(sum(self.lab.wire_bytes(link)) for link in self.lab.links_between("oslo", "lisbon"))
+
+
+def hook_script(lab: Lab) -> str:
+    """A moved_hook that leads the lab's client to the guest's new site."""
+    vias = {site: lab.address(site, f"client-{site}") for site in ("oslo", "lisbon")}
+    namespace = lab.namespace("client")
+    source = lab.address("client")
+    cases = "\n".join(f"  {site}) via={via} ;;" for site, via in vias.items())
+    return (
+        "#!/bin/sh\n"
+        "# Called with GUEST ADDRESS OLD-SITE NEW-SITE. Does what a route daemon does in the field.\n"
+        f'case "$4" in\n{cases}\n  *) exit 1 ;;\nesac\n'
+        f'exec ip -n {namespace} route replace "$2/32" via $via src {source}\n'
+    )
+
+
+@contextmanager
+def scenario(
+    name: str, made: Template, links: list[str], *, keep: bool = False, agents: bool = True
+) -> Iterator[Scenario]:
+    """Brings the lab up, makes the two sites a fleet, starts their agents; takes everything down at the end."""
+    work = WORK / name
+    if work.exists():
+        shutil.rmtree(work)
+    lab = Lab.up(topology(name, links), force=True)
+    sites = {site: LabSite(lab, site, work / site) for site in ("oslo", "lisbon")}
+    try:
+        for site in sites.values():
+            made.copy_to(site.root)
+        hook = work / "moved-hook"
+        hook.write_text(hook_script(lab))
+        hook.chmod(0o755)
+        if agents:
+            _make_fleet(lab, sites, hook)
+        yield Scenario(lab, work, sites, made)
+    finally:
+        for site in sites.values():
+            with contextlib.suppress(Exception):
+                site.kill_agent(signal.SIGTERM)
+        # Ends whatever still runs inside the sites: guests, exports, workers.
+        lab.down()
+        for site in sites.values():
+            with contextlib.suppress(HaulierError):
+                shutil.rmtree(site.site.ram_dir, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _make_fleet(lab: Lab, sites: dict[str, LabSite], hook: Path) -> None:
+    paths = lab.links_between("oslo", "lisbon")
+    for site in sites.values():
+        control = f"{lab.address(site.name, paths[0])}:{CONTROL_PORT}"
+        bulk = [word for link in paths for word in ("--bulk", lab.address(site.name, link))]
+        if site.name == "oslo":
+            site.haulier("site", "init", "oslo", "--address", control, *bulk)
+        else:
+            token = sites["oslo"].facts("site", "token")["token"]
+            via = f"{lab.address('oslo', paths[0])}:{CONTROL_PORT}"
+            site.haulier("site", "join", "--via", via, "--token", token, site.name, "--address", control, *bulk)
+        config = site.root / "site.toml"
+        text = config.read_text().replace('moved_hook = ""', f"moved_hook = {json.dumps(str(hook))}")
+        config.write_text(text)
+        site.start_agent()
+
+
+def versions() -> dict[str, str]:
+    """What figures depend on."""
+    return {
+        "haulier": haulier.__version__,
+        "qemu": ".".join(map(str, qemu_version())),
+        "python": sys.version.split()[0],
+        "kernel": os.uname().release,
+    }
