@@ -112,20 +112,23 @@ class Mirror:
         out[here] = self._view[gidx[here]]
         return out
 
-    def set(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8]) -> None:
-        """Store pages, u8 (n, 4096); no index twice. NoRoom if the file system is full."""
-        here = self.present[gidx]
-        if here.all():
-            self._view[gidx] = pages
+    def set(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8], rows: NDArray[np.int64] | None = None) -> None:
+        """Store pages (`rows` of `pages`, u8 (n, 4096), all by default); no index twice. NoRoom if the disk is full."""
+        if rows is None:
+            rows = np.arange(len(gidx))
+        if not len(rows):
             return
-        old = np.flatnonzero(here)
-        if len(old):
-            self._view[gidx[old]] = pages[old]
-        new = np.flatnonzero(~here)
-        where, fresh = gidx[new], np.ascontiguousarray(pages[new])
-        for position, count in sparse.runs(where):
-            self._pwrite(fresh[position : position + count].data, self._offset + int(where[position]) * PAGE)
-        self.present[where] = True
+        new = ~self.present[gidx]
+        cut = (np.diff(gidx) != 1) | (np.diff(rows) != 1) | (new[1:] != new[:-1])
+        starts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(cut) + 1))
+        counts = np.diff(starts, append=np.int64(len(rows)))
+        pieces = zip(gidx[starts].tolist(), rows[starts].tolist(), counts.tolist(), new[starts].tolist(), strict=True)
+        for page, row, count, fresh in pieces:
+            if fresh:
+                self._pwrite(pages[row : row + count].data, self._offset + page * PAGE)
+            else:
+                self._view[page : page + count] = pages[row : row + count]
+        self.present[gidx] = True
 
     def zero(self, gidx: NDArray[np.int64]) -> None:
         """Make pages zero; long runs give their memory back."""

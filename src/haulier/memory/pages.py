@@ -6,7 +6,7 @@ Of each page the first kind that fits is sent:
     same      equal to the mirror at that address
     block     equal to a 4 KiB disk block that the target holds: its id
     base      equal to a page elsewhere in the base (only for a snapshot of another boot; off unless asked for)
-    xor       under half of its words differ from the mirror: the difference
+    xor       under half of its 512 words differ from the mirror: a mask, and the words that differ, XORed
     literal   the page
 
 All pages of a batch are encoded against the mirror as it was before the batch; then the batch is applied, and of
@@ -28,7 +28,7 @@ from haulier.errors import Corrupt
 from haulier.memory import varint
 from haulier.memory.format import RECORD, ZERO_RECORD
 from haulier.memory.mirror import Mirror
-from haulier.memory.sparse import WORDS
+from haulier.memory.sparse import WORDS, runs
 from haulier.memory.stream import Mark, Pages, Raw, Token, Zeros, rebuild_all
 from haulier.units import PAGE
 
@@ -39,15 +39,16 @@ BLOCK: Final = 3
 BASE: Final = 4
 KINDS: Final = ("same", "literal", "xor", "block", "base")
 """Names of the kinds of page records, by the number in the kinds column."""
-COLUMNS: Final = ("ops", "raw", "addresses", "kinds", "blocks", "bases", "xor", "literal")
+COLUMNS: Final = ("ops", "raw", "addresses", "kinds", "blocks", "bases", "masks", "words", "literal")
 
-_HEADER: Final = struct.Struct("<8I")
+_HEADER: Final = struct.Struct("<9I")
 _OP_RAW: Final = 0
 _OP_PAGES: Final = 1
 _OP_ZEROS: Final = 2
 _OP_BITS: Final = 3
 _OP_FIRST: Final = 4
 _XOR_BELOW: Final = WORDS // 2
+_MASK: Final = WORDS // 8
 
 Column = bytes | memoryview
 
@@ -71,6 +72,7 @@ class Encoded:
     """A batch as columns. By kind: `pages` counts records, `raw` their bytes in the stream, `columns` their columns."""
 
     parts: list[Column]
+    """The payload in pieces; some are views of the encoder's own memory."""
     size: int
     pages: dict[str, int]
     raw: dict[str, int]
@@ -89,7 +91,7 @@ class PageEncoder:
         self._old = np.empty((256, PAGE), np.uint8)
 
     def encode(self, tokens: Sequence[Token]) -> Encoded:
-        """The batch. Applies it to the mirror: the peer must get it."""
+        """The batch, valid until the next call. Applies it to the mirror: the peer must get it."""
         ops: list[int] = []
         raws: list[bytes] = []
         indexes: list[NDArray[np.int64]] = []
@@ -111,20 +113,20 @@ class PageEncoder:
                     at += count
         gidx = np.concatenate(indexes) if indexes else np.zeros(0, np.int64)
         paged_rows = np.repeat(np.array(page_runs, np.bool_), [len(index) for index in indexes])
-        kinds, blocks, bases, xors, literals = self._kinds(gidx[paged_rows], pages)
+        kinds, blocks, bases, masks, words = self._kinds(gidx[paged_rows], pages)
         _apply(self.mirror, gidx, paged_rows, kinds, pages)
         raw = b"".join(raws)
         columns: list[Column] = [
-            varint.encode(np.array(ops, np.uint64)),
+            varint.encode_few(ops),
             raw,
             varint.encode_indexes(gidx),
             kinds.tobytes(),
             varint.encode_deltas(blocks),
             varint.encode_deltas(bases),
-            xors.reshape(-1).data,
-            literals.reshape(-1).data,
+            masks.reshape(-1).data,
+            words.view(np.uint8).data,
         ]
-        return _encoded(columns, len(raw), len(gidx), kinds)
+        return _encoded(columns, _rows(pages, np.flatnonzero(kinds == LITERAL)), len(raw), len(gidx), kinds)
 
     def _room(self, count: int) -> NDArray[np.uint8]:
         if count > len(self._pages):
@@ -133,25 +135,25 @@ class PageEncoder:
 
     def _kinds(
         self, gidx: NDArray[np.int64], pages: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]:
-        """Kinds (n), then block ids, base pages, xor rows and literal rows, each in record order."""
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint64]]:
+        """Kinds (n), then block ids, base pages, xor masks (n, 64) and xor words, each in record order."""
         kinds = np.full(len(gidx), LITERAL, np.uint8)
-        differing = np.full(len(gidx), WORDS, np.int64)
-        old = self._old[: len(gidx)]
+        # Only pages that the mirror has are compared; `known` are their rows, and `old` what it has, by rank in `known`.
         known = np.flatnonzero(self.mirror.present[gidx])
-        if len(known):
-            self.mirror.get(gidx[known], old[: len(known)])
-            mine = pages if len(known) == len(pages) else pages[known]
-            differing[known] = _differing_words(mine, old[: len(known)])
-        kinds[differing == 0] = SAME
+        old = self.mirror.get(gidx[known], self._old[: len(known)])
+        mine = pages if len(known) == len(pages) else pages[known]
+        unequal = mine.view(np.uint64) != old.view(np.uint64)
+        differing = _count_words(unequal)
+        kinds[known[differing == 0]] = SAME
         blocks = self._find(self.finder, kinds, BLOCK, pages)
         bases = self._find(self.elsewhere, kinds, BASE, pages)
-        xor = (kinds == LITERAL) & (differing < _XOR_BELOW)
-        kinds[xor] = XOR
-        rows = np.flatnonzero(xor)
-        # A page with a small difference is present, and stands in `old` at its rank among those.
-        xors = pages[rows] ^ old[np.searchsorted(known, rows)]
-        return kinds, blocks, bases, xors, pages[kinds == LITERAL]
+        ranks = np.flatnonzero((differing < _XOR_BELOW) & (kinds[known] == LITERAL))
+        kinds[known[ranks]] = XOR
+        unequal = unequal[ranks]
+        # Where they are among all words of `mine`: each by as much further as its row's rank there is higher.
+        at = np.flatnonzero(unequal) + np.repeat((ranks - np.arange(len(ranks))) * WORDS, differing[ranks])
+        words = mine.view(np.uint64).reshape(-1)[at] ^ old.view(np.uint64).reshape(-1)[at]
+        return kinds, blocks, bases, np.packbits(unequal, axis=1, bitorder="little"), words
 
     @staticmethod
     def _find(
@@ -168,10 +170,9 @@ class PageEncoder:
         return found[hit]
 
 
-def _differing_words(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """For each row (4096 bytes, contiguous): how many of its 512 words differ."""
-    unequal = one.view(np.uint64) != two.view(np.uint64)
-    # 64 words of 8 flags each: summed as words, each byte counts to 64 at most and cannot carry.
+def _count_words(unequal: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """How many are True in each row (512 flags)."""
+    # As 64 words of 8 flags: summed as words, each byte counts to 64 at most and cannot carry.
     lanes = np.add.reduce(unequal.view(np.uint64), axis=1)
     counts: NDArray[np.int64] = lanes.view(np.uint8).reshape(-1, 8).sum(axis=1, dtype=np.int64)
     return counts
@@ -188,16 +189,21 @@ def _apply(
     last = mirror.last(gidx)
     mirror.zero(gidx[last & ~paged_rows])
     changed = np.flatnonzero(last[paged_rows] & (kinds != SAME))
-    if len(changed):
-        where = gidx[paged_rows]
-        if len(changed) == len(where):
-            mirror.set(where, pages)
-        else:
-            mirror.set(where[changed], pages[changed])
+    mirror.set(gidx[paged_rows][changed], pages, changed)
 
 
-def _encoded(columns: list[Column], raw: int, records: int, kinds: NDArray[np.uint8]) -> Encoded:
-    sizes = [len(column) for column in columns]
+def _rows(pages: NDArray[np.uint8], rows: NDArray[np.int64]) -> list[memoryview]:
+    """These rows, ascending, as views of `pages` without a copy."""
+    data = pages.reshape(-1).data
+    starts = rows * PAGE
+    return [data[(at := int(starts[first])) : at + count * PAGE] for first, count in runs(rows)]
+
+
+def _encoded(
+    columns: list[Column], literals: list[memoryview], raw: int, records: int, kinds: NDArray[np.uint8]
+) -> Encoded:
+    """The columns and, as the last one, the literal pages."""
+    sizes = [*(len(column) for column in columns), sum(len(part) for part in literals)]
     counts = np.bincount(kinds, minlength=len(KINDS)).tolist()
     by_kind = dict(zip(KINDS, counts, strict=True))
     zeros = records - len(kinds)
@@ -207,13 +213,13 @@ def _encoded(columns: list[Column], raw: int, records: int, kinds: NDArray[np.ui
     by_column = dict(zip(COLUMNS, sizes, strict=True))
     held = {
         "literal": by_column["literal"],
-        "xor": by_column["xor"],
+        "xor": by_column["masks"] + by_column["words"],
         "block": by_column["blocks"],
         "base": by_column["bases"],
         "raw": by_column["raw"],
         "meta": by_column["ops"] + by_column["addresses"] + by_column["kinds"],
     }
-    return Encoded([_HEADER.pack(*sizes), *columns], _HEADER.size + sum(sizes), pages, raw_bytes, held)
+    return Encoded([_HEADER.pack(*sizes), *columns, *literals], _HEADER.size + sum(sizes), pages, raw_bytes, held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +285,7 @@ class PageDecoder:
         blocks, bases = varint.decode_deltas(columns["blocks"]), varint.decode_deltas(columns["bases"])
         if (
             len(columns["literal"]) != len(by_kind[LITERAL]) * PAGE
-            or len(columns["xor"]) != len(by_kind[XOR]) * PAGE
+            or len(columns["masks"]) != len(by_kind[XOR]) * _MASK
             or len(blocks) != len(by_kind[BLOCK])
             or len(bases) != len(by_kind[BASE])
         ):
@@ -292,7 +298,7 @@ class PageDecoder:
         elif len(known):
             pages[known] = self.mirror.get(gidx[known])
         if len(by_kind[XOR]):
-            pages[by_kind[XOR]] ^= np.frombuffer(columns["xor"], np.uint8).reshape(-1, PAGE)
+            _xor(pages, by_kind[XOR], columns["masks"], columns["words"])
         if len(blocks):
             pages[by_kind[BLOCK]] = _read(self.reader, blocks, "disk block")
         if len(bases):
@@ -332,6 +338,16 @@ class PageDecoder:
         if high >= first + self.mirror.blocks[name] // PAGE:
             raise Corrupt(f"a run of pages goes beyond the end of RAM block {name!r}")
         return name, ((index - first) * PAGE).astype(np.uint64)
+
+
+def _xor(pages: NDArray[np.uint8], rows: NDArray[np.int64], masks: memoryview, words: memoryview) -> None:
+    """XOR the words that the masks name into these rows of `pages`."""
+    bits = np.unpackbits(np.frombuffer(masks, np.uint8).reshape(-1, _MASK), axis=1, bitorder="little")
+    at = np.flatnonzero(bits)
+    if len(words) != len(at) * 8:
+        raise Corrupt("a batch's differences do not fit their masks")
+    at += (rows * WORDS)[at // WORDS] - at // WORDS * WORDS
+    pages.view(np.uint64).reshape(-1)[at] ^= np.frombuffer(words, np.uint64)
 
 
 def _split(payload: bytes) -> dict[str, memoryview]:

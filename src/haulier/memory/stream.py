@@ -35,6 +35,7 @@ _U32: Final = struct.Struct(">I")
 _PAGE_GOES_ON: Final = q.PAGE_DATA | q.CONTINUE
 _ZERO_GOES_ON: Final = q.ZERO | q.CONTINUE
 _PROBE: Final = 8
+_ADDRESS: Final = np.uint64(0xFFFFFFFFFFFFFFFF ^ q.FLAGS)
 _SECTIONS: Final[dict[int, MarkKind]] = {q.START: "setup", q.PART: "part", q.END: "end"}
 
 
@@ -385,17 +386,18 @@ class StreamParser:
         return _PROBE + (int(other.argmax()) if other.any() else fit - _PROBE)
 
     def _addresses(self, start: int, stride: int, count: int, first: bool) -> NDArray[np.uint64]:
-        heads = np.ndarray((count,), ">u8", self._buffer, start, (stride,)).astype(np.uint64)
-        if first:
-            (heads[0],) = _U64.unpack_from(self._buffer, self._at)
-        heads &= np.uint64(~q.FLAGS & 0xFFFFFFFFFFFFFFFF)
         if self._block is None:
             raise Corrupt(f"pages before any RAM block was named {self._where()}")
+        heads = np.ndarray((count,), ">u8", self._buffer, start, (stride,)).astype(np.uint64)
+        (head,) = _U64.unpack_from(self._buffer, self._at)
+        if first:
+            heads[0] = head
+        heads &= _ADDRESS
         if int(heads.max()) >= self._limit:
             raise Corrupt(
                 f"a page at {int(heads.max()):#x}, beyond the end of RAM block {self._block!r}, {self._where()}"
             )
-        position = self._first_page[self._block] + int(heads[0]) // PAGE
+        position = self._first_page[self._block] + head // PAGE
         if not self.device_state and (position < self._position or not self.rounds):
             self.rounds += 1
         self._position = position

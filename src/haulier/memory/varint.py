@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -32,6 +33,17 @@ def encode(values: NDArray[np.uint64]) -> bytes:
         part |= np.where(lengths[here] > k + 1, np.uint64(0x80), np.uint64(0))
         out[starts[here] + k] = part
     return out.tobytes()
+
+
+def encode_few(values: Sequence[int]) -> bytes:
+    """The same for a handful of small values, where numpy would cost more than it saves."""
+    out = bytearray()
+    for value in values:
+        while value >= 0x80:
+            out.append(value & 0x7F | 0x80)
+            value >>= 7
+        out.append(value)
+    return bytes(out)
 
 
 def decode(data: bytes | memoryview) -> NDArray[np.uint64]:
