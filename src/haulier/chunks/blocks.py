@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -22,7 +21,7 @@ from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.packs import disk_error, sync_folder
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Corrupt, NoRoom, UnknownThing, UsageError
-from haulier.units import BLOCK, BLOCKS_PER_CHUNK, FINGERPRINT, MIB
+from haulier.units import BLOCK, BLOCKS_PER_CHUNK, FINGERPRINT
 
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]
@@ -30,8 +29,6 @@ U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
 MAX_POSITIONS: Final = (1 << 32) // BLOCKS_PER_CHUNK
-_KEPT_CHUNKS: Final = 32 * MIB // (BLOCK * BLOCKS_PER_CHUNK)
-_SHORT_SPAN: Final = 4  # blocks; so few are read by themselves, more make the whole chunk worth keeping
 
 _INDEX: Final = struct.Struct("<8sIIQQ32x")  # magic, version, 0, count, xxh3-64 of the columns
 _INDEX_MAGIC: Final = b"HBLOCKIX"
@@ -45,7 +42,6 @@ class BlockSpace:
     def __init__(self, store: ChunkStore) -> None:
         self.store = store
         self._fps: list[bytes] = []
-        self._kept: OrderedDict[int, U8] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -79,49 +75,31 @@ class BlockSpace:
 
     def _read(self, ids: U32, tolerant: bool) -> tuple[U8, NDArray[np.bool_] | None]:
         wanted = np.asarray(ids, dtype=np.uint32)
-        out = np.zeros((len(wanted), BLOCK), dtype=np.uint8)
         if not len(wanted):
-            return out, None
+            return np.empty((0, BLOCK), dtype=np.uint8), None
+        # In ascending order, so that neighbours in a chunk are read at once; put back into the caller's order below.
+        order = np.argsort(wanted, kind="stable")
+        ordered = wanted[order]
+        starts = np.flatnonzero((np.diff(ordered) != 1) | (ordered[1:] % BLOCKS_PER_CHUNK == 0)) + 1
+        buffer = np.zeros((len(wanted), BLOCK), dtype=np.uint8)
+        view = buffer.data.cast("B")
         failed: NDArray[np.bool_] | None = None
-        positions = wanted // BLOCKS_PER_CHUNK
-        order = np.argsort(positions, kind="stable")
-        ordered = positions[order]
-        starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(wanted)], strict=True):
-            where = order[start:end]
+        firsts = [0, *starts.tolist()]
+        for block, start, end in zip(ordered[firsts].tolist(), firsts, [*firsts[1:], len(wanted)], strict=True):
+            position, within = divmod(block, BLOCKS_PER_CHUNK)
             try:
-                self._gather(int(ordered[start]), wanted[where] % BLOCKS_PER_CHUNK, where, out)
+                fp = self.fingerprint(position)
+                if fp != ZERO:
+                    self.store.read_into(fp, within * BLOCK, view[start * BLOCK : end * BLOCK])
             except (UnknownThing, Corrupt):
                 if not tolerant:
                     raise
                 if failed is None:
                     failed = np.zeros(len(wanted), dtype=np.bool_)
-                failed[where] = True
+                failed[order[start:end]] = True
+        out = np.empty_like(buffer)
+        out[order] = buffer
         return out, failed
-
-    def _gather(self, position: int, blocks: U32, where: NDArray[np.intp], out: U8) -> None:
-        with self._lock:
-            chunk = self._kept.get(position)
-            if chunk is not None:
-                self._kept.move_to_end(position)
-        if chunk is not None:
-            out[where] = chunk[blocks]
-            return
-        fp = self.fingerprint(position)
-        if fp == ZERO:
-            return
-        first = int(blocks.min())
-        span = int(blocks.max()) - first + 1
-        if span <= _SHORT_SPAN:
-            data = self.store.read(fp, first * BLOCK, span * BLOCK)
-            out[where] = np.frombuffer(data, dtype=np.uint8).reshape(span, BLOCK)[blocks - np.uint32(first)]
-            return
-        chunk = np.frombuffer(self.store.get(fp), dtype=np.uint8).reshape(BLOCKS_PER_CHUNK, BLOCK)
-        with self._lock:
-            self._kept[position] = chunk
-            if len(self._kept) > _KEPT_CHUNKS:
-                self._kept.popitem(last=False)
-        out[where] = chunk[blocks]
 
 
 class BlockIndex:
@@ -236,7 +214,8 @@ class StoreBlockFinder:
         result = np.full(len(found), -1, dtype=np.int64)
         if len(known):
             blocks, good = self.space.read_known(found[known].astype(np.uint32))
-            same = good & (blocks.view(np.uint64) == pages[known].view(np.uint64)).all(axis=1)
+            candidates = pages if len(known) == len(pages) else pages[known]
+            same = good & (blocks.view(np.uint64) == candidates.view(np.uint64)).all(axis=1)
             result[known[same]] = found[known[same]]
         return result
 

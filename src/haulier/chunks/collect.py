@@ -95,7 +95,7 @@ def collect_garbage(store: ChunkStore, dry_run: bool, lease_age_s: float | None)
             db.execute("RELEASE collection")
         if dry_run:
             return report
-        store.next_generation()
+        store.places.advance()
         _remove_strays(store)
         sparse = _punch_all(store, report)
         try:
@@ -243,7 +243,7 @@ def _compact(store: ChunkStore, sparse: list[int], report: GcReport) -> None:
         if target is not None and moved:
             target.committed = target.tail
             report.compacted += 1
-        store.next_generation()
+        store.places.advance()
         pack_path(store.packs, number).unlink(missing_ok=True)
         report.removed += 1
         report.freed += max(0, freed - used)
@@ -285,7 +285,7 @@ def check_store(store: ChunkStore, repair: bool) -> CheckReport:
                 db.execute("DELETE FROM refs")
                 db.executemany("INSERT INTO refs VALUES (?,?)", _references(db)[0].items())
                 db.execute("DELETE FROM leased WHERE lease NOT IN (SELECT id FROM leases)")
-            store.next_generation()
+            store.places.advance()
             missing -= found.keys()
             report.repaired = True
         report.corrupt = sorted(fp.hex() for fp in corrupt)

@@ -5,9 +5,7 @@ How it holds together:
 - Every process appends to packs of its own (flock), so writers never wait for each other but at `commit`.
 - A chunk is visible to its own process at once, to others and after a crash from `commit` on: the pack is synced
   first, then the index commits. The index never points at bytes that a power cut could take.
-- Locations are remembered in memory only for chunks whose fingerprint this process has checked, and only for one
-  *generation*: a counter in a shared mapping that a collection moves on after deleting rows and before punching
-  holes. A reader looks at the counter after reading, so bytes from a place given up meanwhile are never returned.
+- A process remembers places only of chunks whose fingerprint it has checked, and only until a collection (places.py).
 - What keeps a chunk: references (of manifests), leases (of somebody at work), and the store that put it while that
   is open. A collection takes all others.
 
@@ -18,13 +16,11 @@ from __future__ import annotations
 
 import fcntl
 import json
-import mmap
 import os
 import re
 import threading
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,23 +32,20 @@ from haulier.chunks.collect import CheckReport, GcReport, check_store, collect_g
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK, Buffer, fingerprint
 from haulier.chunks.index import Index
 from haulier.chunks.manifest import Manifest
-from haulier.chunks.packs import RAW, Location, Pack, Writer, decode_record, disk_error, encode_record
+from haulier.chunks.packs import Location, Pack, Writer, decode_record, disk_error, encode_record
+from haulier.chunks.places import Places
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing, UsageError
-from haulier.units import CHUNK, FINGERPRINT, MIB
+from haulier.units import CHUNK, MIB
 
 PACK_SIZE: Final = 256 * MIB
 RESERVE: Final = 16 * MIB
 """Room on disk that `put` leaves for the index, so that a full disk can still be cleaned up."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@:+-]{0,199}")
 _OWN_LEASE: Final = "open:"
-_WARM_MOST: Final = 131_072  # about 230 bytes each; 8 GiB of disk
-_DECODED_MOST: Final = 64  # chunks kept decompressed, 4 MiB
 _AGAIN_MOST: Final = 16 * MIB
 _META_MOST: Final = 1 * MIB
 _RETRIES: Final = 16
 _ROOM_EVERY: Final = 64
-
-_Warm = dict[bytes, tuple[Pack, int]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class ChunkStore:
             (self.path / "open").mkdir(exist_ok=True)
             with open(self.path / "lock", "a+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                self._generation = _map_generation(self.path / "generation")
+                self.places = Places(self.path / "generation", self.packs)
                 self.index = Index(self.path / "index.sqlite")
                 made = self.index.create(uuid.uuid4().bytes)
                 with self.index.read() as db:
@@ -118,10 +111,6 @@ class ChunkStore:
         self._batch = _Batch()
         self._append_lock = threading.RLock()
         self._commit_lock = threading.RLock()
-        self._cache_lock = threading.Lock()
-        self._seen: tuple[bytes, _Warm] = (self._generation[:8], {})
-        self._open_packs: dict[int, Pack] = {}
-        self._decoded: OrderedDict[bytes, bytes] = OrderedDict()
         self._writer: Writer | None = None
         self._sealed: list[Writer] = []
         self._since_room = 0
@@ -157,8 +146,7 @@ class ChunkStore:
                         pass  # the next collection sees that nobody holds the lock
                     os.close(fd)
                 self.index.close()
-                self._open_packs = {}
-                self._seen = (b"", {})
+                self.places.forget()
 
     # --- reading ---
 
@@ -193,39 +181,37 @@ class ChunkStore:
         """`length` bytes at `offset` of a chunk; like `get`, verified whole when this process first reads it."""
         if offset < 0 or length < 0 or offset + length > CHUNK:
             raise UsageError(f"{length} bytes at {offset} of a chunk of {CHUNK}")
-        generation, warm = self._seen
-        known = warm.get(fp)
-        if known is not None:
-            try:
-                data = os.pread(known[0].fd, length, known[1] + offset)
-            except OSError:
-                data = b""
-            if self._generation[:8] == generation and len(data) == length:
-                return data
+        data = self.places.read(fp, offset, length)
+        if data is not None:
+            return data
         if fp == ZERO:
             return ZERO_CHUNK[:length]
         return self._load(fp)[offset : offset + length]
 
+    def read_into(self, fp: bytes, offset: int, into: memoryview) -> None:
+        """Fill `into` from `offset` of a chunk; like `read`, without a copy."""
+        if offset < 0 or offset + len(into) > CHUNK:
+            raise UsageError(f"{len(into)} bytes at {offset} of a chunk of {CHUNK}")
+        if not self.places.read_into(fp, offset, into):
+            into[:] = self.read(fp, offset, len(into))
+
     def _load(self, fp: bytes) -> bytes:
-        kept = self._decoded.get(fp)
-        if kept is not None:
-            return kept
         for _ in range(_RETRIES):
-            generation = self._generation[:8]
+            generation = self.places.generation()
             at = self._locate(fp)
             if at is None:
                 raise UnknownThing(f"chunk {fp.hex()} is not in the store at {self.path}; fetch it from another site")
             pack: Pack | None = None
             data: bytes | None = None
             try:
-                pack = self._pack(at.pack)
+                pack = self.places.pack(at.pack)
                 data = decode_record(fp, at, pack.read_record(at))
             except OSError:
                 pass  # gone, or unreadable: told apart below
             if pack is not None and data is not None:
-                self._remember(generation, fp, pack, at, data)
+                self.places.remember(generation, fp, pack, at, data)
                 return data
-            if self._locate(fp) == at and self._generation[:8] == generation:
+            if self._locate(fp) == at and self.places.generation() == generation:
                 self._drop(fp, at)
                 raise Corrupt(
                     f"chunk {fp.hex()} in {self.path} does not match its fingerprint and was dropped;"
@@ -241,42 +227,12 @@ class ChunkStore:
             at = sql.locate(db, fp)
         return at or self._batch.pending.get(fp)
 
-    def _pack(self, number: int) -> Pack:
-        pack = self._open_packs.get(number)
-        if pack is None:
-            pack = Pack(self.packs, number)
-            with self._cache_lock:
-                if len(self._open_packs) >= 256:
-                    self._open_packs = {}
-                self._open_packs[number] = pack
-        return pack
-
-    def _remember(self, generation: bytes, fp: bytes, pack: Pack, at: Location, data: bytes) -> None:
-        """Keep a checked location (or, compressed, the data), unless a collection went by since `generation`."""
-        with self._cache_lock:
-            if at.codec != RAW:
-                self._decoded[fp] = data
-                if len(self._decoded) > _DECODED_MOST:
-                    self._decoded.popitem(last=False)
-                return
-            if self._generation[:8] != generation:
-                return
-            if self._seen[0] != generation:
-                self._seen = (generation, {})
-                self._open_packs = {pack.id: pack}
-            warm = self._seen[1]
-            if len(warm) >= _WARM_MOST:
-                warm.pop(next(iter(warm)), None)
-            warm[fp] = (pack, at.offset + 64)
-
     def _drop(self, fp: bytes, at: Location) -> None:
         with self._append_lock:
             if self._batch.pending.get(fp) == at:
                 del self._batch.pending[fp]
                 for claimed in self._batch.claims.values():
                     claimed.discard(fp)
-        with self._cache_lock:
-            self._seen[1].pop(fp, None)
         with self.index.write() as db:
             db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
 
@@ -435,8 +391,7 @@ class ChunkStore:
                 writer.forget()
             self._sealed = []
             self._writer = None
-            with self._cache_lock:
-                self._seen = (self._generation[:8], {})
+            self.places.forget()
 
     def release_writer(self) -> None:
         """Commit and give up the pack being written, so that a collection may move it."""
@@ -572,11 +527,6 @@ class ChunkStore:
         """Verify every chunk, and compare the references with the manifests. `repair` puts right what can be."""
         return check_store(self, repair)
 
-    def next_generation(self) -> None:
-        """Make every process forget locations. Only under the lock of a collection."""
-        number = int.from_bytes(self._generation[:8], "little") + 1
-        self._generation[:8] = (number % (1 << 64)).to_bytes(8, "little")
-
     def stats(self) -> StoreStats:
         """Counts and sizes, over all processes' committed chunks."""
         with self.index.read() as db:
@@ -599,15 +549,6 @@ def _insert(db: Connection, batch: _Batch) -> None:
         sql.set_tail(db, writer.pack.id, tail)
 
 
-def _map_generation(path: Path) -> mmap.mmap:
-    with open(path, "a+b") as file:
-        if file.seek(0, os.SEEK_END) < 8:
-            file.truncate(0)
-            file.write(bytes(8))
-            file.flush()
-        return mmap.mmap(file.fileno(), 8)
-
-
 def _check_lease(lease: str) -> None:
     if not _NAME.fullmatch(lease) or lease.startswith(_OWN_LEASE):
         raise UsageError(f"lease {lease!r}: use 1 to 200 letters, digits and ._/@:+-, and no name of ours")
@@ -616,6 +557,3 @@ def _check_lease(lease: str) -> None:
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise UsageError(f"manifest name {name!r}: use 1 to 200 letters, digits and ._/@:+-, a letter or digit first")
-
-
-assert len(ZERO) == FINGERPRINT

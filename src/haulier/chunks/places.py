@@ -1,0 +1,126 @@
+"""What one process remembers of places: open packs, checked locations, decompressed chunks.
+
+A location is good for one *generation*, a counter in a mapping that all processes of a store share. A collection
+deletes rows, moves the counter on, then punches holes. A reader compares the counter after it has read: if it moved,
+the bytes may be zeros of a hole, and the index is asked again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Final
+
+from haulier.chunks.packs import HEADER, RAW, Location, Pack
+from haulier.units import CHUNK, MIB
+
+_WARM_MOST: Final = 131_072  # locations, about 230 bytes each; 8 GiB of disk
+_DECODED_MOST: Final = 32 * MIB // CHUNK
+_PACKS_MOST: Final = 256
+
+_Warm = dict[bytes, tuple[Pack, int]]
+
+
+class Places:
+    """Reads of checked chunks take no lock: the pair of generation and locations is replaced as one."""
+
+    def __init__(self, generation: Path, packs: Path) -> None:
+        self._packs = packs
+        with open(generation, "a+b") as file:
+            if file.seek(0, os.SEEK_END) < 8:
+                file.truncate(0)
+                file.write(bytes(8))
+                file.flush()
+            self._counter = mmap.mmap(file.fileno(), 8)
+        self._seen: tuple[bytes, _Warm] = (self._counter[:8], {})
+        self._open: dict[int, Pack] = {}
+        self._decoded: OrderedDict[bytes, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def generation(self) -> bytes:
+        """The counter as it is now."""
+        return self._counter[:8]
+
+    def advance(self) -> None:
+        """Make every process forget its locations. Only under the lock of a collection."""
+        number = int.from_bytes(self._counter[:8], "little") + 1
+        self._counter[:8] = (number % (1 << 64)).to_bytes(8, "little")
+
+    def read(self, fp: bytes, offset: int, length: int) -> bytes | None:
+        """Bytes of a chunk that this process has checked before; None when it has not, or must look again."""
+        generation, warm = self._seen
+        known = warm.get(fp)
+        if known is not None:
+            try:
+                data = os.pread(known[0].fd, length, known[1] + offset)
+            except OSError:
+                return None
+            if self._counter[:8] == generation and len(data) == length:
+                return data
+        return self._from_decoded(fp, offset, length) if self._decoded else None
+
+    def read_into(self, fp: bytes, offset: int, into: memoryview) -> bool:
+        """Like `read`, without a copy; False leaves `into` undefined."""
+        generation, warm = self._seen
+        known = warm.get(fp)
+        if known is not None:
+            try:
+                count = os.preadv(known[0].fd, (into,), known[1] + offset)
+            except OSError:
+                return False
+            if self._counter[:8] == generation and count == len(into):
+                return True
+        data = self._from_decoded(fp, offset, len(into)) if self._decoded else None
+        if data is not None:
+            into[:] = data
+        return data is not None
+
+    def _from_decoded(self, fp: bytes, offset: int, length: int) -> bytes | None:
+        with self._lock:
+            data = self._decoded.get(fp)
+            if data is None:
+                return None
+            self._decoded.move_to_end(fp)
+        return data[offset : offset + length]
+
+    def pack(self, number: int) -> Pack:
+        """A pack, open. Raises OSError."""
+        with self._lock:
+            pack = self._open.get(number)
+            if pack is None:
+                pack = Pack(self._packs, number)
+                if len(self._open) >= _PACKS_MOST:
+                    self._open = {}
+                self._open[number] = pack
+        return pack
+
+    def remember(self, generation: bytes, fp: bytes, pack: Pack, at: Location, data: bytes) -> None:
+        """Keep a location whose chunk was checked (of a compressed one, the chunk).
+
+        `generation` is the counter from before the index was asked; if it has moved since, nothing is kept.
+        """
+        with self._lock:
+            if at.codec != RAW:
+                self._decoded[fp] = data
+                if len(self._decoded) > _DECODED_MOST:
+                    self._decoded.popitem(last=False)
+                return
+            if self._counter[:8] != generation:
+                return
+            if self._seen[0] != generation:
+                self._seen = (generation, {})
+                self._open = {pack.id: pack}  # lets go of packs that are gone
+            warm = self._seen[1]
+            if len(warm) >= _WARM_MOST:
+                warm.pop(next(iter(warm)), None)
+            warm[fp] = (pack, at.offset + HEADER)
+
+    def forget(self) -> None:
+        """Forget everything, and close the packs as their readers end."""
+        with self._lock:
+            self._seen = (self._counter[:8], {})
+            self._open = {}
+            self._decoded.clear()
