@@ -9,6 +9,7 @@ believe it could send the rest in no time).
 from __future__ import annotations
 
 import enum
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,27 @@ CLOSED_THRESHOLD: Final = 100
 """Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not below one byte,
 because QEMU then skips the exact dirty count and stops at once."""
 MIN_RATE_BPS: Final = 64_000.0
+
+
+class RecentMost:
+    """The most of a figure's recent values: a link's rate shows only while there is something to send.
+
+    `span` is how many seconds a value counts.
+    """
+
+    def __init__(self, span: float = 8.0) -> None:
+        self._span = span
+        self._values: deque[tuple[float, float]] = deque()
+
+    def add(self, now: float, value: float) -> float:
+        """Takes a value, and gives the most of those that count; a lone zero keeps what was known."""
+        values = self._values
+        while values and values[-1][1] <= value:
+            values.pop()
+        values.append((now, value))
+        while len(values) > 1 and values[0][0] < now - self._span:
+            values.popleft()
+        return values[0][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +56,7 @@ def window(rate_bps: float, rtt_s: float, ending: bool) -> Window:
     The raw bound is eight times that, but at least 1 MiB, so that runs of unchanged pages do not stall the reader.
     """
     seconds = max(0.15 if ending else 0.30, 1.5 * rtt_s + 0.05)
-    wire = max(24_576, int(max(rate_bps, MIN_RATE_BPS) / 8 * seconds))
+    wire = max(49_152, int(max(rate_bps, MIN_RATE_BPS) / 8 * seconds))
     return Window(wire, max((1 if ending else 4) * MIB, 8 * wire))
 
 

@@ -165,6 +165,10 @@ class Arrived(Message, frozen=True, tag="arrived"):
     memory: bytes = b""
     """Digests of regions of the guest's memory, when a check was asked for."""
     check_s: float = 0.0
+    durable_at: float = 0.0
+    """When the final manifest was durable, and ..."""
+    loaded_at: float = 0.0
+    """... when QEMU had loaded device state, by the target's clock."""
 
 
 class Own(Message, frozen=True, tag="own"):

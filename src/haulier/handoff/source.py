@@ -30,6 +30,7 @@ from haulier.handoff.convergence import (
     CLOSED_THRESHOLD,
     Gate,
     Reading,
+    RecentMost,
     Step,
     Window,
     switchover_bandwidth,
@@ -70,6 +71,18 @@ QEMU_SNDBUF = 65536
 """Of QEMU's end of the socket pair: what lies there is neither dirty any more nor sent yet."""
 SLOW_LINK_BPS = 50e6
 PROBE_BYTES = 96 * 1024
+SWITCHOVER_MARKS = (
+    "pre-switchover",
+    "disk-sent",
+    "device-state",
+    "disk-durable",
+    "memory-loaded",
+    "arrived",
+    "completed",
+    "token",
+    "running",
+)
+"""What the report tells of the switchover, in the order in which it mostly happens."""
 QUIET_DISK = 256 * 1024
 """Wire bytes of a disk round below which memory may start."""
 
@@ -107,6 +120,7 @@ class SourceHandoff:
         self._refused = False
         self._ending = False
         self._rate = 0.0
+        self._rates = RecentMost()
         self._disk_rounds: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
         self._stop_event: QmpEvent | None = None
@@ -164,7 +178,7 @@ class SourceHandoff:
         sent, received = session.wire_bytes()
         status = self.progress.status
         status.wire_bytes = sent + received
-        status.rate_bps = self._rate = session.rate_bps() or self._rate
+        status.rate_bps = self._rate = self._rates.add(time.monotonic(), session.rate_bps())
         status.rtt_s = session.rtt_s()
         status.paths = [msgspec.to_builtins(path) for path in session.paths()]
 
@@ -423,6 +437,10 @@ class SourceHandoff:
             memory = memory_digests(self.paths.ram)
         self._arrived = arrived = self._control.wait(Arrived, 120)
         self._marks["arrived"] = time.time()
+        self._marks["disk-durable"] = arrived.durable_at - self._control.clock_offset
+        self._marks["memory-loaded"] = arrived.loaded_at - self._control.clock_offset
+        if self._pump is not None and self._pump.device_state_at:
+            self._marks["device-state"] = self._pump.device_state_at
         self._sent_completely()
         self._compare(arrived, memory)
 
@@ -577,11 +595,7 @@ class SourceHandoff:
             "stopped_at": stop,
             "running_at": running,
             "clock_offset_s": self._control.clock_offset if self._control else 0.0,
-            "switchover_ms": {
-                key: round((marks[key] - stop) * 1000, 1)
-                for key in ("pre-switchover", "disk-sent", "arrived", "completed", "token", "running")
-                if key in marks
-            },
+            "switchover_ms": {key: round((marks[key] - stop) * 1000, 1) for key in SWITCHOVER_MARKS if key in marks},
             "wire": {"sent": sent, "received": received, "paths": self.progress.status.paths},
             "rate_bps": self._rate,
             "rtt_s": self._session.rtt_s(),

@@ -85,6 +85,7 @@ class TargetHandoff:
         self._receiver: DiskReceiver | None = None
         self._store = ChunkStore(site.store)
         self._loaded_at = 0.0
+        self._durable_at = 0.0
         self._voted = False
         self._running = False
         self._lock = threading.Lock()
@@ -208,6 +209,8 @@ class TargetHandoff:
         with self._lock:
             if self._export is not None:
                 self._export.swap(incoming_name(self.job.handoff))
+        if final:
+            self._durable_at = time.time()
         self.control.tell("committed")
 
     # -- memory ----------------------------------------------------------------------------------------------------
@@ -273,6 +276,8 @@ class TargetHandoff:
                 self._receiver.manifest.digest,
                 memory,
                 check_s,
+                self._durable_at,
+                self._loaded_at,
             )
         )
         self._send(happened)

@@ -153,7 +153,8 @@ class LabSite:
 
     def facts(self, *words: str, timeout: float = 120) -> Any:
         """The JSON that a haulier command prints."""
-        return json.loads(self.haulier(*words, "--json", timeout=timeout).stdout)
+        # Progress comes as lines of its own; the last one is the result.
+        return json.loads(self.haulier(*words, "--json", timeout=timeout).stdout.strip().splitlines()[-1])
 
     def start_agent(self) -> None:
         """Starts the agent and waits until it answers."""
