@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -57,7 +58,7 @@ def talk(pieces: list[bytes]) -> tuple[bytes, list[p.Request], bool]:
 @given(st.lists(st.integers(0, len(CONVERSATION)), max_size=20))
 def test_any_split_gives_the_same(cuts: list[int]) -> None:
     at = [0, *sorted(cuts), len(CONVERSATION)]
-    pieces = [CONVERSATION[a:b] for a, b in zip(at, at[1:], strict=False)]
+    pieces = [CONVERSATION[a:b] for a, b in itertools.pairwise(at)]
     out, requests, closed = talk(pieces)
     assert (out, requests, closed) == talk([CONVERSATION])
     assert [(r.command, r.handle) for r in requests] == [(p.CMD_READ, 1), (p.CMD_BLOCK_STATUS, 4)]
