@@ -1,8 +1,9 @@
 """The memory codec against plain zstd: bytes on the wire, and raw megabytes a core-second at each end.
 
-The stream is made here, with the proportions of a captured one (a guest restored from a golden snapshot, worked on,
-then handed over in several rounds): free pages, pages like the snapshot's, pages that differ in a few words, pages
-that are blocks of the disk, new ones. Contents are this system's own libraries and texts, so ratios differ a little
+The stream is made here, with the proportions of guests that were measured (restored from a golden snapshot, worked on,
+then handed over in several rounds): three fifths of memory free; of the rest two fifths as in the snapshot, a third
+blocks of the disk, the others new; then rounds in which a tenth of memory is dirtied again
+by a few words a page. Contents are this system's own libraries and texts, so ratios differ a little
 between machines; both contestants see the same bytes.
 """
 
@@ -111,14 +112,14 @@ def make(mib: int, seed: int = 7) -> Guest:
     )
     free = np.ones(pages, np.bool_)
     before = np.zeros((pages, PAGE), np.uint8)
-    kernel, cache, old_heap = (extents(rng, free, pages * share // 100, 24) for share in (12, 8, 5))
+    kernel, cache, old_heap = (extents(rng, free, pages * share // 100, 24) for share in (8, 5, 3))
     before[kernel] = disk[: len(kernel)] ^ np.uint8(0x5A)
     before[cache] = disk[rng.integers(0, len(disk), len(cache))]
     before[old_heap] = heap(rng, len(old_heap))
     now = before.copy()
     for where, share in ((kernel, 0.12), (old_heap, 0.5)):
         touch(rng, now, where[rng.random(len(where)) < share])
-    loaded, texts, new_heap, noise = (extents(rng, free, pages * share // 100, 12) for share in (12, 6, 7, 2))
+    loaded, texts, new_heap, noise = (extents(rng, free, pages * share // 100, 12) for share in (14, 2, 5, 1))
     now[loaded] = disk[rng.integers(0, len(disk), len(loaded))]
     now[texts] = np.roll(text, 123, axis=1)[rng.integers(0, len(text), len(texts))]
     now[new_heap] = heap(rng, len(new_heap))

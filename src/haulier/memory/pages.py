@@ -138,7 +138,7 @@ class PageEncoder:
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint64]]:
         """Kinds (n), then block ids, base pages, xor masks (n, 64) and xor words, each in record order."""
         kinds = np.full(len(gidx), LITERAL, np.uint8)
-        # Only pages that the mirror has are compared; `known` are their rows, and `old` what it has, by rank in `known`.
+        # Only pages that the mirror has are compared; `known` are their rows, `old` what it has, by rank in `known`.
         known = np.flatnonzero(self.mirror.present[gidx])
         old = self.mirror.get(gidx[known], self._old[: len(known)])
         mine = pages if len(known) == len(pages) else pages[known]

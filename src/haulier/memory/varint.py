@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 from haulier.errors import Corrupt
 
 MAX_BYTES: Final = 5
+_FEW: Final = 96
+"""Below so many values a plain loop is faster than numpy's dozen calls."""
 LIMIT: Final = 1 << (7 * MAX_BYTES)
 """Values are below this: 35 bits, enough for the page indexes of 16 TiB of memory with a sign."""
 
 
 def encode(values: NDArray[np.uint64]) -> bytes:
     """The values, each below LIMIT, as varints."""
-    if not len(values):
-        return b""
+    if len(values) < _FEW:
+        return encode_few(values.tolist())
     lengths = np.ones(len(values), np.int64)
     for shift in range(7, 7 * MAX_BYTES, 7):
         lengths += values >= np.uint64(1 << shift)
@@ -36,7 +38,7 @@ def encode(values: NDArray[np.uint64]) -> bytes:
 
 
 def encode_few(values: Sequence[int]) -> bytes:
-    """The same for a handful of small values, where numpy would cost more than it saves."""
+    """The same for a handful of values."""
     out = bytearray()
     for value in values:
         while value >= 0x80:
@@ -78,6 +80,8 @@ def unzigzag(values: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 def encode_deltas(values: NDArray[np.int64]) -> bytes:
     """Each value as its difference from the one before (the first: from 0)."""
+    if not len(values):
+        return b""
     return encode(zigzag(np.diff(values, prepend=np.int64(0))))
 
 
@@ -90,14 +94,16 @@ def encode_indexes(indexes: NDArray[np.int64]) -> bytes:
     """Page indexes as runs: (difference from the end of the run before, length - 1) for each."""
     if not len(indexes):
         return b""
-    firsts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(np.diff(indexes) != 1) + 1))
-    lengths = np.diff(firsts, append=np.int64(len(indexes)))
-    starts = indexes[firsts]
-    before = np.concatenate((np.zeros(1, np.int64), (starts + lengths)[:-1]))
-    pairs = np.empty((len(firsts), 2), np.uint64)
-    pairs[:, 0] = zigzag(starts - before)
-    pairs[:, 1] = (lengths - 1).view(np.uint64)
-    return encode(pairs.reshape(-1))
+    last = np.flatnonzero(indexes[1:] - indexes[:-1] != 1)
+    starts = np.empty(len(last) + 1, np.int64)
+    ends = np.empty(len(last) + 1, np.int64)
+    starts[0], starts[1:] = indexes[0], indexes[last + 1]
+    ends[-1], ends[:-1] = indexes[-1], indexes[last]
+    pairs = np.empty((len(starts), 2), np.int64)
+    pairs[:, 1] = ends - starts
+    starts[1:] -= ends[:-1] + 1
+    pairs[:, 0] = zigzag(starts).view(np.int64)
+    return encode(pairs.reshape(-1).view(np.uint64))
 
 
 def decode_indexes(data: bytes | memoryview, count: int, limit: int) -> NDArray[np.int64]:
