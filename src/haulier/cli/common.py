@@ -19,7 +19,7 @@ Root = Annotated[
 ]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as JSON, one object a line.")]
 
-console = Console()
+console = Console(soft_wrap=True)
 bars = Console(stderr=True)
 """Progress goes to stderr: what is printed may be read by a program."""
 
