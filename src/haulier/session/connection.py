@@ -153,6 +153,7 @@ class Connection:
         server = isinstance(self.handshake, ListenerHandshake)
         try:
             if self._ssl is None:
+                self._raw.getpeername()  # if the peer is gone already: wrap_socket would lose the socket
                 self._ssl = self._context.wrap_socket(
                     self._raw, server_side=server, do_handshake_on_connect=False, suppress_ragged_eofs=True
                 )

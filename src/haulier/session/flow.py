@@ -75,6 +75,7 @@ class PathFlow:
         self._rates: deque[tuple[float, float]] = deque()
         self._ping: tuple[int, float] | None = None
         self._pings = 0
+        self._busy_s = 0.0
         self._ping_at = now
         self.rate = 0.0
         """Bytes per second the path can carry, as far as is known; 0 = not yet."""
@@ -156,7 +157,12 @@ class PathFlow:
         while rates[0][0] < now - keep:
             rates.popleft()
         self.rate = rates[0][1]
-        weight = 1 - math.exp(-interval / (_RATE_MEMORY_S * 4)) if self.steady_rate else 1.0
+        if sent.app_limited:
+            # A lower bound only: it must not start, or drag down, an average that takes seconds to recover.
+            self.steady_rate = max(self.steady_rate, rate)
+            return
+        self._busy_s += interval
+        weight = max(interval / self._busy_s, 1 - math.exp(-interval / (_RATE_MEMORY_S * 4)))
         self.steady_rate += (rate - self.steady_rate) * weight
 
     def _sample_rtt(self, rtt: float, now: float) -> None:

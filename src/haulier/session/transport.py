@@ -372,7 +372,8 @@ class Transport:
             self.core.peer = connection.peer
             self.core.path_up(key, connection.name, self._clock(), connection.rtt)
         self._changed(set())
-        connection.more_to_read = True  # frames may have come in one record with the hello
+        # What came in with the hello goes first: the peer's state may spare us sending again what it has.
+        self._read(key, connection)
 
     def _dial(self, now: float) -> float:
         """Dial what is due; seconds until the next is."""
