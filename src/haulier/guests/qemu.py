@@ -24,6 +24,7 @@ from haulier.guests.model import GuestSpec
 from haulier.guests.paths import GuestPaths
 from haulier.guests.process import ProcessId
 from haulier.guests.qmp import Qmp
+from haulier.guests.tap import exists
 from haulier.units import MIB
 
 START_S: Final = 60.0
@@ -77,6 +78,7 @@ class Qemu(Migration):
         paths.prepare()
         if cls._running(paths) is not None:
             raise Conflict(f"guest {spec.name} runs already in {paths.root}: stop it first")
+        _check_tap(nic, netns)
         paths.clear_sockets()
         paths.ram.unlink(missing_ok=True)
         _check_room(spec, paths)
@@ -188,6 +190,7 @@ class Qemu(Migration):
 
     def hotplug_nic(self, tap: str, *, up: bool) -> None:
         """Plug the guest's NIC in, on `tap`, with the link up or down from the guest's first look on."""
+        _check_tap(tap, self.record.get("netns"))
         self.qmp.execute("netdev_add", netdev(tap))
         self.qmp.execute("device_add", nic_device(self.spec))
         self.set_link(up)
@@ -332,6 +335,12 @@ def _check_room(spec: GuestSpec, paths: GuestPaths) -> None:
     reasons = memory_reasons(spec, paths.ram_dir)
     if reasons:
         raise NoRoom(f"{'; '.join(reasons)}: stop another guest or give this one less memory")
+
+
+def _check_tap(tap: str | None, netns: str | None) -> None:
+    # QEMU as root would make one that is missing, on no bridge, and say nothing.
+    if tap is not None and not exists(tap, netns=netns):
+        raise UnknownThing(f"there is no tap {tap} here: make it with create_tap first")
 
 
 def _launch(spec: GuestSpec, paths: GuestPaths, command: list[str]) -> None:
