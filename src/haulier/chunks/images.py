@@ -11,7 +11,6 @@ import struct
 import subprocess
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +29,6 @@ _NAME: Final = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 _READ: Final = 4 * MIB
 _COMMIT_EVERY: Final = 128 * MIB
 _QCOW2: Final = b"QFI\xfb"
-_QCOW2_HEAD: Final = struct.Struct(">4sIQIIQI36xIQ")  # ..., backing offset, ..., size, crypt, ...; incompatible at 72
 _EXTERNAL_DATA: Final = 1 << 2
 _TOOL_LIMIT_S: Final = 3600
 
@@ -150,23 +148,19 @@ def _last_line(text: str) -> str:
 def _import(
     store: ChunkStore, name: str, file: Path, fd: int, size: int, kind: str, progress: Progress | None
 ) -> Manifest:
-    lease = f"import/{uuid.uuid4().hex}"
     table = bytearray(ZERO * chunks_of(size))
     uncommitted = 0
-    store.add_lease(lease)
-    try:
+    with store.sibling() as own:  # so that a failed import holds on to nothing, however it ends
         for index, chunk in _filled_chunks(fd, size, progress):
-            fp = store.put(chunk, lease=lease)
+            fp = own.put(chunk)
             table[index * FINGERPRINT : (index + 1) * FINGERPRINT] = fp
             uncommitted += CHUNK
             if uncommitted >= _COMMIT_EVERY:
-                store.commit()
+                own.commit()
                 uncommitted = 0
         manifest = Manifest(size, bytes(table))
         meta = {"source": file.name, "format": kind, "imported": time.time()}
-        store.save_manifest(PREFIX + name, manifest, meta)
-    finally:
-        store.drop_lease(lease)
+        own.save_manifest(PREFIX + name, manifest, meta)
     if progress is not None:
         progress(size, size)
     return manifest

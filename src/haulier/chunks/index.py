@@ -51,6 +51,7 @@ class Index:
         db = sqlite3.connect(self.path, timeout=_BUSY_MS / 1000, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
+        db.execute(f"PRAGMA journal_size_limit={16 * MIB}")
         db.execute("PRAGMA temp_store=MEMORY")
         db.execute("PRAGMA cache_size=-16384")
         return db
@@ -77,7 +78,7 @@ class Index:
             text = str(error)
             if "full" in text or ("I/O error" in text and shutil.disk_usage(self.path.parent).free < MIB):
                 raise NoRoom(
-                    f"no room left to write {self.path}; free some space or run haulier gc, then try again"
+                    f"no room left to write {self.path}; free some space on that disk, then try again"
                 ) from error
             if "locked" in text or "busy" in text:
                 raise Conflict(f"{self.path} stayed locked for {_BUSY_MS // 1000} s; try again") from error

@@ -22,6 +22,7 @@ _DECODED_MOST: Final = 32 * MIB // CHUNK
 _PACKS_MOST: Final = 256
 
 _Warm = dict[bytes, tuple[Pack, int]]
+Generation = tuple[bytes, int]
 
 
 class Places:
@@ -36,13 +37,14 @@ class Places:
                 file.flush()
             self._counter = mmap.mmap(file.fileno(), 8)
         self._seen: tuple[bytes, _Warm] = (self._counter[:8], {})
+        self._forgotten = 0
         self._open: dict[int, Pack] = {}
         self._decoded: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def generation(self) -> bytes:
-        """The counter as it is now."""
-        return self._counter[:8]
+    def generation(self) -> Generation:
+        """The counter as it is now, and how often this process forgot everything."""
+        return self._counter[:8], self._forgotten
 
     def advance(self) -> None:
         """Make every process forget its locations. Only under the lock of a collection."""
@@ -51,27 +53,27 @@ class Places:
 
     def read(self, fp: bytes, offset: int, length: int) -> bytes | None:
         """Bytes of a chunk that this process has checked before; None when it has not, or must look again."""
-        generation, warm = self._seen
-        known = warm.get(fp)
+        seen = self._seen
+        known = seen[1].get(fp)
         if known is not None:
             try:
                 data = os.pread(known[0].fd, length, known[1] + offset)
             except OSError:
                 return None
-            if self._counter[:8] == generation and len(data) == length:
+            if self._counter[:8] == seen[0] and self._seen is seen and len(data) == length:
                 return data
         return self._from_decoded(fp, offset, length) if self._decoded else None
 
     def read_into(self, fp: bytes, offset: int, into: memoryview) -> bool:
         """Like `read`, without a copy; False leaves `into` undefined."""
-        generation, warm = self._seen
-        known = warm.get(fp)
+        seen = self._seen
+        known = seen[1].get(fp)
         if known is not None:
             try:
                 count = os.preadv(known[0].fd, (into,), known[1] + offset)
             except OSError:
                 return False
-            if self._counter[:8] == generation and count == len(into):
+            if self._counter[:8] == seen[0] and self._seen is seen and count == len(into):
                 return True
         data = self._from_decoded(fp, offset, len(into)) if self._decoded else None
         if data is not None:
@@ -97,10 +99,10 @@ class Places:
                 self._open[number] = pack
         return pack
 
-    def remember(self, generation: bytes, fp: bytes, pack: Pack, at: Location, data: bytes) -> None:
+    def remember(self, generation: Generation, fp: bytes, pack: Pack, at: Location, data: bytes) -> None:
         """Keep a location whose chunk was checked (of a compressed one, the chunk).
 
-        `generation` is the counter from before the index was asked; if it has moved since, nothing is kept.
+        `generation` is what it was before the index was asked; if it has moved since, nothing is kept.
         """
         with self._lock:
             if at.codec != RAW:
@@ -108,10 +110,10 @@ class Places:
                 if len(self._decoded) > _DECODED_MOST:
                     self._decoded.popitem(last=False)
                 return
-            if self._counter[:8] != generation:
+            if self.generation() != generation:
                 return
-            if self._seen[0] != generation:
-                self._seen = (generation, {})
+            if self._seen[0] != generation[0]:
+                self._seen = (generation[0], {})
                 self._open = {pack.id: pack}  # lets go of packs that are gone
             warm = self._seen[1]
             if len(warm) >= _WARM_MOST:
@@ -121,6 +123,7 @@ class Places:
     def forget(self) -> None:
         """Forget everything, and close the packs as their readers end."""
         with self._lock:
+            self._forgotten += 1
             self._seen = (self._counter[:8], {})
             self._open = {}
             self._decoded.clear()

@@ -32,7 +32,7 @@ from haulier.chunks.collect import CheckReport, GcReport, check_store, collect_g
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK, Buffer, fingerprint
 from haulier.chunks.index import Index
 from haulier.chunks.manifest import Manifest
-from haulier.chunks.packs import Location, Pack, Writer, decode_record, disk_error, encode_record
+from haulier.chunks.packs import Location, Pack, Writer, decode_record, disk_error, encode_record, sync_folder
 from haulier.chunks.places import Places
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.units import CHUNK, MIB
@@ -105,6 +105,7 @@ class ChunkStore:
                 with self.index.read() as db:
                     self.id: bytes = db.execute("SELECT id FROM store").fetchone()[0]
                 if made:
+                    sync_folder(self.path)
                     reindex(self)  # an index was lost: what its packs hold need not travel again
         except OSError as error:
             raise disk_error(error, self.path) from error
@@ -117,6 +118,12 @@ class ChunkStore:
         self._own: tuple[str, int] | None = None
         self._saved: dict[str, tuple[bytes, Manifest]] = {}
         self._closed = False
+
+    def sibling(self) -> ChunkStore:
+        """The same store, opened once more: what is put there without a lease is let go when it is closed."""
+        return ChunkStore(
+            self.path, create=False, zstd_level=self._level, pack_size=self.pack_size, reserve=self._reserve
+        )
 
     def __enter__(self) -> ChunkStore:
         return self
@@ -157,17 +164,18 @@ class ChunkStore:
     def missing(self, fps: Iterable[bytes], lease: str = "") -> list[bytes]:
         """Those of `fps` not held, each once, in order. With a lease, the others are durably kept under it."""
         wanted = list(dict.fromkeys(fp for fp in fps if fp != ZERO))
-        with self._append_lock:
-            own = set(self._batch.pending)
-        unknown = [fp for fp in wanted if fp not in own]
         if lease:
             _check_lease(lease)
+        with self._append_lock:
+            own = self._batch.pending.keys() & set(wanted)
+            if lease and own:
+                self._batch.claims.setdefault(lease, set()).update(own)
+        unknown = [fp for fp in wanted if fp not in own]
+        if lease:
             with self.index.write() as db:
                 found = sql.present(db, unknown)
                 number = sql.renew_lease(db, lease, time.time())
                 db.executemany("INSERT OR IGNORE INTO leased VALUES (?,?)", ((fp, number) for fp in found))
-            with self._append_lock:
-                self._batch.claims.setdefault(lease, set()).update(own.intersection(wanted))
         else:
             with self.index.read() as db:
                 found = sql.present(db, unknown)
@@ -233,8 +241,11 @@ class ChunkStore:
                 del self._batch.pending[fp]
                 for claimed in self._batch.claims.values():
                     claimed.discard(fp)
-        with self.index.write() as db:
-            db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
+        try:
+            with self.index.write() as db:
+                db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
+        except NoRoom:
+            pass  # Corrupt is what matters now; check finds the chunk again
 
     # --- writing ---
 
@@ -372,13 +383,14 @@ class ChunkStore:
             for fp, at in done.pending.items():
                 if now.pending.get(fp) == at:
                     del now.pending[fp]
-            for fp in done.again:
-                now.again.pop(fp, None)
             for lease, fps in done.claims.items():
                 left = now.claims.get(lease, set())
                 left -= fps
                 if not left:
                     now.claims.pop(lease, None)
+            claimed = set().union(*now.claims.values())
+            for fp in done.again.keys() - claimed:
+                now.again.pop(fp, None)
             for writer, tail in done.tails:
                 writer.committed = tail
             self._sealed = [writer for writer in self._sealed if writer.tail > writer.committed]
@@ -386,12 +398,12 @@ class ChunkStore:
     def _forget(self) -> None:
         """Throw away what was put since the last commit."""
         with self._append_lock:
+            self.places.forget()  # before their bytes can be overwritten
             self._batch = _Batch()
             for writer in [*self._sealed, *([self._writer] if self._writer else [])]:
                 writer.forget()
             self._sealed = []
             self._writer = None
-            self.places.forget()
 
     def release_writer(self) -> None:
         """Commit and give up the pack being written, so that a collection may move it."""
@@ -407,7 +419,10 @@ class ChunkStore:
         """The lease of what is put without one: it lives as long as this store holds the lock of a file."""
         if self._own is None:
             name = uuid.uuid4().hex
-            fd = os.open(self.path / "open" / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                fd = os.open(self.path / "open" / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise disk_error(error, self.path) from error
             fcntl.flock(fd, fcntl.LOCK_EX)
             self._own = (_OWN_LEASE + name, fd)
         return self._own[0]
