@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.agent.core import Core
+from haulier.agent.site import check_name
 from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, UsageError
 from haulier.handoff import recovery, spawning, worker
 from haulier.handoff.custody import record_of
@@ -23,6 +24,7 @@ from haulier.handoff.ownership import Event, State
 
 log = logging.getLogger(__name__)
 
+MAX_EPOCH: Final = 1 << 62
 _MAX_FILE: Final = 16 << 20
 _PATIENCE_S: Final = 3.0
 """A worker that was just begun, or has just ended, is left alone for so long before its handoff is taken up."""
@@ -143,13 +145,16 @@ class Handoffs:
 
     def ownership(self, message: OwnershipMessage, caller: str) -> dict[str, Any]:
         """A message of the ownership table from another site's agent; what to answer."""
+        check_name(message.guest, "guest")
         try:
             event = Event(message.event)
         except ValueError:
             raise UsageError(
                 f"{message.event[:40]!r} is no message about ownership: run the same haulier there"
             ) from None
-        if event not in (Event.READY, Event.TOKEN, Event.TOOK, Event.REFUSED, Event.ABORT) or message.epoch <= 0:
+        if event not in (Event.READY, Event.TOKEN, Event.TOOK, Event.REFUSED, Event.ABORT) or not (
+            0 < message.epoch < MAX_EPOCH
+        ):
             raise UsageError(f"{event.value!r} with epoch {message.epoch} is no message between agents")
         if not self._party(message.guest, caller):
             log.warning("site %s sent %s about guest %s, in which it has no part", caller, event, message.guest)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.agent.core import Core
+from haulier.agent.handoffs import MAX_EPOCH
 from haulier.agent.site import check_name
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, NotTrusted, UnknownThing, Unsupported, UsageError
@@ -29,7 +30,6 @@ from haulier.units import CHUNK, FINGERPRINT, MIB
 _HEX64: Final = re.compile(r"[0-9a-f]{64}")
 _SLACK: Final = 256 * MIB
 """Of the disk: what the guest writes while it arrives, the journal, logs."""
-_MAX_EPOCH: Final = 1 << 62
 
 
 class Lacking(msgspec.Struct, forbid_unknown_fields=True):
@@ -51,7 +51,7 @@ def read_offer(body: Any, caller: str) -> tuple[Offer, GuestSpec]:
     if offer.source != caller:
         raise NotTrusted(f"site {caller!r} made an offer in the name of site {offer.source[:60]!r}")
     check_name(offer.handoff, "handoff")
-    if not 0 < offer.epoch < _MAX_EPOCH or not 0 <= offer.disk_bytes < 1 << 50 or len(offer.memory_bases) > 64:
+    if not 0 < offer.epoch < MAX_EPOCH or not 0 <= offer.disk_bytes < 1 << 50 or len(offer.memory_bases) > 64:
         raise UsageError("the offer's numbers are out of bounds: run the same haulier at both sites")
     return offer, spec
 

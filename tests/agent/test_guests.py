@@ -1,0 +1,232 @@
+"""Guests of a site: refused words, half-made and half-removed ones, exports that die. No QEMU runs here."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from haulier.agent import guests as module
+from haulier.agent.client import Client
+from haulier.agent.guests import RunRequest, default_gateway
+from haulier.agent.server import Agent
+from haulier.chunks.manifest import Manifest
+from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
+from haulier.guests import launch
+from haulier.handoff import residence
+from tests.agent.conftest import Fleet
+
+CHUNK = 65536
+
+
+@pytest.fixture
+def image(fleet: Fleet) -> Manifest:
+    store = fleet.at_oslo.store
+    manifest = Manifest(CHUNK * 2, store.put(os.urandom(CHUNK)) + store.put(os.urandom(CHUNK)))
+    store.save_manifest("image/debian", manifest)
+    return manifest
+
+
+class NoQemu:
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def booted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """`boot_cold` that boots nothing."""
+    calls: list[dict[str, Any]] = []
+
+    def boot_cold(spec: Any, paths: Any, **options: Any) -> NoQemu:
+        paths.prepare()
+        paths.overlay.write_bytes(b"overlay")
+        calls.append({"spec": spec, **options})
+        return NoQemu()
+
+    monkeypatch.setattr(launch, "boot_cold", boot_cold)
+    return calls
+
+
+def run(client: Client, name: str = "web1", **changes: Any) -> dict[str, Any]:
+    return client.wait(client.post("/v1/guests", {"name": name, "image": "debian", "memory_mib": 64, **changes}))
+
+
+def test_a_guest_is_made_listed_and_removed(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:
+    shown = run(fleet.client)
+    assert (shown["state"], shown["epoch"], shown["status"]) == ("owner", 1, "dead")
+    assert booted[0]["manifest"] == "guest/web1" and booted[0]["tap"] is None and booted[0]["identity"]
+    assert booted[0]["spec"].disk_size == CHUNK * 2
+    store = fleet.at_oslo.store
+    assert store.load_manifest("guest/web1") == image
+    store.drop_manifest("image/debian")  # the guest keeps its disk
+    assert [g["name"] for g in fleet.client.guests()] == ["web1"]
+    fleet.client.delete("/v1/guests/web1")
+    assert fleet.client.guests() == [] and store.manifest_names() == []
+    assert not fleet.oslo.guest_root("web1").exists()
+    with pytest.raises(UnknownThing, match="no guest 'web1'"):
+        fleet.client.guest("web1")
+
+
+def test_epochs_go_on_after_a_removal(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:
+    run(fleet.client)
+    fleet.client.delete("/v1/guests/web1")
+    assert run(fleet.client)["epoch"] == 2
+
+
+def test_a_duplicate(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:
+    run(fleet.client)
+    with pytest.raises(Conflict, match="there is a guest 'web1' already, here"):
+        run(fleet.client)
+    fleet.at_oslo.journal.advance("web1", "owner", "away", owner="lisbon")
+    with pytest.raises(Conflict, match="already, at site 'lisbon'"):
+        run(fleet.client)
+    assert len(booted) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "why"),
+    [
+        ({"name": "../x"}, UsageError, "bad guest name"),
+        ({"name": ""}, UsageError, "bad guest name"),
+        ({"image": "nix"}, UnknownThing, "no image 'nix'"),
+        ({"image": "../x"}, UsageError, "bad image name"),
+        ({"memory_mib": 1}, UsageError, "memory_mib"),
+        ({"memory_mib": 1 << 20}, NoRoom, "give this one less memory"),
+        ({"memory_mib": "much"}, UsageError, "does not make sense"),
+        ({"vcpus": 0}, UsageError, "vcpus"),
+        ({"address": "10.77.0.10"}, UsageError, "prefix"),
+        ({"address": "nowhere"}, UsageError, "bad guest address"),
+        ({"mac": "01:00:00:00:00:01"}, UsageError, "MAC"),
+        ({"colour": "red"}, UsageError, "colour"),
+    ],
+)
+def test_bad_words(fleet: Fleet, image: Manifest, changes: dict[str, Any], kind: type[HaulierError], why: str) -> None:
+    with pytest.raises(kind, match=why):
+        run(fleet.client, **changes)
+    assert fleet.at_oslo.journal.guests() == []
+
+
+def test_a_guest_that_does_not_start_leaves_nothing(
+    fleet: Fleet, image: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def boot_cold(spec: Any, paths: Any, **options: Any) -> NoQemu:
+        paths.prepare()
+        raise GuestError("it did not start")
+
+    monkeypatch.setattr(launch, "boot_cold", boot_cold)
+    with pytest.raises(GuestError, match="did not start"):
+        run(fleet.client)
+    assert fleet.client.guests() == []
+    assert fleet.at_oslo.store.manifest_names("guest/") == []
+    assert not fleet.oslo.guest_root("web1").exists()
+
+
+@pytest.mark.parametrize("wanted", ["creating", "removing"])
+def test_what_was_half_done_when_the_agent_was_killed_is_cleared_away(
+    fleet: Fleet, image: Manifest, booted: list[dict[str, Any]], wanted: str
+) -> None:
+    run(fleet.client)
+    agent = fleet.at_oslo
+    agent.journal.advance("web1", "owner", "owner", wanted=wanted)
+    assert fleet.client.guests()[0]["status"] == wanted
+    for call in ("start", "stop"):
+        with pytest.raises(Conflict, match=f"is {wanted}"):
+            fleet.client.post(f"/v1/guests/web1/{call}")
+    agent.guests.adopt()
+    assert fleet.client.guests() == [] and agent.store.manifest_names("guest/") == []
+    assert agent.journal.guest("web1").last_epoch == 1
+    agent.guests.adopt()
+
+
+def test_a_guest_in_a_handoff_is_left_alone(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:
+    run(fleet.client)
+    fleet.at_oslo.journal.advance("web1", "owner", "offered", handoff="h1", pending=2)
+    for method, path in (("POST", "/start"), ("POST", "/stop"), ("DELETE", "")):
+        with pytest.raises(Conflict, match="haulier cancel h1"):
+            fleet.client.call(method, f"/v1/guests/web1{path}", {})
+
+
+def test_what_is_left_of_a_guest_that_moved_away(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:
+    run(fleet.client)
+    agent = fleet.at_oslo
+    agent.store.save_manifest(residence.retained_name("web1"), image)
+    agent.journal.advance("web1", "owner", "away", owner="lisbon", epoch=0, manifest="")
+    assert fleet.client.guests()[0]["status"] == "at lisbon"
+    with pytest.raises(Conflict, match="is at site 'lisbon': stop it there"):
+        fleet.client.post("/v1/guests/web1/stop")
+    fleet.client.delete("/v1/guests/web1")
+    assert agent.journal.find_guest("web1") is None
+    assert agent.store.manifest_names("retained/") == []
+
+
+def test_one_thing_at_a_time(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:
+    run(fleet.client)
+    with fleet.at_oslo.core.alone("web1", "being examined"):
+        with pytest.raises(Conflict, match="'web1' is busy \\(being examined\\)"):
+            fleet.client.delete("/v1/guests/web1")
+    fleet.client.delete("/v1/guests/web1")
+
+
+def test_an_image_that_guests_build_on_stays(
+    fleet: Fleet, image: Manifest, booted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(fleet.client)
+    agent: Agent = fleet.at_oslo
+    golden_id = "a" * 64
+
+    class Golden:
+        id = golden_id
+        path = fleet.oslo.golden / golden_id
+
+        class meta:
+            image = "debian"
+
+    from haulier.agent import images
+
+    monkeypatch.setattr(images, "list_goldens", lambda root: [Golden])
+    row = agent.journal.guest("web1")
+    agent.journal.advance("web1", "owner", "owner", spec={**row.spec, "golden": golden_id})
+    with pytest.raises(Conflict, match="'web1' was born from"):
+        agent.images.remove("debian")
+    agent.journal.advance("web1", "owner", "owner", spec=row.spec)
+    assert agent.images.remove("debian")["goldens"] == 1
+    with pytest.raises(UnknownThing):
+        agent.images.remove("debian")
+
+
+def test_images_that_cannot_be_imported(fleet: Fleet, short: Any, image: Manifest) -> None:
+    add = lambda **body: fleet.client.wait(fleet.client.post("/v1/images", {"warm": False, **body}))  # noqa: E731
+    with pytest.raises(UnknownThing, match="no file"):
+        add(name="x", file="/nonexistent")
+    with pytest.raises(UsageError, match="absolute"):
+        add(name="x", file="relative")
+    with pytest.raises(Conflict, match="already"):
+        add(name="debian", file="/etc/passwd")
+    odd = short / "odd.raw"
+    odd.write_bytes(b"x" * 1000)
+    with pytest.raises(HaulierError, match="512"):
+        add(name="x", file=str(odd))
+    empty = short / "empty.raw"
+    empty.write_bytes(b"")
+    with pytest.raises(HaulierError):
+        add(name="x", file=str(empty))
+    assert fleet.at_oslo.store.manifest_names("image/") == ["image/debian"]
+
+
+def test_default_gateway() -> None:
+    assert default_gateway("10.77.0.10/24") == "10.77.0.1"
+    assert default_gateway("10.77.0.1/24") == ""
+    assert default_gateway("") == ""
+
+
+def test_a_request_without_an_agent_inside_is_never_a_clone(
+    fleet: Fleet, image: Manifest, booted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_golden(*args: Any, **options: Any) -> None:
+        raise AssertionError("looked for a golden snapshot")
+
+    monkeypatch.setattr(module, "find_golden", find_golden)
+    run(fleet.client, agent=False)
+    assert booted[0]["identity"] is False
+    assert RunRequest(name="x", image="y").agent

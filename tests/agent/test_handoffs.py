@@ -1,0 +1,217 @@
+"""Handoffs as the agent sees them: what is refused at once, dead workers, messages about ownership."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from haulier.agent import handoffs as module
+from haulier.agent.server import Agent
+from haulier.errors import Conflict, PeerError, UnknownThing, UsageError
+from haulier.handoff import recovery, spawning
+from haulier.handoff.journal import HandoffRow
+from tests.agent.conftest import Fleet
+from tests.support.waiting import wait_for
+
+
+def own(agent: Agent, name: str = "web1", **changes: Any) -> None:
+    agent.journal.advance(
+        name, "absent", "owner", **{"owner": agent.site.name, "epoch": 1, "taken": 1, "wanted": "running", **changes}
+    )
+
+
+def test_unknown_guest_and_site(fleet: Fleet) -> None:
+    own(fleet.at_oslo)
+    with pytest.raises(UnknownThing, match="unknown site 'porto': known are lisbon, oslo"):
+        fleet.client.start_handoff("web1", "porto")
+    with pytest.raises(UnknownThing, match="no guest 'web9' at this site"):
+        fleet.client.start_handoff("web9", "lisbon")
+    with pytest.raises(UsageError, match="which is this site"):
+        fleet.client.start_handoff("web1", "oslo")
+    assert fleet.at_oslo.journal.handoffs() == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"downtime_ms": 0}, {"downtime_ms": 1 << 40}, {"deadline_s": -1}, {"level": 99}, {"check": "yes"}, {"stall_s": 0}],
+)
+def test_options_out_of_bounds(fleet: Fleet, options: dict[str, Any]) -> None:
+    own(fleet.at_oslo)
+    with pytest.raises(UsageError):
+        fleet.client.start_handoff("web1", "lisbon", options)
+
+
+@pytest.mark.parametrize(
+    ("state", "changes", "why"),
+    [
+        ("away", {"owner": "lisbon"}, "is at site 'lisbon' already"),
+        ("offered", {"handoff": "h1"}, "being handed over already"),
+        ("granted", {"handoff": "h1"}, "being handed over already"),
+        ("owner", {"wanted": "stopped"}, "only a running guest"),
+        ("owner", {"wanted": "creating"}, "only a running guest"),
+    ],
+)
+def test_states_in_which_no_handoff_begins(fleet: Fleet, state: str, changes: dict[str, Any], why: str) -> None:
+    own(fleet.at_oslo)
+    fleet.at_oslo.journal.advance("web1", "owner", state, **changes)
+    with pytest.raises(Conflict, match=why):
+        fleet.client.start_handoff("web1", "lisbon")
+
+
+def worker_process() -> subprocess.Popen[bytes]:
+    """Stands for a worker: lives until its input is closed or it is told to end."""
+    return subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+
+
+@pytest.fixture
+def begun(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
+    """A handoff at oslo with a worker that does nothing."""
+    own(fleet.at_oslo)
+    made: list[subprocess.Popen[bytes]] = []
+
+    def start_source(site, journal, job):  # type: ignore[no-untyped-def]
+        process = worker_process()
+        made.append(process)
+        started = psutil.Process(process.pid).create_time()
+        journal.add_handoff(
+            HandoffRow(job.handoff, job.guest, "source", job.peer, pid=process.pid, pid_started=started)
+        )
+        journal.advance("web1", "owner", "offered", pending=2, last_epoch=2, handoff=job.handoff)
+        directory = site.handoff_root(job.handoff)
+        directory.mkdir()
+        (directory / "status.json").write_text(json.dumps({"phase": "memory", "progress": 0.5, "eta_s": 3.0}))
+        return process
+
+    monkeypatch.setattr(spawning, "start_source", start_source)
+    yield fleet.client.start_handoff("web1", "lisbon", {"downtime_ms": 200})
+    for process in made:
+        process.kill()
+        process.wait(10)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_a_handoff_is_shown_by_id_and_by_guest(fleet: Fleet, begun: dict[str, Any]) -> None:
+    for name in (begun["id"], "web1"):
+        facts = fleet.client.handoff(name)
+        assert facts["id"] == begun["id"] and facts["state"] == "running" and facts["target"] == "lisbon"
+        assert facts["status"]["phase"] == "memory"
+    assert [h["id"] for h in fleet.client.handoffs()] == [begun["id"]]
+    with pytest.raises(Conflict, match="being handed over already"):
+        fleet.client.start_handoff("web1", "lisbon")
+    with pytest.raises(UnknownThing, match="no handoff and no guest"):
+        fleet.client.handoff("h-none")
+
+
+def test_a_status_file_that_is_not_whole_is_no_error(fleet: Fleet, begun: dict[str, Any]) -> None:
+    path = fleet.oslo.handoff_root(begun["id"]) / "status.json"
+    for text in ('{"phase": "mem', "[]", "", "nul"):
+        path.write_text(text)
+        assert fleet.client.handoff(begun["id"])["status"] == {}
+
+
+def test_cancel_reaches_the_worker_and_a_dead_worker_is_settled_as_cancelled(
+    fleet: Fleet, begun: dict[str, Any]
+) -> None:
+    """The worker here dies of the signal at once, as a real one does before it has set up its handlers."""
+    fleet.client.cancel("web1")
+    wait_for(lambda: fleet.client.handoff(begun["id"])["state"] == "ended", 20)
+    facts = fleet.client.handoff(begun["id"])
+    assert facts["outcome"] == "cancelled" and facts["code"] == 11
+    assert fleet.at_oslo.journal.guest("web1").state == "owner"
+    with pytest.raises(Conflict, match="is over"):
+        fleet.client.cancel(begun["id"])
+
+
+def test_no_cancel_after_the_token(fleet: Fleet, begun: dict[str, Any]) -> None:
+    fleet.at_oslo.journal.advance("web1", "offered", "granted")
+    with pytest.raises(Conflict, match="has been given to site 'lisbon'"):
+        fleet.client.cancel(begun["id"])
+
+
+def test_a_worker_that_dies_is_noticed(fleet: Fleet, begun: dict[str, Any]) -> None:
+    psutil.Process(fleet.at_oslo.journal.handoff(begun["id"]).pid).kill()
+    wait_for(lambda: fleet.client.handoff(begun["id"])["state"] == "ended", 20)
+    assert fleet.client.handoff(begun["id"])["outcome"] == "failed"
+    assert fleet.at_oslo.journal.guest("web1").state == "owner"
+    assert fleet.at_oslo.journal.guest("web1").last_epoch == 2
+
+
+def test_recovery_is_tried_again_ever_more_slowly(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = fleet.at_oslo
+    agent._stopping.set()  # this test does the watching
+    for loop in agent._loops:
+        loop.join(10)
+    own(agent)
+    agent.journal.add_handoff(HandoffRow("h1", "web1", "source", "lisbon", created=1.0))
+    agent.journal.advance("web1", "owner", "granted", pending=2, handoff="h1")
+    tried: list[float] = []
+    clock = [100.0]
+
+    def recover(*args: Any) -> bool:
+        tried.append(clock[0])
+        if len(tried) == 2:
+            raise PeerError("not now")
+        if len(tried) == 3:
+            raise ZeroDivisionError
+        return False
+
+    monkeypatch.setattr(recovery, "recover", recover)
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    while clock[0] < 160:
+        agent.handoffs.supervise()
+        clock[0] += 0.5
+    assert tried == [100.0, 101.0, 103.0, 108.0, 118.0, 148.0]
+
+
+def test_a_target_that_was_killed_between_two_writes(fleet: Fleet) -> None:
+    """The guest is RECEIVING, its handoff was never recorded: at the start it is given up."""
+    journal = fleet.at_lisbon.journal
+    journal.advance("web1", "absent", "receiving", pending=2, last_epoch=2, handoff="h7", owner="oslo", spec={})
+    fleet.at_lisbon.handoffs.adopt()
+    wait_for(lambda: journal.handoff("h7").state == "ended" or time.time() - journal.handoff("h7").created > 15, 30)
+    assert journal.guest("web1").state == "refused"
+    assert journal.handoff("h7").outcome == "failed"
+
+
+# -- ownership between agents ------------------------------------------------------------------------------------
+
+
+def test_only_a_party_is_heard(fleet: Fleet) -> None:
+    journal = fleet.at_lisbon.journal
+    journal.advance("web1", "absent", "ready", pending=2, last_epoch=2, handoff="h1", owner="faro")
+    journal.add_handoff(HandoffRow("h1", "web1", "target", "faro", epoch=2, pid=1, pid_started=0.0, state="held"))
+    assert fleet.to_lisbon().ownership("web1", "abort", 2) == {"messages": []}
+    assert journal.guest("web1").state == "ready"
+
+
+def test_a_token_that_comes_twice_is_answered_twice(fleet: Fleet) -> None:
+    journal = fleet.at_lisbon.journal
+    journal.advance("web1", "absent", "owner", epoch=2, taken=2, last_epoch=2, handoff="h1")
+    journal.add_handoff(HandoffRow("h1", "web1", "target", "oslo", epoch=2, state="ended", outcome="done"))
+    for _ in range(2):
+        assert fleet.to_lisbon().ownership("web1", "token", 2, "h1") == {"messages": [["took", 2]]}
+    assert fleet.to_lisbon().ownership("web9", "token", 2) == {"messages": []}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"guest": "web1", "event": "grant", "epoch": 1},
+        {"guest": "web1", "event": "offer", "epoch": 1},
+        {"guest": "web1", "event": "x", "epoch": 1},
+        {"guest": "web1", "event": "token", "epoch": 0},
+        {"guest": "web1", "event": "token", "epoch": -3},
+        {"guest": "web1", "event": "token", "epoch": 1 << 80},
+        {"guest": "web1", "event": "token"},
+    ],
+)
+def test_messages_that_make_no_sense(fleet: Fleet, body: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        fleet.to_lisbon().post("/v1/peer/ownership", body)
