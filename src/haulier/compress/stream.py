@@ -67,7 +67,7 @@ class StreamDecompressor:
         """What `data` holds, `max_out` bytes at most; Corrupt if it is more, or is not zstd, or ends the frame."""
         try:
             out = self._zstd.decompress(data, max_length=max_out + 1)
-            if len(out) <= max_out and not self._zstd.needs_input:
+            if len(out) <= max_out and not (self._zstd.needs_input or self._zstd.eof):
                 out += self._zstd.decompress(b"", max_length=max_out + 1 - len(out))
         except zstd.ZstdError as error:
             raise Corrupt(

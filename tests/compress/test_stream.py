@@ -1,0 +1,94 @@
+"""The streaming compressor: each batch comes out whole, and a hostile peer gets no memory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from haulier.compress import StreamCompressor, StreamDecompressor
+from haulier.compress import zstd as names
+from haulier.compress.stream import level_for
+from haulier.errors import Corrupt, UsageError
+
+
+@given(st.lists(st.binary(max_size=3000), max_size=12), st.sampled_from([1, 3, 9]))
+@settings(max_examples=40, deadline=None)
+def test_each_batch_comes_out_whole(batches: list[bytes], level: int) -> None:
+    into, back = StreamCompressor(level, 20), StreamDecompressor()
+    for batch in batches:
+        assert back.decompress(into.compress(batch), len(batch)) == batch
+
+
+def test_pieces_count_as_one_batch() -> None:
+    into, back = StreamCompressor(), StreamDecompressor()
+    data = into.compress(b"one ", bytearray(b"two "), memoryview(b"three"))
+    assert back.decompress(data, 13) == b"one two three"
+
+
+def test_the_window_outlives_batches_and_reaches_far() -> None:
+    noise = os.urandom(1 << 20)
+    into = StreamCompressor(3, 23, long=True)
+    first = into.compress(noise)
+    for _ in range(4):
+        into.compress(os.urandom(1 << 20))
+    assert len(first) > len(noise)
+    assert len(into.compress(noise)) < len(noise) // 100
+
+
+def test_more_than_announced_is_refused_without_being_made() -> None:
+    bomb = StreamCompressor().compress(bytes(64 << 20))
+    assert len(bomb) < 10_000
+    with pytest.raises(Corrupt, match="1000 bytes announced"):
+        StreamDecompressor().decompress(bomb, 1000)
+
+
+def test_exactly_the_announced_size_is_taken() -> None:
+    data = os.urandom(300_000)
+    assert StreamDecompressor().decompress(StreamCompressor().compress(data), len(data)) == data
+
+
+def test_a_window_larger_than_allowed_is_refused() -> None:
+    data = StreamCompressor(3, 27).compress(os.urandom(1 << 18))
+    with pytest.raises(Corrupt, match="zstd"):
+        StreamDecompressor(24).decompress(data, 1 << 20)
+
+
+@given(st.binary(min_size=1, max_size=200))
+@settings(max_examples=100, deadline=None)
+def test_noise_is_corrupt_or_incomplete(noise: bytes) -> None:
+    try:
+        assert len(StreamDecompressor().decompress(noise, 1000)) <= 1000
+    except Corrupt:
+        pass
+
+
+def test_a_frame_that_ends_is_refused() -> None:
+    whole = names.compress(b"some bytes")
+    with pytest.raises(Corrupt, match="ended"):
+        StreamDecompressor().decompress(whole, 100)
+
+
+def test_bytes_after_the_end_are_refused() -> None:
+    back = StreamDecompressor()
+    with pytest.raises(Corrupt):
+        back.decompress(names.compress(b"some bytes"), 100)
+    with pytest.raises(Corrupt, match="follow"):
+        back.decompress(b"more", 100)
+
+
+@pytest.mark.parametrize("window_log", [19, 28])
+def test_window_bounds(window_log: int) -> None:
+    with pytest.raises(UsageError, match="window_log"):
+        StreamCompressor(3, window_log)
+
+
+def test_level_bounds() -> None:
+    with pytest.raises(UsageError, match="level"):
+        StreamCompressor(1000)
+
+
+def test_level_by_link() -> None:
+    assert level_for(10e6) == 9 and level_for(50e6) == 3 and level_for(1e9) == 3
