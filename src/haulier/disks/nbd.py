@@ -161,22 +161,24 @@ class NbdReader:
         self._send(p.REQUEST.pack(p.REQUEST_MAGIC, 0, command, handle, offset, length))
         return handle
 
-    def extents(self, context: str) -> list[Extent]:
-        """The whole disk as extents of `context`, in order and without gaps; equal neighbours are joined."""
+    def extents(self, context: str, start: int = 0, end: int | None = None) -> list[Extent]:
+        """The disk from `start` to `end` (default: all of it) as extents of `context`, in order and without gaps;
+        equal neighbours are joined."""
         number = self._context_ids.get(context)
         if number is None:
             raise UnknownThing(f"{self._what} was not opened with the meta context {context}")
         found: list[Extent] = []
-        offset = 0
-        while offset < self.size:
-            span = min(self.size - offset, STATUS_SPAN)
+        offset = start
+        stop = self.size if end is None else min(end, self.size)
+        while offset < stop:
+            span = min(stop - offset, STATUS_SPAN)
             handle = self._request(p.CMD_BLOCK_STATUS, offset, span)
             answered = self._status(handle, number)
             if not answered:
                 raise Corrupt(f"{self._what} told no extent of {context} at {offset}")
             for length, flags in answered:
-                # The last extent may reach past what was asked, but not past the disk.
-                length = min(length, self.size - offset)
+                # The last extent may reach past what was asked.
+                length = min(length, stop - offset)
                 if length <= 0:
                     break
                 if found and found[-1].flags == flags:
