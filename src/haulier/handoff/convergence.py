@@ -108,6 +108,11 @@ class Gate:
         self._round_ended = 0.0
         self._small = False
 
+    def start(self, now: float) -> None:
+        """Memory begins; the next disk round is due after a pause."""
+        self._round_ended = now
+        self._small = False
+
     def threshold(self, rate_bps: float) -> int:
         """Raw bytes of memory below which QEMU may stop the guest while the gate is open."""
         # A third of the downtime asked for goes to the last disk round, device state and round trips.

@@ -389,7 +389,7 @@ class SourceHandoff:
     def _converge(self) -> None:
         """Memory and disk rounds until the guest has stopped for the switchover."""
         gate = Gate(self.job.options.downtime_ms)
-        gate.round_done(time.monotonic(), 0.0, 1 << 30, self._rate)
+        gate.start(time.monotonic())
         while not self._stopped():
             self._check()
             assert self._control is not None

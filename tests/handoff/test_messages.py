@@ -1,0 +1,112 @@
+"""Control messages: every kind comes back as it was, and nothing else is taken."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from haulier.errors import Corrupt
+from haulier.handoff import messages
+from haulier.handoff.messages import (
+    AnyMessage,
+    Arrived,
+    Base,
+    BaseReady,
+    Clock,
+    Failed,
+    Finish,
+    Job,
+    MemoryReady,
+    Offer,
+    Options,
+    Own,
+    PrepareMemory,
+    Running,
+    decode,
+    encode,
+)
+
+SAMPLES: list[AnyMessage] = [
+    Base(b"\0manifest\xff"),
+    BaseReady(),
+    PrepareMemory("golden:" + "0" * 64),
+    MemoryReady(),
+    Clock(1.25, 7.5),
+    Arrived(3, 1 << 40, bytes(32), b"m" * 32, b"r" * 16, 0.25),
+    Own("token", 1 << 60),
+    Running(1e9 + 0.125),
+    Finish("id"),
+    Failed("no room", 6),
+]
+
+
+@pytest.mark.parametrize("message", SAMPLES, ids=lambda m: type(m).__name__)
+def test_every_message_comes_back_as_it_was(message: AnyMessage) -> None:
+    assert decode(encode(message)) == message
+
+
+def test_the_samples_are_all_there_is() -> None:
+    assert {type(sample) for sample in SAMPLES} == set(get_args(AnyMessage))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode([1, 2]),
+        msgspec.msgpack.encode({"type": "unheard-of"}),
+        msgspec.msgpack.encode({"event": "token", "epoch": 1}),
+        msgspec.msgpack.encode({"type": "own", "event": "token"}),
+        msgspec.msgpack.encode({"type": "own", "event": "token", "epoch": "1"}),
+        msgspec.msgpack.encode({"type": "own", "event": 5, "epoch": 1}),
+        msgspec.msgpack.encode({"type": "base", "manifest": "text"}),
+        encode(Own("token", 1)) + b"\0",
+        b"\x81" * 5000,
+    ],
+)
+def test_what_is_no_message_is_corrupt(data: bytes) -> None:
+    with pytest.raises(Corrupt):
+        decode(data)
+
+
+@given(st.binary(max_size=300))
+def test_noise_is_corrupt_or_a_message(data: bytes) -> None:
+    try:
+        found = decode(data)
+    except Corrupt:
+        return
+    assert isinstance(found, get_args(AnyMessage))
+
+
+@given(st.sampled_from(SAMPLES), st.data())
+def test_a_truncated_message_is_corrupt(message: AnyMessage, data: st.DataObject) -> None:
+    whole = encode(message)
+    with pytest.raises(Corrupt):
+        decode(whole[: data.draw(st.integers(0, len(whole) - 1))])
+
+
+def test_a_message_beyond_the_bound_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_CONTROL", 100)
+    assert decode(encode(Failed("x" * 50)))
+    with pytest.raises(Corrupt, match="at most 100"):
+        decode(encode(Failed("x" * 200)))
+
+
+def test_a_job_with_its_offer_survives_the_file() -> None:
+    offer = Offer(
+        handoff="h1",
+        source="oslo",
+        spec={"name": "web1"},
+        epoch=2,
+        secret="0" * 64,
+        manifest="1" * 64,
+        memory_bases=("a", "b"),
+        options=Options(downtime_ms=100, check=True),
+    )
+    job = Job(handoff="h1", role="target", guest="web1", peer="oslo", offer=offer, golden=True)
+    assert msgspec.json.decode(msgspec.json.encode(job), type=Job) == job
