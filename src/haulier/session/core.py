@@ -14,8 +14,9 @@ receiver drops what it has; credit and acknowledged numbers only grow, so repeat
 path does no harm (each path that comes up starts with all of them).
 
 Order of sending: control frames; then urgent frames (those to be sent again first); then the rest (again first),
-channels in turn, one frame each. A path takes a frame when its window has room, unless another path would deliver
-it sooner even behind all that waits.
+channels in turn, one frame each. A small message on a channel with nothing outstanding counts as urgent.
+A path takes a frame when its window has room, unless another path would deliver it sooner even behind all
+that waits.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from haulier.session.settings import Settings
 
 _CREDIT: Final = struct.Struct("!Q")
 _OUTPUT: Final = 128 * 1024
+_SMALL: Final = 4096
 _DATA: Final = int(Kind.DATA)
 
 
@@ -87,6 +89,8 @@ class SessionCore:
         """Queue a message. Raises UsageError, or `error` when the session is over."""
         self.check_open()
         box = self._outbox[_channel(channel)]
+        # One small message of a channel that is otherwise quiet costs bulk nothing and need not queue behind it.
+        urgent = urgent or (len(payload) <= _SMALL and not box.unacked)
         if len(payload) > self.settings.max_message:
             raise UsageError(
                 f"a message of {len(payload)} bytes is too large: send at most {self.settings.max_message} at a time"
@@ -103,9 +107,9 @@ class SessionCore:
             return
         raise self.error or PeerError(f"the session with {self.peer} has ended: nothing more can be sent")
 
-    def room(self, channel: int) -> bool:
-        """A sender on `channel` need not wait."""
-        return self._outbox[_channel(channel)].unsent < self.settings.max_unsent
+    def room(self, channel: int, part: float = 1.0) -> bool:
+        """Less than that part of `max_unsent` waits on `channel`: a sender need not wait."""
+        return self._outbox[_channel(channel)].unsent < self.settings.max_unsent * part
 
     def unacked(self, channel: int | None = None) -> int:
         """Payload bytes queued or sent, not acknowledged."""

@@ -50,9 +50,8 @@ class Session:
         self.on_lost: Callable[[HaulierError], None] | None = None
         """Called once, on a thread of the session's, when it is lost."""
         self._lock = threading.Lock()
-        self._progress = threading.Condition(self._lock)
         self._arrived = [threading.Condition(self._lock) for _ in range(CHANNELS)]
-        self._waiting = 0
+        self._waiters: list[tuple[Callable[[], bool], threading.Condition]] = []
         self._closing = False
         self._callbacks: dict[int, threading.Thread] = {}
         self._core = SessionCore(settings or Settings(), tls.peer, time.monotonic())
@@ -97,9 +96,9 @@ class Session:
         data = payload if isinstance(payload, bytes) else b"".join(payload)
         with self._lock:
             core = self._core
-            while not core.room(channel):
-                core.check_open()
-                self._wait(None)
+            if not core.room(channel):
+                # Some slack, so that a sender is not woken for every frame that leaves.
+                self._wait_for(lambda: core.room(channel, 0.75) or core.state is not State.OPEN, None)
             core.send(channel, data, urgent)
         self._transport.wake()
 
@@ -260,8 +259,7 @@ class Session:
         with self._lock:
             for channel in channels:
                 self._arrived[channel].notify()
-            if self._waiting:
-                self._progress.notify_all()
+            self._wake_waiters()
 
     def _on_over(self) -> None:
         """Called by the transport when its thread ends."""
@@ -274,26 +272,29 @@ class Session:
             except Exception:
                 log.exception("on_lost failed")
 
-    def _notify_all(self) -> None:
-        self._progress.notify_all()
-        for condition in self._arrived:
-            condition.notify_all()
+    def _wake_waiters(self) -> None:
+        """Wake whose condition has come true; anyone else would only take the interpreter from the I/O thread."""
+        for condition, waiter in self._waiters:
+            if condition():
+                waiter.notify()
 
-    def _wait(self, timeout: float | None) -> None:
-        self._waiting += 1
-        try:
-            self._progress.wait(timeout)
-        finally:
-            self._waiting -= 1
+    def _notify_all(self) -> None:
+        for _, waiter in self._waiters:
+            waiter.notify()
+        for channel in self._arrived:
+            channel.notify_all()
 
     def _wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
-        end = None if timeout is None else time.monotonic() + timeout
-        while not condition():
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
-                return False
-            self._wait(left)
-        return True
+        """Wait, with the lock held, until `condition` is true; False after `timeout` seconds."""
+        if condition():
+            return True
+        waiter = threading.Condition(self._lock)
+        entry = condition, waiter
+        self._waiters.append(entry)
+        try:
+            return waiter.wait_for(condition, timeout)
+        finally:
+            self._waiters.remove(entry)
 
     def _wait_until(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         with self._lock:
