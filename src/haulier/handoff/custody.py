@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from haulier.errors import HandoffFailed
 from haulier.handoff.journal import GuestRow, Journal
 from haulier.handoff.ownership import SENDS, Action, Event, Record, State, must, reply_epoch, step
 
@@ -47,16 +48,22 @@ def happen(
     epoch: int = 0,
     *,
     decided: bool = False,
+    handoff: str = "",
     changes: Mapping[str, Any] | None = None,
 ) -> Happened:
     """Takes the step that the table has for `event`, durably, with `changes` of other columns in the same transaction.
 
     `decided`: the event is this site's own decision, and HandoffFailed is raised where the table has no row for it.
-    Otherwise an event that does not apply changes nothing (a late or repeated message).
+    Otherwise an event that does not apply changes nothing (a late or repeated message). `handoff`: the event is of that
+    handoff, and does not apply to a guest that is in another one by now.
     """
     with journal.transaction():
         row = journal.find_guest(guest)
         before = record_of(row)
+        if handoff and row is not None and row.handoff != handoff:
+            if decided:
+                raise HandoffFailed(f"handoff {handoff} of guest {guest!r} is over: {row.handoff} came after it")
+            return Happened(before, before, (), row, epoch)
         after, actions = (must if decided else step)(before, event, epoch)
         if after != before:
             row = journal.advance(

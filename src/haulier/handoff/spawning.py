@@ -17,6 +17,7 @@ from haulier.handoff.custody import happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.messages import Accept, Job, Offer, Status
 from haulier.handoff.ownership import Action, Event, State
+from haulier.handoff.recovery import worker_alive
 from haulier.handoff.residence import discard_copy, retire
 from haulier.handoff.shared import golden_manifest
 
@@ -78,6 +79,8 @@ def accept(
             f"guest {name!r} is {happened.before.state.value!r} at site {site.name!r} (epoch {happened.before.last}, "
             f"offered {offer.epoch}): it cannot be taken there now; see 'haulier guest show {name}' there"
         )
+    if happened.actions and before is not None and before.handoff:
+        _end_worker(journal.find_handoff(before.handoff))
     for action in happened.actions:
         if action is Action.DISCARD_COPY:
             discard_copy(site, name, before.handoff if before else "")
@@ -104,6 +107,16 @@ def accept(
         memory_base=memory_base,
     )
     return answer, process
+
+
+def _end_worker(row: HandoffRow | None) -> None:
+    """Ends the worker of an earlier handoff, which may not have noticed yet that it is over."""
+    if row is None or not worker_alive(row):
+        return
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(row.pid)
+        process.kill()
+        process.wait(10)
 
 
 def _await_port(site: Site, handoff: str, process: subprocess.Popen[bytes]) -> int:

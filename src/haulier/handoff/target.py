@@ -267,7 +267,7 @@ class TargetHandoff:
             check_s = time.monotonic() - began
         proxy = self._sink.proxy
         self._voted = True
-        happened = happen(self.journal, self.spec.name, Event.COMPLETE, decided=True)
+        happened = happen(self.journal, self.spec.name, Event.COMPLETE, decided=True, handoff=self.job.handoff)
         self.control.send(
             Arrived(
                 happened.after.pending,
@@ -296,6 +296,7 @@ class TargetHandoff:
             self.spec.name,
             Event(news.event),
             news.epoch,
+            handoff=self.job.handoff,
             changes={"owner": self.site.name, "wanted": "running"} if news.event == Event.TOKEN else None,
         )
         for action in happened.actions:
@@ -349,7 +350,7 @@ class TargetHandoff:
             return
         with contextlib.suppress(HaulierError):
             self.control.send(failure(error))
-        happened = happen(self.journal, self.spec.name, Event.FAIL)
+        happened = happen(self.journal, self.spec.name, Event.FAIL, handoff=self.job.handoff)
         if Action.DISCARD_COPY in happened.actions:
             self._discard()
             with contextlib.suppress(HaulierError):

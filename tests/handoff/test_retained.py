@@ -1,0 +1,106 @@
+"""Pictures of memory left behind: kept, found, offered, replaced, forgotten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from haulier.agent.site import Site
+from haulier.errors import Corrupt
+from haulier.handoff import retained
+from haulier.handoff.retained import GOLDEN, Retained
+from haulier.memory.mirror import Mirror
+from haulier.units import PAGE
+
+UUID = "8b7c5ad4-6d9e-4c43-9a1a-0f3c5d2b1a00"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path / "site", "oslo", "127.0.0.1:7440")
+    site.make_directories()
+    return site
+
+
+def leave(site: Site, epoch: int, fill: int, uuid: str = UUID) -> Retained:
+    """What a handoff leaves behind."""
+    directory = site.handoff_root(f"h{epoch}")
+    directory.mkdir()
+    mirror = Mirror.create(directory / "mirror", {"ram0": 4 * PAGE}, None)
+    mirror.set(np.array([2]), np.full((1, PAGE), fill, np.uint8))
+    mirror.close()
+    meta = Retained(id=retained.memory_id(uuid, epoch, bytes([fill]) * 32), guest="web1", uuid=uuid, epoch=epoch)
+    retained.keep(site, meta, directory / "mirror")
+    assert not list(directory.iterdir()), "moved, not copied"
+    return meta
+
+
+def test_what_is_kept_is_found_and_is_the_memory(site: Site) -> None:
+    meta = leave(site, 2, 7)
+    assert retained.find(site, "web1", UUID) == meta
+    base = retained.open_base(site, "web1", UUID, meta.id)
+    assert base is not None
+    assert base.blocks == {"ram0": 4 * PAGE}
+    assert base.view("ram0")[2].tolist() == [7] * PAGE
+    assert not base.view("ram0")[1].any()
+
+
+def test_the_later_picture_replaces_the_earlier(site: Site) -> None:
+    old, new = leave(site, 2, 7), leave(site, 3, 9)
+    assert retained.find(site, "web1", UUID) == new
+    base = retained.open_base(site, "web1", UUID, new.id)
+    assert base is not None and base.view("ram0")[2][0] == 9
+    with pytest.raises(Corrupt, match="is not at site 'oslo'"):
+        retained.open_base(site, "web1", UUID, old.id)
+
+
+def test_a_guest_of_the_same_name_is_another_guest(site: Site) -> None:
+    meta = leave(site, 2, 7)
+    other = UUID.replace("8b", "8c")
+    assert retained.find(site, "web1", other) is None
+    assert retained.candidates(site, "web1", other, "") == []
+    with pytest.raises(Corrupt):
+        retained.open_base(site, "web1", other, meta.id)
+
+
+def test_the_last_stay_is_better_than_the_golden_snapshot(site: Site) -> None:
+    golden = "ab" * 32
+    assert retained.candidates(site, "web1", UUID, golden) == []
+    (site.golden / golden).mkdir()
+    (site.golden / golden / "memory").touch()
+    assert retained.candidates(site, "web1", UUID, golden) == [GOLDEN + golden]
+    meta = leave(site, 2, 7)
+    assert retained.candidates(site, "web1", UUID, golden) == [meta.id, GOLDEN + golden]
+    assert retained.open_base(site, "web1", UUID, "") is None
+
+
+@pytest.mark.parametrize("damage", ["no meta", "no memory", "nonsense"])
+def test_a_damaged_picture_is_no_picture(site: Site, damage: str) -> None:
+    leave(site, 2, 7)
+    directory = site.retained / "web1"
+    if damage == "no meta":
+        (directory / "meta.json").unlink()
+    elif damage == "no memory":
+        (directory / "memory").unlink()
+    else:
+        (directory / "meta.json").write_text('{"id": 5')
+    assert retained.find(site, "web1", UUID) is None
+
+
+def test_forgetting_twice_is_no_error(site: Site) -> None:
+    leave(site, 2, 7)
+    retained.forget(site, "web1")
+    retained.forget(site, "web1")
+    assert not list(site.retained.iterdir())
+
+
+def test_ids_tell_guests_epochs_and_streams_apart() -> None:
+    ids = {
+        retained.memory_id(uuid, epoch, digest)
+        for uuid in (UUID, UUID[::-1])
+        for epoch in (1, 2)
+        for digest in (b"a" * 32, b"b" * 32)
+    }
+    assert len(ids) == 8
