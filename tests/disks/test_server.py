@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from haulier.chunks.fingerprint import fingerprint
+from haulier.chunks.fingerprint import ZERO, fingerprint
+from haulier.chunks.store import ChunkStore
 from haulier.disks import nbdproto as p
 from haulier.disks.nbd import Extent, NbdReader
 from haulier.errors import Conflict, GuestError, UnknownThing
@@ -143,6 +144,7 @@ def test_unknown_exports_and_contexts(tmp_path: Path) -> None:
         (p.CMD_READ, (1 << 64) - 512, 1024, p.EINVAL),
         (p.CMD_READ, 0, 0, p.EINVAL),
         (p.CMD_READ, 0, p.MAX_REQUEST + 1, p.EOVERFLOW),
+        (p.CMD_CACHE, 0, p.MAX_REQUEST + 1, p.EOVERFLOW),
         (p.CMD_BLOCK_STATUS, 0, 512, p.EINVAL),
         (4, 0, 512, p.EINVAL),
         (99, 0, 512, p.EINVAL),
@@ -160,6 +162,28 @@ def test_bad_requests_are_refused_and_the_connection_lives(
         else:
             assert struct.unpack(">HHQIIH", reader._receive(22))[4] == error
         assert reader.read(0, 512) == bytes(512)
+
+
+def test_chunks_in_memory_take_no_thread(tmp_path: Path) -> None:
+    store = DictStore()
+    disk = store.disk({n: noise(n) for n in range(8)}, SIZE)
+    store.read_now = lambda fp, offset, length: store[fp][offset : offset + length]  # type: ignore[method-assign]
+    with serving(store, disk, tmp_path / "s") as running, NbdReader(tmp_path / "s", "disk0") as reader:
+        assert (
+            reader.read(CHUNK // 2, 3 * CHUNK) == b"".join(store[disk[n]] for n in range(4))[CHUNK // 2 :][: 3 * CHUNK]
+        )
+        assert running.server.counters.loads == 0
+
+
+def test_cache_requests_bring_chunks_into_memory(tmp_path: Path) -> None:
+    store = DictStore()
+    disk = store.disk({n: noise(n) for n in range(8)}, SIZE)
+    with serving(store, disk, tmp_path / "s") as running, NbdReader(tmp_path / "s", "disk0") as reader:
+        reader._request(p.CMD_CACHE, 0, 4 * CHUNK)
+        assert struct.unpack(">IIQ", reader._receive(16))[:2] == (p.SIMPLE_REPLY, 0)
+        assert running.server.counters.loads == 4
+        assert reader.read(0, 4 * CHUNK) == b"".join(store[disk[n]] for n in range(4))
+        assert running.server.counters.loads == 4
 
 
 def test_writes_are_swallowed_and_refused(tmp_path: Path) -> None:
@@ -183,3 +207,17 @@ def test_garbage_ends_the_connection_only(tmp_path: Path) -> None:
                 pass
         with NbdReader(tmp_path / "s", "disk0") as reader:
             assert reader.read(CHUNK, CHUNK) == store[disk[1]]
+
+
+def test_a_store_gives_at_once_only_what_was_checked_and_is_in_place(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path / "store") as store:
+        data = noise(5)
+        fp = store.put(data)
+        assert store.read_now(fp, 0, 10) is None  # not checked by its fingerprint yet
+        store.get(fp)
+        # None where the file system cannot tell what is in memory.
+        assert store.read_now(fp, 100, 4096) in (data[100:4196], None)
+        assert store.read_now(ZERO, 0, 10) == bytes(10)
+        store.places.advance()  # a collection went by: the place may hold something else
+        assert store.read_now(fp, 100, 4096) is None
+        assert store.read(fp, 100, 4096) == data[100:4196]

@@ -106,7 +106,10 @@ class Manifest:
     def unique(self) -> frozenset[bytes]:
         """Each fingerprint once, without ZERO: the chunks that a store must hold."""
         if self._unique is None:
-            self._unique = frozenset(self.chunks()) - {ZERO}
+            # Most of a disk is often zero; this stands in the way of a stopped guest, so no loop over all of it.
+            words = np.frombuffer(self._fingerprints, dtype="<u8").reshape(-1, FINGERPRINT // 8)
+            stored = (words != np.frombuffer(ZERO, dtype="<u8")).any(axis=1)
+            self._unique = frozenset(np.frombuffer(self._fingerprints, dtype=f"V{FINGERPRINT}")[stored].tolist())
         return self._unique
 
     def changed(self, other: Manifest) -> list[int]:

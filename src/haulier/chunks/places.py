@@ -80,6 +80,21 @@ class Places:
             into[:] = data
         return data is not None
 
+    def read_now(self, fp: bytes, offset: int, length: int) -> bytes | None:
+        """Like `read`, but None as well when the bytes are not in memory: never waits for a disk."""
+        seen = self._seen
+        known = seen[1].get(fp)
+        if known is None:
+            return self._from_decoded(fp, offset, length) if self._decoded else None
+        data = bytearray(length)
+        try:
+            count = os.preadv(known[0].fd, (data,), known[1] + offset, os.RWF_NOWAIT)
+        except OSError:
+            return None  # not in memory, or a file system that cannot tell
+        if count == length and self._counter[:8] == seen[0] and self._seen is seen:
+            return bytes(data)
+        return None
+
     def _from_decoded(self, fp: bytes, offset: int, length: int) -> bytes | None:
         with self._lock:
             data = self._decoded.get(fp)

@@ -196,6 +196,12 @@ class ChunkStore:
             return ZERO_CHUNK[:length]
         return self._load(fp)[offset : offset + length]
 
+    def read_now(self, fp: bytes, offset: int, length: int) -> bytes | None:
+        """Like `read` when the bytes can be had without waiting for a disk or a lock of the index; None otherwise."""
+        if fp == ZERO:
+            return ZERO_CHUNK[:length]
+        return self.places.read_now(fp, offset, length)
+
     def read_into(self, fp: bytes, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset` of a chunk; like `read`, without a copy."""
         if offset < 0 or offset + len(into) > CHUNK:

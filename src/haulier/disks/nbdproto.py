@@ -178,7 +178,7 @@ class ServerCore:
         if command not in (CMD_READ, CMD_CACHE, CMD_BLOCK_STATUS):
             self._out += self.reply_error(request, EINVAL)
             return False
-        too_long = command == CMD_READ and request.length > MAX_REQUEST
+        too_long = command != CMD_BLOCK_STATUS and request.length > MAX_REQUEST
         if request.length == 0 or too_long or request.offset + request.length > self.size:
             self._out += self.reply_error(request, EOVERFLOW if too_long else EINVAL)
             return False

@@ -1,9 +1,9 @@
 """Serves one manifest out of a chunk store to NBD clients on a unix socket (asyncio).
 
-The event loop never reads a disk: chunks come from a small cache in memory, or are fetched by threads. So one slow
-read delays only the requests that need that chunk. A chunk that is missing or corrupt is asked for again and again for
-`patience_s` (another process may be fetching or healing it) before the request fails with EIO; the guest's device then
-stops the guest (rerror=stop) instead of showing it an error.
+The event loop never waits for a disk: it gives what lies in memory (of the kernel, or a small cache here), all else is
+fetched by threads. So one slow read delays only the requests that need that chunk. A chunk that is missing or corrupt
+is asked for again and again for `patience_s` (another process may be fetching or healing it) before the request fails
+with EIO; the guest's device then stops the guest (rerror=stop) instead of showing it an error.
 
 A request works on the manifest that was current when it came. `swap` replaces the manifest for the requests that come
 after it; a request that must wait for a chunk of the old one starts again on the new one.
@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Protocol, cast
 
@@ -39,9 +40,10 @@ RETRY_MAX_S: Final = 1.0
 
 
 class ChunkSource(Protocol):
-    """What is needed of a chunk store."""
+    """What is needed of a chunk store: the whole chunk, and a part of it if that needs no waiting."""
 
     def get(self, fp: bytes) -> bytes: ...
+    def read_now(self, fp: bytes, offset: int, length: int) -> bytes | None: ...
 
 
 class Counters:
@@ -102,12 +104,30 @@ class ExportServer:
 
     # -- chunks
 
-    def cached(self, fp: bytes) -> bytes | None:
-        """The chunk, when it lies in memory."""
+    def pieces_now(self, manifest: Manifest, request: p.Request) -> list[tuple[int, p.Buffer | None]] | None:
+        """What a request asks for, as pieces of a reply; None when any of it must be waited for."""
+        pieces: list[tuple[int, p.Buffer | None]] = []
+        for fp, within, length in spans(manifest, request):
+            if fp == ZERO:
+                pieces.append((length, None))
+                continue
+            chunk = self._cached(fp)
+            data = self.store.read_now(fp, within, length) if chunk is None else _part(chunk, within, length)
+            if data is None:
+                return None
+            pieces.append((length, data))
+        return pieces
+
+    def _cached(self, fp: bytes) -> bytes | None:
         data = self._cache.get(fp)
         if data is not None:
             self._cache.move_to_end(fp)
         return data
+
+    async def chunk(self, fp: bytes) -> bytes:
+        """A whole chunk, from memory or the store."""
+        data = self._cached(fp)
+        return data if data is not None else await asyncio.shield(self.load(fp))
 
     def load(self, fp: bytes) -> asyncio.Future[bytes]:
         """The chunk from the store, read by a thread; readers of one chunk share one read."""
@@ -148,12 +168,14 @@ class ExportServer:
         pause = RETRY_S
         while True:
             try:
-                needed = {fp for fp in fingerprints(manifest, request) if fp != ZERO}
-                chunks: dict[bytes, bytes] = {}
-                for fp in needed:
-                    data = self.cached(fp)
-                    chunks[fp] = data if data is not None else await asyncio.shield(self.load(fp))
-                return self.answer(core, request, manifest, chunks)
+                needed = dict.fromkeys(fp for fp, _within, _length in spans(manifest, request) if fp != ZERO)
+                # All at once: a long read takes as long as its slowest chunk, not as their sum.
+                chunks = dict(zip(needed, await asyncio.gather(*map(self.chunk, needed)), strict=True))
+                pieces: list[tuple[int, p.Buffer | None]] = [
+                    (length, None if fp == ZERO else _part(chunks[fp], within, length))
+                    for fp, within, length in spans(manifest, request)
+                ]
+                return self.answer(core, request, pieces)
             except (HaulierError, OSError, LookupError) as error:
                 if self.counters.retries % 100 == 0:
                     log.warning("chunk for %d bytes at %d: %s; trying on", request.length, request.offset, error)
@@ -171,33 +193,28 @@ class ExportServer:
             manifest = self.manifest
 
     def answer(
-        self, core: p.ServerCore, request: p.Request, manifest: Manifest, chunks: dict[bytes, bytes]
+        self, core: p.ServerCore, request: p.Request, pieces: list[tuple[int, p.Buffer | None]]
     ) -> list[p.Buffer]:
-        """The reply to a read or cache request whose chunks are at hand."""
+        """The reply to a read or cache request whose pieces are at hand."""
         if request.command == p.CMD_CACHE:
             return core.reply_done(request)
         self.counters.reads += 1
         self.counters.read_bytes += request.length
-        pieces: list[tuple[int, p.Buffer | None]] = []
-        offset, end = request.offset, request.offset + request.length
-        while offset < end:
-            index, within = divmod(offset, CHUNK)
-            length = min(CHUNK - within, end - offset)
-            fp = manifest[index]
-            if fp == ZERO:
-                pieces.append((length, None))
-            elif length == CHUNK:
-                pieces.append((length, chunks[fp]))
-            else:
-                pieces.append((length, chunks[fp][within : within + length]))
-            offset += length
         return core.reply_read(request, pieces)
 
 
-def fingerprints(manifest: Manifest, request: p.Request) -> list[bytes]:
-    """The fingerprints of the chunks that a request touches, in order."""
-    last = (request.offset + request.length - 1) // CHUNK
-    return [manifest[index] for index in range(request.offset // CHUNK, last + 1)]
+def spans(manifest: Manifest, request: p.Request) -> Iterator[tuple[bytes, int, int]]:
+    """(fingerprint, offset within the chunk, length) of each chunk that a request touches, in order."""
+    offset, end = request.offset, request.offset + request.length
+    while offset < end:
+        index, within = divmod(offset, CHUNK)
+        length = min(CHUNK - within, end - offset)
+        yield manifest[index], within, length
+        offset += length
+
+
+def _part(chunk: bytes, within: int, length: int) -> bytes:
+    return chunk if length == CHUNK else chunk[within : within + length]
 
 
 def extents(manifest: Manifest, request: p.Request) -> list[tuple[int, int]]:
@@ -284,18 +301,13 @@ class _Connection(asyncio.Protocol):
         server, manifest = self._server, self._server.manifest
         if request.command == p.CMD_BLOCK_STATUS:
             return self.core.reply_status(request, extents(manifest, request))
-        chunks: dict[bytes, bytes] = {}
-        for fp in fingerprints(manifest, request):
-            if fp == ZERO or fp in chunks:
-                continue
-            data = server.cached(fp)
-            if data is None:
-                self._under_way += 1
-                self._throttle()
-                server.start(self, request, manifest)
-                return []
-            chunks[fp] = data
-        return server.answer(self.core, request, manifest, chunks)
+        pieces = server.pieces_now(manifest, request)
+        if pieces is None:
+            self._under_way += 1
+            self._throttle()
+            server.start(self, request, manifest)
+            return []
+        return server.answer(self.core, request, pieces)
 
     def finish(self, reply: list[p.Buffer]) -> None:
         """Send the reply to a request that had to wait."""
