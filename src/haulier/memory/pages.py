@@ -126,7 +126,7 @@ class PageEncoder:
             masks.reshape(-1).data,
             words.view(np.uint8).data,
         ]
-        return _encoded(columns, _rows(pages, np.flatnonzero(kinds == LITERAL)), len(raw), len(gidx), kinds)
+        return _encoded(columns, _rows(pages, np.flatnonzero(kinds == LITERAL)), tokens, len(gidx), kinds)
 
     def _room(self, count: int) -> NDArray[np.uint8]:
         if count > len(self._pages):
@@ -200,7 +200,11 @@ def _rows(pages: NDArray[np.uint8], rows: NDArray[np.int64]) -> list[memoryview]
 
 
 def _encoded(
-    columns: list[Column], literals: list[memoryview], raw: int, records: int, kinds: NDArray[np.uint8]
+    columns: list[Column],
+    literals: list[memoryview],
+    tokens: Sequence[Token],
+    records: int,
+    kinds: NDArray[np.uint8],
 ) -> Encoded:
     """The columns and, as the last one, the literal pages."""
     sizes = [*(len(column) for column in columns), sum(len(part) for part in literals)]
@@ -209,7 +213,8 @@ def _encoded(
     zeros = records - len(kinds)
     pages = {**by_kind, "zero": zeros}
     raw_bytes = {name: count * RECORD for name, count in by_kind.items()}
-    raw_bytes |= {"zero": zeros * ZERO_RECORD, "raw": raw}
+    raw_bytes["zero"] = zeros * ZERO_RECORD
+    raw_bytes["raw"] = sum(token.size for token in tokens) - sum(raw_bytes.values())
     by_column = dict(zip(COLUMNS, sizes, strict=True))
     held = {
         "literal": by_column["literal"],
@@ -254,8 +259,11 @@ class PageDecoder:
             codes[raw] != np.uint64(_OP_RAW)
         ).any():
             raise Corrupt("a batch holds an unknown operation")
-        if len(counts) and (int(counts.max()) > raw_length or int(counts[~raw].min(initial=1)) < 1):
+        if len(counts) and (int(counts.max()) > raw_length or int(counts.min()) < 1):
             raise Corrupt("a batch holds an operation longer than itself, or empty")
+        # The smallest thing between two cuts of a real stream takes more than 8 bytes, so this bounds our time.
+        if len(counts) > raw_length // 8 + 16:
+            raise Corrupt(f"a batch of {raw_length} bytes holds {len(counts)} operations")
         page_count, zero_count = int(counts[paged].sum()), int(counts[zeroed].sum())
         if page_count * RECORD + zero_count * ZERO_RECORD + int(counts[raw].sum()) > raw_length:
             raise Corrupt(f"a batch holds more than the {raw_length} bytes announced")

@@ -28,7 +28,7 @@ from haulier.memory.elsewhere import BasePages
 from haulier.memory.mirror import Mirror
 from haulier.memory.mirrorfile import decode_table, encode_table
 from haulier.memory.pages import BlockFinder, BlockReader, PageDecoder, PageEncoder
-from haulier.memory.stream import Buffer, Pages, Raw, StreamParser, Token, Zeros
+from haulier.memory.stream import TOKEN, Buffer, Pages, Raw, StreamParser, Token, Zeros
 from haulier.units import PAGE
 
 OPAQUE: Final = 1
@@ -107,7 +107,7 @@ class SourceProxy:
         """
         if not PAGE <= batch_bytes <= BATCH:
             raise UsageError(f"a batch of {batch_bytes} bytes is outside {PAGE} to {BATCH}")
-        self.parser = StreamParser()
+        self.parser = StreamParser(min(batch_bytes, TOKEN))
         self.counters = Counters()
         self.warnings: list[str] = []
         self.mirror: Mirror | None = None
@@ -183,9 +183,7 @@ class SourceProxy:
         if self._token_bytes:
             raise UsageError("flush the source proxy before you finish it")
         if self.unsent:
-            raise Corrupt(
-                f"QEMU's stream ended in the middle of a record, {self.unsent} bytes into it; the guest runs on"
-            )
+            raise Corrupt(f"QEMU's stream ended {self.unsent} bytes into a record; the guest runs on at the source")
         return self._digest.digest()
 
     def close(self) -> None:
@@ -195,14 +193,17 @@ class SourceProxy:
 
     def _parse(self, data: bytes) -> list[Token]:
         if self.opaque:
-            return _raw_tokens(data)
+            return self._raw_tokens(data)
         try:
             return self.parser.feed(data)
         except HaulierError as error:
             # The parser has kept every byte that it gave no token for, this feed's included.
             self.opaque = True
             self.warnings.append(f"memory goes compressed only: {error}")
-            return _raw_tokens(self.parser.pending)
+            return self._raw_tokens(self.parser.pending)
+
+    def _raw_tokens(self, data: bytes) -> list[Token]:
+        return [Raw(data[at : at + self._batch_bytes]) for at in range(0, len(data), self._batch_bytes)]
 
     def _begin(self) -> WireBatch:
         self.mirror = Mirror.create(self._mirror_path, self.parser.blocks, self._base)
@@ -336,7 +337,3 @@ class TargetProxy:
         self._decoder = PageDecoder(
             self.mirror, self._reader, BasePages(self._base) if self._base is not None else None
         )
-
-
-def _raw_tokens(data: bytes) -> list[Token]:
-    return [Raw(data[at : at + BATCH]) for at in range(0, len(data), BATCH)]

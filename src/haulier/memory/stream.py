@@ -25,10 +25,8 @@ from haulier.units import PAGE
 Buffer = bytes | bytearray | memoryview
 MarkKind = Literal["setup", "part", "end", "device", "package"]
 
-MAX_RUN: Final = 64
-"""Pages in one token at most: 256 KiB, so that batches can be cut between tokens."""
-MAX_ZERO_RUN: Final = 1 << 14
-MAX_RAW: Final = 1 << 18
+TOKEN: Final = 1 << 18
+"""Bytes of the stream in one token at most, so that batches can be cut between tokens."""
 
 _U64: Final = struct.Struct(">Q")
 _U32: Final = struct.Struct(">I")
@@ -115,7 +113,8 @@ class StreamParser:
     sections:      RAM sections completed
     """
 
-    def __init__(self) -> None:
+    def __init__(self, token_bytes: int = TOKEN) -> None:
+        """`token_bytes`: no token stands for more bytes of the stream than this, or one record if that is more."""
         self.blocks: dict[str, int] = {}
         self.machine: str | None = None
         self.ready = False
@@ -125,6 +124,9 @@ class StreamParser:
         self.rounds = 0
         self.sections = 0
         self.error: HaulierError | None = None
+        self._max_raw = max(token_bytes, 1)
+        self._max_run = max(token_bytes // q.RECORD, 1)
+        self._max_zeros = max(token_bytes // q.ZERO_RECORD, 1)
         self._buffer = b""
         self._at = 0
         self._raw = 0
@@ -175,8 +177,8 @@ class StreamParser:
         return self._buffer[start : start + size]
 
     def _cut(self, out: list[Token], end: int) -> None:
-        for start in range(self._raw, end, MAX_RAW):
-            out.append(Raw(self._buffer[start : min(start + MAX_RAW, end)]))
+        for start in range(self._raw, end, self._max_raw):
+            out.append(Raw(self._buffer[start : min(start + self._max_raw, end)]))
         self._raw = end
 
     def _mark(self, out: list[Token], kind: MarkKind) -> None:
@@ -404,7 +406,7 @@ class StreamParser:
         return heads
 
     def _pages(self, out: list[Token], start: int, first: bool) -> None:
-        count = self._run(start, q.RECORD, _PAGE_GOES_ON, MAX_RUN)
+        count = self._run(start, q.RECORD, _PAGE_GOES_ON, self._max_run)
         if count < 1:
             raise _Need
         addresses = self._addresses(start, q.RECORD, count, first)
@@ -415,7 +417,7 @@ class StreamParser:
         self._at = self._raw = start + count * q.RECORD
 
     def _zeros(self, out: list[Token], start: int, first: bool) -> None:
-        count = self._run(start, q.ZERO_RECORD, _ZERO_GOES_ON, MAX_ZERO_RUN)
+        count = self._run(start, q.ZERO_RECORD, _ZERO_GOES_ON, self._max_zeros)
         if count < 1:
             raise _Need
         addresses = self._addresses(start, q.ZERO_RECORD, count, first)
