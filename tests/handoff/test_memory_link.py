@@ -1,0 +1,306 @@
+"""Pump and sink between two socket pairs, over a carrier in memory that can be slow, silent or broken."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from haulier.errors import Corrupt, HaulierError, PeerError
+from haulier.handoff.convergence import Window
+from haulier.handoff.memory_link import READ, MemoryPump, MemorySink
+from haulier.handoff.messages import Channel
+from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.units import MIB, PAGE
+from tests.support.streams import begin, end, part
+from tests.support.waiting import wait_for
+
+WIDE = Window(64 * MIB, 64 * MIB)
+
+
+class Carrier:
+    """One end of a session in memory. Messages wait in `inbox` of the other end until `run` or `step` delivers them."""
+
+    def __init__(self) -> None:
+        self.peer: Carrier = self
+        self.inbox: deque[tuple[int, bytes]] = deque()
+        self.callbacks: dict[int, Callable[[bytes], None]] = {}
+        self.sent: dict[int, int] = {}
+        self.broken: HaulierError | None = None
+        self.error: Exception | None = None
+        self.most = 0
+        self._changed = threading.Condition()
+        self._running = False
+        self._thread: threading.Thread | None = None
+
+    def send(self, channel: int, payload: bytes, *, urgent: bool = False) -> None:
+        if self.broken is not None:
+            raise self.broken
+        self.sent[channel] = self.sent.get(channel, 0) + len(payload)
+        with self.peer._changed:
+            self.peer.inbox.append((channel, bytes(payload)))
+            self.peer._changed.notify_all()
+        self.most = max(self.most, self.unacked(Channel.MEMORY))
+
+    def on(self, channel: int, callback: Callable[[bytes], None]) -> None:
+        self.callbacks[channel] = callback
+
+    def unacked(self, channel: int | None = None) -> int:
+        with self.peer._changed:
+            return sum(len(data) for number, data in self.peer.inbox if channel in (None, number))
+
+    def wait_below(self, limit: int, channel: int | None = None, timeout: float | None = None) -> bool:
+        with self.peer._changed:
+            return self.peer._changed.wait_for(
+                lambda: sum(len(d) for n, d in self.peer.inbox if channel in (None, n)) < limit, timeout
+            )
+
+    def step(self) -> bool:
+        """Delivers one message that came here; False if there is none."""
+        with self._changed:
+            if not self.inbox:
+                return False
+            channel, data = self.inbox[0]
+        try:
+            if channel in self.callbacks:
+                self.callbacks[channel](data)
+        except Exception as error:
+            self.error = error
+        with self._changed:
+            self.inbox.popleft()
+            self._changed.notify_all()
+        return True
+
+    def run(self) -> None:
+        self._running = True
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self._running:
+            if not self.step():
+                with self._changed:
+                    self._changed.wait(0.02)
+
+    def stop(self) -> None:
+        self._running = False
+        if self._thread is not None:
+            self._thread.join()
+
+
+class Link:
+    """QEMU (a socket) - pump - carriers - sink - QEMU (a socket)."""
+
+    def __init__(self, tmp_path: Path, window: Window, *, run: bool = True) -> None:
+        self.window = window
+        self.failures: list[Exception] = []
+        self.left, self.right = Carrier(), Carrier()
+        self.left.peer, self.right.peer = self.right, self.left
+        self.source_qemu, ours = socket.socketpair()
+        self.target_qemu, theirs = socket.socketpair()
+        self.pump = MemoryPump(ours, SourceProxy(tmp_path / "a"), self.left, lambda: self.window)
+        self.sink = MemorySink(theirs, TargetProxy(tmp_path / "b"), self.right, self.failures.append)
+        self.received = bytearray()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if run:
+            self.left.run()
+            self.right.run()
+        self.pump.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self.target_qemu.recv(1 << 16):
+                self.received += data
+
+    def close(self) -> None:
+        self.pump.close()
+        self.sink.close()
+        self.left.stop()
+        self.right.stop()
+        for end_ in (self.source_qemu, self.target_qemu):
+            with contextlib.suppress(OSError):
+                end_.shutdown(socket.SHUT_RDWR)
+            end_.close()
+        self._reader.join()
+        self.pump.proxy.close()
+        self.sink.proxy.close()
+
+
+@pytest.fixture
+def link(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Link]]:
+    made: list[Link] = []
+
+    def make(window: Window = WIDE, *, run: bool = True) -> Link:
+        made.append(Link(tmp_path, window, run=run))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def stream(pages: int = 2000, seed: int = 1) -> bytes:
+    """Three rounds over `pages` pages: zeros, text, noise, repeated."""
+    chosen = random.Random(seed)
+    kinds = [b"", b"the same line again \n".ljust(PAGE, b"."), *(chosen.randbytes(PAGE) for _ in range(6))]
+    out = [begin(pages)]
+    for share in (1.0, 0.3, 0.1):
+        out.append(part((n, chosen.choice(kinds)) for n in range(pages) if chosen.random() < share))
+    out.append(end([(5, kinds[3])]))
+    return b"".join(out)
+
+
+def give(sock: socket.socket, data: bytes) -> threading.Thread:
+    """QEMU writes; in a thread, for the pump may let it wait."""
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            sock.sendall(data)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("kind", ["pages", "unknown"])
+def test_what_the_target_gets_is_what_the_source_gave(link: Callable[..., Link], kind: str) -> None:
+    one = link()
+    data = stream() if kind == "pages" else random.Random(2).randbytes(3 * MIB)
+    give(one.source_qemu, data).join()
+    wait_for(lambda: len(one.received) == len(data))
+    assert bytes(one.received) == data
+    wait_for(lambda: one.pump.delivered == len(data), what="the word that all was taken")
+    assert one.pump.raw == one.sink.proxy.raw_bytes == len(data)
+    assert one.sink.proxy.digest() == one.pump.proxy.finish() == blake3(data).digest()
+    assert one.pump.wire == one.left.sent[Channel.MEMORY]
+    assert (one.pump.device_state_at > 0) is (kind == "pages")
+    assert one.pump.proxy.opaque is (kind == "unknown")
+    if kind == "pages":
+        assert one.pump.wire < len(data) / 5
+    assert not one.failures and one.pump.error is None
+
+
+def test_the_end_of_the_stream_ends_the_pump_without_an_error(link: Callable[..., Link]) -> None:
+    one = link()
+    give(one.source_qemu, stream(100)).join()
+    one.source_qemu.shutdown(socket.SHUT_WR)
+    assert one.pump.ended.wait(20)
+    assert one.pump.error is None
+
+
+def test_the_return_path_is_copied_untouched(link: Callable[..., Link]) -> None:
+    one = link()
+    words = random.Random(3).randbytes(200_000)
+    give(one.target_qemu, words)
+    got = bytearray()
+    one.source_qemu.settimeout(20)
+    while len(got) < len(words):
+        got += one.source_qemu.recv(65536)
+    assert bytes(got) == words
+
+
+def test_no_more_than_the_wire_window_is_on_its_way(link: Callable[..., Link]) -> None:
+    window = Window(100_000, 64 * MIB)
+    one = link(window, run=False)
+    noise = begin(4000) + part((n, random.Random(n).randbytes(PAGE)) for n in range(4000))
+    give(one.source_qemu, noise)
+    wait_for(lambda: one.left.unacked(Channel.MEMORY) >= window.wire)
+    held = one.pump.raw
+    # One batch may go beyond the bound, because its wire size is known only when it is made.
+    assert one.left.most <= window.wire + READ + 4096
+    while one.right.step() or one.pump.raw < len(noise):
+        assert one.left.unacked(Channel.MEMORY) <= window.wire + READ + 4096
+        while one.left.step():
+            pass
+    assert held < len(noise) / 4
+    assert one.pump.stalled_s > 0
+    assert bytes(one.received) == noise or wait_for(lambda: bytes(one.received) == noise)
+
+
+def test_no_more_than_the_raw_window_is_on_its_way_however_well_it_compresses(link: Callable[..., Link]) -> None:
+    window = Window(64 * MIB, MIB)
+    one = link(window, run=False)
+    zeros = begin(2_000_000) + part((n, b"") for n in range(2_000_000))
+    give(one.source_qemu, zeros)
+    wait_for(lambda: one.pump.raw >= window.raw - READ)
+    most = 0
+    while one.pump.delivered < len(zeros):
+        most = max(most, one.pump.raw - one.pump.delivered)
+        if not one.right.step():
+            one.left.step()
+    assert MIB / 2 <= most <= MIB + 4096
+    assert one.sink.proxy.raw_bytes == len(zeros)
+
+
+def test_a_broken_batch_is_told_and_gives_qemu_nothing_of_it(link: Callable[..., Link]) -> None:
+    one = link(run=False)
+    data = stream(500)
+    give(one.source_qemu, data).join()
+    wait_for(lambda: one.pump.raw == len(data))
+    one.source_qemu.shutdown(socket.SHUT_WR)
+    assert one.pump.ended.wait(20)
+    number = max(range(len(one.right.inbox)), key=lambda n: len(one.right.inbox[n][1]))
+    channel, batch = one.right.inbox[number]
+    bad = bytearray(batch)
+    bad[len(bad) // 2] ^= 1
+    one.right.inbox[number] = (channel, bytes(bad))
+    while one.right.step():
+        pass
+    assert len(one.failures) == 1, "told once, however many batches follow"
+    assert isinstance(one.failures[0], Corrupt) and one.sink.error is one.failures[0]
+    assert data.startswith(bytes(one.received))
+
+
+def test_a_target_qemu_that_dies_is_told(link: Callable[..., Link]) -> None:
+    one = link()
+    one.target_qemu.shutdown(socket.SHUT_RDWR)
+    one.target_qemu.close()
+    give(one.source_qemu, stream())
+    wait_for(lambda: one.failures)
+    assert isinstance(one.failures[0], OSError)
+
+
+@pytest.mark.parametrize("data", [b"", b"1234567", b"123456789", struct.pack(">Q", 1 << 62)])
+def test_a_wrong_word_about_what_was_delivered_is_corrupt(link: Callable[..., Link], data: bytes) -> None:
+    one = link(run=False)
+    give(one.source_qemu, stream(100)).join()
+    with pytest.raises(Corrupt):
+        one.left.callbacks[Channel.DELIVERED](data)
+    assert one.pump.delivered == 0
+
+
+def test_delivered_never_goes_back(link: Callable[..., Link]) -> None:
+    one = link(run=False)
+    give(one.source_qemu, stream(100)).join()
+    wait_for(lambda: one.pump.raw >= 5000)
+    one.left.callbacks[Channel.DELIVERED](struct.pack(">Q", 5000))
+    with pytest.raises(Corrupt):
+        one.left.callbacks[Channel.DELIVERED](struct.pack(">Q", 4999))
+
+
+def test_a_lost_session_ends_the_pump_with_its_error(link: Callable[..., Link]) -> None:
+    one = link()
+    one.left.broken = PeerError("no path for 120 s")
+    give(one.source_qemu, stream(100))
+    assert one.pump.ended.wait(20)
+    assert one.pump.error is one.left.broken
+
+
+def test_closing_ends_a_pump_that_waits_for_room_and_qemu_sees_it(link: Callable[..., Link]) -> None:
+    one = link(Window(1000, 4 * MIB), run=False)
+    give(one.source_qemu, begin(4000) + part((n, random.Random(n).randbytes(PAGE)) for n in range(4000)))
+    wait_for(lambda: one.left.unacked(Channel.MEMORY) >= 1000)
+    one.pump.close()
+    assert one.pump.ended.is_set() and one.pump.error is None
+    one.source_qemu.settimeout(20)
+    with contextlib.suppress(ConnectionError):
+        assert one.source_qemu.recv(1) == b""
