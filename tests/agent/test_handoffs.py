@@ -148,6 +148,7 @@ def test_recovery_is_tried_again_ever_more_slowly(fleet: Fleet, monkeypatch: pyt
     agent._stopping.set()  # this test does the watching
     for loop in agent._loops:
         loop.join(10)
+    agent.handoffs.beside = lambda work: work()
     own(agent)
     agent.journal.add_handoff(HandoffRow("h1", "web1", "source", "lisbon", created=1.0))
     agent.journal.advance("web1", "owner", "granted", pending=2, handoff="h1")

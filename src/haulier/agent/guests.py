@@ -325,7 +325,7 @@ class Guests:
         self.supervise()
         for row in self.journal.guests():
             if row.state not in HIDDEN:
-                log.info("guest %s: %s, %s", row.name, row.state, self._status(row)[0])
+                log.info("guest %s: %s, %s", row.name, row.state, "runs" if self._alive(row.name) else "does not run")
 
     def supervise(self) -> None:
         """Restarts disk exports that died under a running guest, and lets the guest run on."""

@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +57,8 @@ class Handoffs:
         self.site = core.site
         self.journal = core.journal
         self._tries: dict[str, tuple[int, float]] = {}
+        self.beside: Callable[[Callable[[], None]], None] = _in_a_thread
+        """Runs a recovery beside the others: one that waits for a site that is away must not hold them up."""
 
     # -- seen ----------------------------------------------------------------------------------------------------
 
@@ -198,7 +203,7 @@ class Handoffs:
             if now < again:
                 continue
             self._tries[row.id] = (count + 1, now + _RETRY_S[min(count, len(_RETRY_S) - 1)])
-            self._recover(row)
+            self.beside(partial(self._recover, row))
 
     def _recover(self, row: HandoffRow) -> None:
         try:
@@ -230,6 +235,10 @@ class Handoffs:
             raise
         except HaulierError as error:
             raise PeerError(f"site {site!r} cannot be asked: {error}") from error
+
+
+def _in_a_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="recovery", daemon=True).start()
 
 
 def _check_options(options: Options) -> None:

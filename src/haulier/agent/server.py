@@ -65,18 +65,14 @@ class Agent:
         self._stopping = threading.Event()
         self._loops: list[threading.Thread] = []
 
+    def tidy(self) -> None:
+        """Before anybody can call: finishes what an earlier agent left half made or half removed here. Blocking."""
+        for what, adopt in (("golden snapshots", self.images.adopt), ("guests", self.guests.adopt)):
+            _try(what, adopt)
+
     def recover(self) -> None:
-        """Takes up what an earlier agent left, and begins to watch over guests and handoffs. Blocking."""
-        for what, adopt in (
-            ("golden snapshots", self.images.adopt),
-            ("guests", self.guests.adopt),
-            ("handoffs", self.handoffs.adopt),
-        ):
-            try:
-                adopt()
-            except Exception:
-                # an agent that does not start helps nobody; what is wrong is tried again and stands in the log
-                log.exception("taking up %s", what)
+        """Takes up handoffs, which may need other sites, and begins to watch over guests and handoffs. Blocking."""
+        _try("handoffs", self.handoffs.adopt)
         for name, every_s, watch in (
             ("guests", GUESTS_EVERY_S, self.guests.supervise),
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
@@ -87,10 +83,7 @@ class Agent:
 
     def _watch(self, name: str, every_s: float, watch: Callable[[], None]) -> None:
         while not self._stopping.wait(every_s):
-            try:
-                watch()
-            except Exception:
-                log.exception("watching over %s", name)
+            _try(name, watch)
 
     def close(self) -> None:
         self._stopping.set()
@@ -98,6 +91,14 @@ class Agent:
             loop.join(LOOP_END_S)
         self.store.close()
         self.core.close()
+
+
+def _try(what: str, act: Callable[[], None]) -> None:
+    try:
+        act()
+    except Exception:
+        # an agent that does not start helps nobody: what is wrong stands in the log, and is tried again
+        log.exception("looking after %s", what)
 
 
 # -- requests
@@ -228,6 +229,7 @@ async def serve(agent: Agent, stop: asyncio.Event, ready: Callable[[], None] = l
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_GRACE_S)
         await runner.setup()
         try:
+            await asyncio.get_running_loop().run_in_executor(pool, agent.tidy)
             await web.UnixSite(runner, str(site.socket)).start()
             site.socket.chmod(0o600)
             await web.SockSite(runner, _listener(site), ssl_context=context).start()
