@@ -15,9 +15,9 @@ from typing import Final
 
 from haulier.units import MIB
 
-CLOSED_THRESHOLD: Final = 100
-"""Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not below one byte,
-because QEMU then skips the exact dirty count and stops at once."""
+CLOSED_THRESHOLD: Final = 1
+"""Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not zero, because QEMU
+then skips the exact dirty count and stops after its first pass, whatever the guest has dirtied meanwhile."""
 MIN_RATE_BPS: Final = 64_000.0
 
 
@@ -61,8 +61,12 @@ def window(rate_bps: float, rtt_s: float, ending: bool) -> Window:
 
 
 def switchover_bandwidth(threshold: int, downtime_ms: int) -> int:
-    """``avail-switchover-bandwidth`` (bytes/s) that makes QEMU stop the guest below `threshold` pending bytes."""
-    return max(1, -(-threshold * 1000 // downtime_ms))
+    """``avail-switchover-bandwidth`` (bytes/s) that makes QEMU stop the guest below `threshold` pending bytes.
+
+    QEMU divides it by 1000 without a remainder before it multiplies with the downtime limit, so less than 1000 would
+    mean a threshold of nothing; the least that can be asked for is `downtime_ms` bytes.
+    """
+    return max(1, round(threshold / downtime_ms)) * 1000
 
 
 class Step(enum.StrEnum):

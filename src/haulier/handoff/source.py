@@ -116,6 +116,7 @@ class SourceHandoff:
         self._rounds: DiskRounds | None = None
         self._sender: DiskSender | None = None
         self._began = False
+        self._prepared = False
         self._granted = False
         self._refused = False
         self._ending = False
@@ -244,7 +245,11 @@ class SourceHandoff:
         self._control = Control(session, self.job.peer, self._check)
         session.wait_connected(CONNECT_S)
         self._control.compare_clocks()
-        if not accept.manifest:
+        if accept.manifest:
+            # The target's QEMU starts while the disk is being sent. Not so where the base is missing there: it reads
+            # the disk's first sector when it starts.
+            self._prepare_memory(accept)
+        else:
             self._control.send(Base(self._manifest.encode()))
             self._control.wait(BaseReady, 120)
         self._observe()
@@ -328,10 +333,11 @@ class SourceHandoff:
         assert self._session is not None and self._control is not None
         self.progress.phase("memory", "sending memory while the guest runs")
         base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
-        self._control.send(PrepareMemory(accept.memory_base))
+        if not self._prepared:
+            self._prepare_memory(accept)
         level = self.job.options.level or (9 if self._rate < SLOW_LINK_BPS else 3)
         proxy = SourceProxy(self.directory / "mirror", base, self._finder, level=level)
-        self._wait_prepared()
+        self._control.wait(MemoryReady, 90)
         ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         qemus.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, QEMU_SNDBUF)
         self._pump = MemoryPump(ours, proxy, self._session, self._window)
@@ -353,9 +359,10 @@ class SourceHandoff:
             qemus.close()
         self._pump.start()
 
-    def _wait_prepared(self) -> None:
+    def _prepare_memory(self, accept: Accept) -> None:
         assert self._control is not None
-        self._control.wait(MemoryReady, 90)
+        self._control.send(PrepareMemory(accept.memory_base))
+        self._prepared = True
 
     def _window(self) -> Window:
         assert self._session is not None

@@ -187,6 +187,8 @@ class TargetHandoff:
         space = block_space(self._store, manifest, golden)
         name = incoming_name(self.job.handoff)
         self._space = space
+        # Before the first message: from then on only commits write it.
+        self._store.save_manifest(name, manifest)
         self._receiver = DiskReceiver(
             self._store,
             manifest,
@@ -223,8 +225,6 @@ class TargetHandoff:
         name = incoming_name(self.job.handoff)
         paths.prepare()
         with self._lock:
-            if name not in self._store.manifest_names(name):
-                self._store.save_manifest(name, self._receiver.manifest)
             self._export = DiskExport.start(self.site.store, name, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log)
         create_overlay(paths.overlay, spec.disk_size)
         tap = None

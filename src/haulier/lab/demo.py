@@ -36,6 +36,10 @@ from haulier.lab.topology import parse_rate, parse_time
 
 GUEST = "web1"
 SETTLE_S = 8.0
+WORK = {"pages_per_s": 150, "hot_pages": 2000, "files_per_s": 0.25, "file_kib": 256, "random_share": 0.1}
+"""What the guest does all the time; a tenth of its working set cannot be compressed, the rest is like records with
+text. It has read some of its own files before, as any guest has that was up for a while."""
+WORK |= {"read_mib": 64, "seed": 7}
 STOCK_PORT = 7600
 
 
@@ -185,7 +189,8 @@ class Demo:
         workload = Workload(lab.lab, "client", GUEST_ADDRESS)
         with self._bar(f"the guest fills {self.options.working_set} MiB of memory and begins its work") as say:
             say(0.1, "filling")
-            workload.start(self.options.working_set)
+            self.result["guest"]["workload"] = WORK
+            workload.start(self.options.working_set, **WORK)
             for step in range(20):
                 say(0.5 + step / 40, "settling")
                 time.sleep(SETTLE_S / 20)
