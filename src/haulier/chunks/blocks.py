@@ -222,6 +222,8 @@ class StoreBlockFinder:
 
 def hash_pages(pages: U8) -> U64:
     """xxh3-64 of each 4096-byte row."""
+    if not len(pages):
+        return np.empty(0, dtype=np.uint64)
     flat = np.ascontiguousarray(pages).data.cast("B")
     return np.fromiter(
         (xxh3_64_intdigest(flat[at : at + BLOCK]) for at in range(0, len(flat), BLOCK)),

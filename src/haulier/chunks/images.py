@@ -51,6 +51,7 @@ def import_image(store: ChunkStore, name: str, file: Path, progress: Progress | 
             if kind == "raw":
                 return _import(store, name, file, source.fileno(), size, kind, progress)
         with tempfile.TemporaryFile(dir=store.path) as flat:
+            _check_qcow2(file)
             _convert(file, flat.fileno(), size, store.path)
             return _import(store, name, file, flat.fileno(), size, kind, progress)
     except FileNotFoundError:
@@ -104,6 +105,13 @@ def _qemu_img_info(file: Path, kind: str | None) -> dict[str, Any]:
         raise Corrupt(f"{file} cannot be read as an image: {_last_line(done.stderr)}; fetch it again")
     info: dict[str, Any] = json.loads(done.stdout)
     return info
+
+
+def _check_qcow2(file: Path) -> None:
+    """Refuse what qemu-img convert would silently fill with zeros, such as an image that was cut short."""
+    done = _run(["qemu-img", "check", "-q", "-f", "qcow2", str(file.absolute())])
+    if done.returncode not in (0, 3):  # 3: leaked clusters, which hurt nobody
+        raise Corrupt(f"{file} is damaged or cut short: {_last_line(done.stderr)}; fetch it again")
 
 
 def _convert(file: Path, fd: int, size: int, folder: Path) -> None:
