@@ -68,7 +68,7 @@ def test_holes_are_not_read(store: ChunkStore, tmp_path: Path, monkeypatch: pyte
         read.append(len(buffers[0]))
         return real(fd, buffers, offset)
 
-    monkeypatch.setattr(images.os, "preadv", count)
+    monkeypatch.setattr(os, "preadv", count)
     manifest = import_image(store, "a", file)
     assert manifest[(3 << 30) // CHUNK] == name(1)
     assert sum(read) < 2 * MIB
@@ -86,7 +86,7 @@ def test_a_file_system_without_holes_will_do(
     def refuse(fd: int, offset: int, whence: int) -> int:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(images.os, "lseek", refuse)
+    monkeypatch.setattr(os, "lseek", refuse)
     assert list(import_image(store, "a", file))[:3] == [ZERO, name(1), ZERO]
 
 
@@ -136,7 +136,12 @@ def test_a_backing_file_is_refused(store: ChunkStore, tmp_path: Path) -> None:
 
 
 def test_encryption_is_refused(store: ChunkStore, tmp_path: Path) -> None:
-    secret = ["--object", "secret,id=s,data=abcdefgh", "-o", "encrypt.format=luks,encrypt.key-secret=s"]
+    secret = [
+        "--object",
+        "secret,id=s,data=abcdefgh",
+        "-o",
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+    ]
     qemu_img("create", "-q", "-f", "qcow2", *secret, tmp_path / "a.qcow2", "1M")
     with pytest.raises(Unsupported, match="encrypted"):
         import_image(store, "a", tmp_path / "a.qcow2")

@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from xxhash import xxh3_64_intdigest
 
 from haulier.chunks import packs
+from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.packs import (
     ALIGN,
     HEADER,
@@ -20,6 +22,7 @@ from haulier.chunks.packs import (
     punch,
     walk,
 )
+from haulier.compress import zstd
 from haulier.errors import Corrupt, NoRoom
 from haulier.units import CHUNK
 from tests.chunks.samples import chunk, flip, name, soft_chunk
@@ -42,7 +45,7 @@ def append(writer: Writer, seed: int, level: int | None = None) -> Location:
 )
 def test_a_record_comes_back(tmp_path: Path, data: bytes, level: int | None, codec: int) -> None:
     writer = new_writer(tmp_path)
-    fp = packs.fingerprint(data)
+    fp = fingerprint(data)
     at = writer.append(*encode_record(fp, data, level))
     assert at.codec == codec
     assert at.offset % ALIGN == at.end % ALIGN == 0
@@ -68,9 +71,9 @@ def test_a_record_of_another_chunk_or_a_cut_one_is_refused(tmp_path: Path) -> No
 
 
 def test_a_compressed_record_does_not_inflate_without_bound(tmp_path: Path) -> None:
-    body = packs.zstd.compress(bytes(32 << 20))
+    body = zstd.compress(bytes(32 << 20))
     head = packs._RECORD.pack(b"HREC", 1, ZSTD, 0, len(body), 0, name(1), 0, 0)[:-8]
-    head += packs.xxh3_64_intdigest(head).to_bytes(8, "little")
+    head += xxh3_64_intdigest(head).to_bytes(8, "little")
     assert parse_record(head) == (name(1), len(body), ZSTD)
     assert decode_record(name(1), Location(1, 64, len(body), ZSTD), head + body) is None
 
@@ -94,7 +97,7 @@ def test_walk_steps_over_holes_and_damage(tmp_path: Path) -> None:
 def test_walk_ignores_a_magic_in_a_payload(tmp_path: Path) -> None:
     writer = new_writer(tmp_path)
     data = b"HREC".ljust(64, b"\0") * 1024
-    fp = packs.fingerprint(data)
+    fp = fingerprint(data)
     first = writer.append(*encode_record(fp, data, None))
     second = append(writer, 1)
     assert list(walk(writer.pack, writer.tail)) == [(fp, first), (name(1), second)]
@@ -168,13 +171,13 @@ def test_a_short_write_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(fd: int, data: bytes, offset: int) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packs.os, "pwritev", short)
+    monkeypatch.setattr(os, "pwritev", short)
     at = append(writer, 1)  # what was short is finished
     assert decode_record(name(1), at, writer.pack.read_record(at)) == chunk(1)
     with monkeypatch.context() as patch:
         real = os.pwrite
-        patch.setattr(packs.os, "pwritev", lambda fd, parts, offset: real(fd, b"".join(parts)[:1000], offset))
-        patch.setattr(packs.os, "pwrite", full)
+        patch.setattr(os, "pwritev", lambda fd, parts, offset: real(fd, b"".join(parts)[:1000], offset))
+        patch.setattr(os, "pwrite", full)
         with pytest.raises(NoRoom, match="no room left"):
             append(writer, 2)
     assert writer.tail == at.end == writer.pack.size() > tail
