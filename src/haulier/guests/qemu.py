@@ -17,7 +17,7 @@ import msgspec
 
 from haulier.errors import Conflict, GuestError, NoRoom, UnknownThing, Unsupported
 from haulier.guests.accel import Accelerator, QemuInfo, check_version, probe, qemu_binary, qemu_version
-from haulier.guests.agent import GuestAgent
+from haulier.guests.agent import GuestAgent, wait_for_agent
 from haulier.guests.command import NIC_ID, command_line, netdev, nic_device
 from haulier.guests.migration import Migration
 from haulier.guests.model import GuestSpec
@@ -162,6 +162,10 @@ class Qemu(Migration):
     def guest_agent(self, timeout: float = 10) -> GuestAgent:
         """A client of the agent inside the guest; close it after use (one at a time can be served)."""
         return GuestAgent(self.paths.qga_sock, name=self.spec.name, timeout=timeout)
+
+    def wait_agent(self, timeout: float = 120) -> None:
+        """Wait until the agent inside the guest answers. Raises `GuestError` if it does not, or QEMU ends."""
+        wait_for_agent(self.paths.qga_sock, name=self.spec.name, timeout=timeout, alive=self.alive).close()
 
     # -- told ----------------------------------------------------------------------------------------------------
 

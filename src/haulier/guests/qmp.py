@@ -247,7 +247,8 @@ class Qmp:
             return future.result(timeout)
         except concurrent.futures.TimeoutError:
             future.cancel()
-            raise GuestError(f"{self._who} did not answer {what} within {timeout:g} s") from None
+            hint = ": does another connection hold the socket?" if what == "connect" else ""
+            raise GuestError(f"{self._who} did not answer {what} within {timeout:g} s{hint}") from None
         except concurrent.futures.CancelledError:
             raise GuestError(f"{self._who} went away during {what}") from None
         except ExecuteError as err:
