@@ -237,6 +237,19 @@ def test_shutdown_of_a_guest_that_does_not_listen(place: Place) -> None:
     assert not qemu.paths.record.exists()
 
 
+def test_shutdown_does_not_run_a_copy_of_another_sites_guest(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(place)
+    pair.finish()
+    ran: list[str] = []
+    monkeypatch.setattr(Qemu, "cont", lambda self: ran.append(self.spec.name))
+    for qemu in (pair.source, pair.target):
+        mark = qemu.qmp.mark()
+        connection = qemu.qmp
+        assert qemu.shutdown(5) is False
+        assert not [e for e in connection.events(mark) if e.name == "RESUME"]
+    assert ran == []
+
+
 def test_a_guest_that_powers_off_by_itself_was_clean(place: Place) -> None:
     qemu = place.start()
     qemu.qmp.execute("quit")

@@ -12,6 +12,7 @@ import json
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -198,13 +199,16 @@ class GuestAgent:
         return reply[key]
 
 
-def wait_for_agent(path: Path | str, *, name: str = "", timeout: float = 120, alive: Any = None) -> GuestAgent:
+def wait_for_agent(
+    path: Path | str, *, name: str = "", timeout: float = 120, alive: Callable[[], bool] | None = None
+) -> GuestAgent:
     """A client as soon as the agent answers. `alive` (a callable) ends the wait early when it gives False."""
     deadline = time.monotonic() + timeout
+    patience = 1.0
     while True:
         left = deadline - time.monotonic()
         try:
-            return GuestAgent(path, name=name, timeout=max(0.2, min(2.0, left)))
+            return GuestAgent(path, name=name, timeout=max(0.2, min(patience, left)))
         except GuestError as err:
             if alive is not None and not alive():
                 raise GuestError(f"guest {name} ended while its agent was awaited") from err
@@ -212,4 +216,6 @@ def wait_for_agent(path: Path | str, *, name: str = "", timeout: float = 120, al
                 raise GuestError(
                     f"guest agent of {name} did not answer within {timeout:g} s: is it in the image?"
                 ) from err
+        # A guest on a busy host may take seconds for one answer: asking anew each second would never hear it.
+        patience = min(15.0, patience * 1.5)
         time.sleep(0.05)

@@ -119,6 +119,16 @@ class Golden:
                 raise Corrupt(f"golden snapshot {path} has no {file.name}: remove it and warm the image again")
         return golden
 
+    def verify(self) -> None:
+        """Raises `Corrupt` if the memory is not what the id stands for (hashed once; the result lies beside it)."""
+        base = MemoryBase.from_mapped_ram(self.memory)
+        try:
+            found = base.digest.hex()
+        finally:
+            base.close()
+        if found != self.meta.memory:
+            raise Corrupt(f"the memory of golden snapshot {self.path} is damaged: remove it and warm the image again")
+
     def spec(self, name: str, *, address: str = "", gateway: str = "", mac: str = "") -> GuestSpec:
         """A fresh guest that can be born from this snapshot."""
         return new_spec(
@@ -198,7 +208,7 @@ def make_golden(
     vcpus: int = 1,
     machine: str = DEFAULT_MACHINE,
     cpu: str = DEFAULT_CPU,
-    free_page_hint: bool = True,
+    free_page_hint: bool = False,
     accel: Accelerator | None = None,
     ram_dir: Path | None = None,
     netns: str | None = None,
@@ -377,7 +387,9 @@ class _Maker:
     def _keep(self, spec: GuestSpec, image: Manifest, manifest: Manifest, accel: Accelerator) -> Golden:
         self._say(0.8, "taking digests")
         memory = self.half / "memory"
-        meta = self._meta(spec, image, manifest, accel, MemoryBase.from_mapped_ram(memory).digest)
+        base = MemoryBase.from_mapped_ram(memory)
+        meta = self._meta(spec, image, manifest, accel, base.digest)
+        base.close()
         self._say(0.9, "indexing blocks")
         BlockIndex.build(self.store, block_fingerprints(manifest)).save(self.half / "blocks.idx")
         (self.half / "meta.json").write_bytes(msgspec.json.format(msgspec.json.encode(meta)))

@@ -49,8 +49,12 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     `disk_size` is in bytes; `golden` is the id of the golden snapshot it was born from, "" if it was booted;
     `address` is an interface address such as "10.77.0.10/24", "" for a guest without one; `vmgenid` is the
-    generation id that QEMU shows to the guest, the same at both ends of a handoff; `free_page_hint` lets the
-    guest's balloon driver name its free pages while it is handed over (a device feature, so it is part of the spec).
+    generation id that QEMU shows to the guest, the same at both ends of a handoff.
+
+    `free_page_hint` lets the guest's balloon driver name its free pages while it is handed over (a device feature, so
+    it is part of the spec). It is off because pages that the driver holds when the guest stops keep their old contents
+    at the target: harmless to the guest, but then memory cannot be compared. An image that boots with `init_on_free=1`
+    gains the same without it: its free pages are zero.
     """
 
     name: str
@@ -66,7 +70,7 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     machine: str = DEFAULT_MACHINE
     cpu: str = DEFAULT_CPU
     vmgenid: str
-    free_page_hint: bool = True
+    free_page_hint: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -110,7 +114,7 @@ def new_spec(
     mac: str = "",
     machine: str = DEFAULT_MACHINE,
     cpu: str = DEFAULT_CPU,
-    free_page_hint: bool = True,
+    free_page_hint: bool = False,
 ) -> GuestSpec:
     """A guest that never was before: fresh uuid, vmgenid and (unless given) MAC."""
     return GuestSpec(

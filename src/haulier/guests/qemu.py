@@ -208,13 +208,12 @@ class Qemu(Migration):
     def shutdown(self, deadline_s: float = 60) -> bool:
         """Ask the guest to power off, through its agent or by ACPI; quit QEMU if it has not within `deadline_s`.
 
-        True if the guest shut itself down. Its files are cleared either way, like `quit`.
+        True if the guest shut itself down. Its files are cleared either way, like `quit`. A guest that does not run is
+        not made to run for this: it may be a copy whose owner is another site.
         """
         deadline = time.monotonic() + deadline_s
         try:
-            if self.status() != "running":
-                self.cont()
-            clean = self._power_off(deadline)
+            clean = self.status() == "running" and self._power_off(deadline)
         except GuestError:
             clean = not self.alive()
         self.quit()
