@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -276,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--skip-stock", action="store_true", help="leave stock QEMU out")
     parser.add_argument("--stock-timeout", type=float, default=240.0, help="seconds after which stock QEMU is given up")
     parser.add_argument("--keep", action="store_true", help="keep the sites' directories for a look")
+    parser.add_argument("--svg", metavar="FILE", help="draw the tables into FILE")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 110)
@@ -286,6 +288,10 @@ def main(arguments: list[str] | None = None) -> int:
     except HaulierError as error:
         console.print(f"[red]error:[/] {error}")
         return error.exit_code
+    if options.svg:
+        shown = Console(record=True, width=110, file=io.StringIO())
+        show(result, shown)
+        shown.save_svg(options.svg, title="scripts/demo")
     show(result, console)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -143,9 +143,11 @@ class StockMigration:
 
     def _in_time(self, deadline: float) -> None:
         ram = self.source.query_migrate().get("ram", {})
-        self._say(
-            f"round {ram['dirty-sync-count']}, {ram['remaining'] >> 20} MiB left" if ram else "mirroring the disk"
-        )
+        if self._progress is not None:
+            left = (
+                f"round {ram['dirty-sync-count']}, {ram['remaining'] >> 20} MiB left" if ram else "mirroring the disk"
+            )
+            self._progress((time.monotonic() - self._began) / self._give_up_s, left)
         if time.monotonic() > deadline:
             raise TimeoutError
         time.sleep(0.05)
