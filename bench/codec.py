@@ -2,13 +2,14 @@
 
 The stream is made here, with the proportions of guests that were measured (restored from a golden snapshot, worked on,
 then handed over in several rounds): three fifths of memory free; of the rest two fifths as in the snapshot, a third
-blocks of the disk, the others new; then rounds in which a tenth of memory is dirtied again
-by a few words a page. Contents are this system's own libraries and texts, so ratios differ a little
-between machines; both contestants see the same bytes.
+blocks of the disk, the others new; then rounds in which a tenth of memory is dirtied again by a few words a page.
+Contents are this system's own libraries and texts, so ratios differ a little between machines; all contestants see the
+same bytes. Level 1 is what fast links get, 3 links from 50 Mbps on, 9 those below.
 """
 
 from __future__ import annotations
 
+import shutil
 import struct
 import tempfile
 import time
@@ -216,10 +217,16 @@ def haulier(guest: Guest, folder: Path, level: int, base: MemoryBase | None, dis
     return Outcome(wire, source, target)
 
 
+def memory_disk(size: int) -> str | None:
+    """Where mirrors usually live: a tmpfs, if there is one with that much room."""
+    shared = Path("/dev/shm")
+    return str(shared) if shared.is_dir() and shutil.disk_usage(shared).free > size else None
+
+
 def run(quick: bool) -> Report:
     guest = make(192 if quick else 512)
     raw = len(guest.stream)
-    with tempfile.TemporaryDirectory(prefix="haulier-bench-codec-") as name:
+    with tempfile.TemporaryDirectory(prefix="haulier-bench-codec-", dir=memory_disk(4 * guest.before.nbytes)) as name:
         folder = Path(name)
         mirror = Mirror.create(folder / "golden", {"ram0": guest.before.nbytes})
         there = np.flatnonzero(guest.before.any(axis=1))
@@ -232,10 +239,11 @@ def run(quick: bool) -> Report:
             "haulier -3, nothing shared": lambda: haulier(guest, folder, 3, None, None),
             "haulier -3, golden": lambda: haulier(guest, folder, 3, base, None),
             "haulier -3, golden and disk": lambda: haulier(guest, folder, 3, base, guest.disk),
+            "haulier -1, golden and disk": lambda: haulier(guest, folder, 1, base, guest.disk),
             "haulier -9, golden and disk": lambda: haulier(guest, folder, 9, base, guest.disk),
         }
         outcomes: dict[str, list[Outcome]] = {what: [] for what in contestants}
-        for _ in range(1 if quick else 3):
+        for _ in range(3 if quick else 5):
             for what, contestant in contestants.items():
                 outcomes[what].append(contestant())
         base.close()
@@ -253,13 +261,16 @@ def run(quick: bool) -> Report:
             }
         )
     by_name = {str(row["codec"]): row for row in rows}
-    full = by_name["haulier -3, golden and disk"]
-    golden = by_name["haulier -3, golden"]
+    full, fast = by_name["haulier -3, golden and disk"], by_name["haulier -1, golden and disk"]
     return Report(
         rows,
         [
-            Target.at_least("golden base, source, raw MB/s per core", float(str(golden["source MB/s"])), 350),
-            Target.at_least("golden base and disk, source, raw MB/s per core", float(str(full["source MB/s"])), 350),
+            Target.at_least(
+                "source, level 1, golden and disk, raw MB/s per core", float(str(fast["source MB/s"])), 350
+            ),
+            Target.at_least(
+                "source, level 3, golden and disk, raw MB/s per core", float(str(full["source MB/s"])), 350
+            ),
             Target.at_least(
                 "wire bytes of zstd -3 over ours with golden and disk, ratio",
                 float(str(full["ratio"])) / float(str(by_name["zstd -3"]["ratio"])),

@@ -94,8 +94,10 @@ class PageEncoder:
         """The batch, valid until the next call. Applies it to the mirror: the peer must get it."""
         ops: list[int] = []
         raws: list[bytes] = []
-        indexes: list[NDArray[np.int64]] = []
-        page_runs: list[bool] = []
+        addresses: list[NDArray[np.uint64]] = []
+        first: list[int] = []
+        counts: list[int] = []
+        paged_flags = bytearray()
         pages = self._room(sum(len(token.pages) for token in tokens if isinstance(token, Pages)))
         at = 0
         for token in tokens:
@@ -106,13 +108,17 @@ class PageEncoder:
                 paged = isinstance(token, Pages)
                 count = len(token.addresses)
                 ops += ((_OP_PAGES if paged else _OP_ZEROS) | (_OP_FIRST if token.first else 0), count)
-                indexes.append((token.addresses // PAGE).astype(np.int64) + self.mirror.first[token.block])
-                page_runs.append(paged)
+                addresses.append(token.addresses)
+                first.append(self.mirror.first[token.block])
+                counts.append(count)
+                paged_flags += (b"\1" if paged else b"\0") * count
                 if isinstance(token, Pages):
                     pages[at : at + count] = token.pages
                     at += count
-        gidx = np.concatenate(indexes) if indexes else np.zeros(0, np.int64)
-        paged_rows = np.repeat(np.array(page_runs, np.bool_), [len(index) for index in indexes])
+        gidx = np.repeat(np.array(first, np.int64), np.array(counts, np.int64))
+        if addresses:
+            gidx += np.concatenate(addresses).view(np.int64) // PAGE
+        paged_rows = np.frombuffer(paged_flags, np.bool_)
         kinds, blocks, bases, masks, words = self._kinds(gidx[paged_rows], pages)
         _apply(self.mirror, gidx, paged_rows, kinds, pages)
         raw = b"".join(raws)

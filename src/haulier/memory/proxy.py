@@ -145,10 +145,11 @@ class SourceProxy:
         self.counters.raw_bytes += len(data)
         out: list[WireBatch] = []
         for token in self._parse(data):
-            if self._token_bytes + token.size > self._batch_bytes:
+            size = token.size
+            if self._token_bytes + size > self._batch_bytes:
                 out += self.flush()
             self._tokens.append(token)
-            self._token_bytes += token.size
+            self._token_bytes += size
         if self._token_bytes >= self._batch_bytes:
             out += self.flush()
         return out

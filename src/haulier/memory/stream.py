@@ -33,6 +33,7 @@ _U32: Final = struct.Struct(">I")
 _PAGE_GOES_ON: Final = q.PAGE_DATA | q.CONTINUE
 _ZERO_GOES_ON: Final = q.ZERO | q.CONTINUE
 _PROBE: Final = 8
+_FLAG_BYTES: Final = np.uint16(0xFF0F)
 _ADDRESS: Final = np.uint64(0xFFFFFFFFFFFFFFFF ^ q.FLAGS)
 _SECTIONS: Final[dict[int, MarkKind]] = {q.START: "setup", q.PART: "part", q.END: "end"}
 
@@ -383,9 +384,11 @@ class StreamParser:
             at += stride
         if fit <= _PROBE:
             return fit
-        low = np.ndarray((fit - _PROBE,), ">u2", buffer, start + _PROBE * stride + 6, (stride,)) & np.uint16(q.FLAGS)
-        other = low != flags
-        return _PROBE + (int(other.argmax()) if other.any() else fit - _PROBE)
+        # The two bytes that hold the flags, read little-endian as they are: swapping them all would cost more.
+        low = np.ndarray((fit - _PROBE,), "<u2", buffer, start + _PROBE * stride + 6, (stride,))
+        other = (low & _FLAG_BYTES) != flags << 8
+        end = int(other.argmax())
+        return _PROBE + (end if other[end] else fit - _PROBE)
 
     def _addresses(self, start: int, stride: int, count: int, first: bool) -> NDArray[np.uint64]:
         if self._block is None:
@@ -395,10 +398,8 @@ class StreamParser:
         if first:
             heads[0] = head
         heads &= _ADDRESS
-        if int(heads.max()) >= self._limit:
-            raise Corrupt(
-                f"a page at {int(heads.max()):#x}, beyond the end of RAM block {self._block!r}, {self._where()}"
-            )
+        if (highest := int(np.maximum.reduce(heads))) >= self._limit:
+            raise Corrupt(f"a page at {highest:#x}, beyond the end of RAM block {self._block!r}, {self._where()}")
         position = self._first_page[self._block] + head // PAGE
         if not self.device_state and (position < self._position or not self.rounds):
             self.rounds += 1
