@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from haulier.agent.site import default_root
@@ -17,7 +18,11 @@ def agent(*, root: Root = None) -> None:
     where = root or default_root()
     site = Site.load(where)
     form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handlers: list[logging.Handler] = [logging.FileHandler(site.root / "agent.log"), logging.StreamHandler(sys.stderr)]
+    file = logging.FileHandler(site.root / "agent.log")
+    handlers: list[logging.Handler] = [file]
+    if not os.path.sameopenfile(file.stream.fileno(), sys.stderr.fileno()):
+        # otherwise the caller has sent stderr to that file, and each line would stand in it twice
+        handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
         handler.setFormatter(form)
     logging.basicConfig(level=logging.INFO, handlers=handlers)
