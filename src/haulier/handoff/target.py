@@ -188,7 +188,7 @@ class TargetHandoff:
         name = incoming_name(self.job.handoff)
         self._space = space
         # Before the first message: from then on only commits write it.
-        self._store.save_manifest(name, manifest)
+        self._store.save_manifest(name, manifest, partial=True)
         self._receiver = DiskReceiver(
             self._store,
             manifest,
