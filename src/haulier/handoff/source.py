@@ -123,6 +123,7 @@ class SourceHandoff:
         self._rate = 0.0
         self._rates = RecentMost()
         self._disk_rounds: list[dict[str, Any]] = []
+        self._timeline: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
         self._stop_event: QmpEvent | None = None
         self._over = threading.Event()
@@ -407,6 +408,7 @@ class SourceHandoff:
             self._remaining = int(ram.get("remaining", self.spec.memory_bytes))
             reading = Reading(time.monotonic(), int(ram.get("dirty-sync-count", 0)), self._remaining, self._rate)
             self._ending = gate.near(reading)
+            self._note(reading, gate.is_open)
             self.progress.left(0, self._memory_left())
             step = gate.step(reading)
             if step is Step.DISK_ROUND:
@@ -422,6 +424,14 @@ class SourceHandoff:
                 with contextlib.suppress(GuestError):
                     self.qemu.qmp.wait_event("STOP", timeout=0.05 if self._ending else 0.15, since=self._mark)
         self.report["gate_attempts"] = gate.attempts
+
+    def _note(self, reading: Reading, gate_open: bool) -> None:
+        """One point of the report's time line, four a second."""
+        at = time.time() - self._marks["begin"]
+        if not self._timeline or at - self._timeline[-1]["at"] >= 0.25:
+            point = {"at": round(at, 3), "round": reading.rounds, "left": reading.remaining, "open": gate_open}
+            point |= {"wire": self.progress.status.wire_bytes, "rate_bps": round(reading.rate_bps)}
+            self._timeline.append(point)
 
     # -- switchover ------------------------------------------------------------------------------------------------
 
@@ -615,6 +625,7 @@ class SourceHandoff:
                 "kinds": counters.as_dict(),
                 "warnings": list(self._pump.proxy.warnings),
             },
+            "timeline": self._timeline,
             "disk": {"rounds": self._disk_rounds, "origin": self._sender.counters.as_dict()},
         }
 
