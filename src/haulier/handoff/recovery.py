@@ -93,7 +93,7 @@ def _recover_source(
         _end(site, journal, row, "failed")
         return True
     if state is State.AWAY:
-        retire(site, row.guest, row.id)
+        _retire(site, journal, row.guest, row.id)
         _end(site, journal, row, "done")
         return True
     _end(site, journal, row, "failed")
@@ -169,7 +169,7 @@ def handle(
         told += [(e.value, n) for e, n in lost.messages()]
     happened = happen(journal, guest, event, epoch, changes=_owner(handoff, event, site))
     _carry_out(site, journal, handoff, happened)
-    if handoff is not None and handoff.state != "ended" and happened.changed:
+    if handoff is not None and handoff.state != "ended" and happened.after != record:
         after = happened.after.state
         if after is State.OWNER and handoff.role == "target":
             settle_arrival(site, journal, handoff)
@@ -199,9 +199,14 @@ def _carry_out(site: Site, journal: Journal, row: HandoffRow | None, happened: H
         elif action is Action.DISCARD_COPY:
             discard_copy(site, guest, handoff)
         elif action is Action.RETIRE:
-            retire(site, guest, handoff)
+            _retire(site, journal, guest, handoff)
         elif action is Action.RUN_COPY and row is not None:
             settle_arrival(site, journal, row)
+
+
+def _retire(site: Site, journal: Journal, guest: str, handoff: str) -> None:
+    retire(site, guest, handoff)
+    journal.advance(guest, "away", "away", manifest="")
 
 
 def _ask(messenger: Callable[[str], Messenger], row: HandoffRow, event: Event, epoch: int) -> list[tuple[Event, int]]:

@@ -119,12 +119,17 @@ def discard_copy(site: Site, guest: str, handoff: str) -> None:
 
 
 def retire(site: Site, guest: str, handoff: str) -> None:
-    """Clears away an original whose guest runs elsewhere now. Its chunks stay under `retained_name`."""
+    """Clears away an original whose guest runs elsewhere now. Its chunks stay under `retained_name`.
+
+    That is the disk as it was handed over, or, where a crash kept that from being noted, as it was before.
+    """
     clear(site, guest)
     with ChunkStore(site.store) as store:
-        if incoming_name(handoff) in store.manifest_names(incoming_name(handoff)):
-            store.save_manifest(retained_name(guest), store.load_manifest(incoming_name(handoff)))
-            _drop(store, incoming_name(handoff))
+        for name in (incoming_name(handoff), manifest_name(guest)):
+            if name in store.manifest_names(name):
+                store.save_manifest(retained_name(guest), store.load_manifest(name))
+                break
+        _drop(store, incoming_name(handoff))
         _drop(store, manifest_name(guest))
         store.drop_lease(lease_of(handoff))
 

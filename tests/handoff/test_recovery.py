@@ -1,0 +1,339 @@
+"""What is left of a handoff whose worker died: every state of either side is brought to its end, whatever is heard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from haulier.handoff import recovery
+from haulier.handoff.journal import HandoffRow
+from haulier.handoff.ownership import Event, State
+from haulier.handoff.recovery import handle
+from tests.handoff.hosts import GUEST, HANDOFF, Host, Hosts
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
+    hosts = Hosts(tmp_path, monkeypatch)
+    yield hosts
+    hosts.close()
+
+
+def assert_cleared(host: Host, *manifests: str) -> None:
+    """Nothing of the guest is left but these manifests."""
+    assert host.qemu is None
+    assert host.files() == []
+    assert host.manifests() == list(manifests)
+    assert host.leases() == []
+    assert not (host.site.handoff_root(HANDOFF) / "mirror").exists()
+
+
+def again(hosts: Hosts, host: Host) -> None:
+    """Recovery once more, as if the agent had died before it noted the end: nothing more happens."""
+    before = (host.row, host.qemu, host.files(), host.manifests())
+    done = list(host.done)
+    host.journal.update_handoff(HANDOFF, state="running", outcome="", ended=0.0)
+    assert hosts.recover(host)
+    assert (host.row, host.qemu, host.files(), host.manifests()) == before
+    assert [what for what in host.done[len(done) :] if what in ("kill", "cont", "resume")] == []
+
+
+# -- the source ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize("status", ["running", "postmigrate", "paused", None])
+def test_before_the_token_the_guest_runs_on_at_the_source(hosts: Hosts, status: str | None, reachable: bool) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.OFFERED, 3, 4, role="source")
+    oslo.qemu, hosts.lisbon.reachable = status, reachable
+    assert hosts.recover(oslo)
+    assert (oslo.state, oslo.row.epoch, oslo.row.pending, oslo.row.last_epoch) == (State.OWNER, 3, 0, 4)
+    assert oslo.qemu == ("running" if status else None)
+    assert hosts.said == [("lisbon", "abort", 4)]
+    assert (oslo.handoff.state, oslo.handoff.outcome) == ("ended", "failed")
+    assert oslo.manifests() == [f"guest/{GUEST}"] and oslo.leases() == []
+    assert oslo.files() == ["overlay.qcow2"]
+    assert oslo.row.manifest == f"guest/{GUEST}" and oslo.row.wanted == "running"
+    again(hosts, oslo)
+
+
+def test_a_crash_between_the_record_and_the_resumption(hosts: Hosts) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.OWNER, 3, 0, role="source", last=4)
+    oslo.qemu = "postmigrate"
+    assert hosts.recover(oslo)
+    assert oslo.done == ["resume"] and oslo.handoff.outcome == "failed"
+    assert oslo.leases() == []
+    again(hosts, oslo)
+
+
+def test_a_token_without_an_answer_keeps_the_guest_stopped_and_is_repeated(hosts: Hosts) -> None:
+    oslo, lisbon = hosts.both
+    oslo.record(State.GRANTED, 3, 4, role="source")
+    oslo.qemu, lisbon.reachable = "postmigrate", False
+    for _ in range(3):
+        assert not hosts.recover(oslo)
+    assert hosts.said == [("lisbon", "token", 4)] * 3
+    assert oslo.state is State.GRANTED and oslo.qemu == "postmigrate" and oslo.done == []
+    assert oslo.handoff.state == "running"
+
+
+def test_the_token_is_taken_by_way_of_the_agents(hosts: Hosts) -> None:
+    oslo, lisbon = hosts.both
+    oslo.record(State.GRANTED, 3, 4, role="source")
+    lisbon.record(State.READY, 0, 4, role="target")
+    oslo.qemu, lisbon.qemu = "postmigrate", "paused"
+    assert hosts.recover(oslo)
+    assert (oslo.state, lisbon.state) == (State.AWAY, State.OWNER)
+    assert (lisbon.row.epoch, lisbon.row.owner, lisbon.row.wanted) == (4, "lisbon", "running")
+    assert (oslo.row.owner, oslo.row.epoch, oslo.row.wanted) == ("lisbon", 0, "")
+    assert hosts.runners() == ["lisbon"] and lisbon.done == ["cont"]
+    assert_cleared(oslo, f"retained/{GUEST}")
+    assert oslo.row.manifest == "", "there is no such manifest any more"
+    assert lisbon.row.manifest == f"guest/{GUEST}" and f"guest/{GUEST}" in lisbon.manifests()
+    assert lisbon.leases() == []
+    assert {host.handoff.outcome for host in hosts.both} == {"done"}
+    again(hosts, oslo)
+    again(hosts, lisbon)
+
+
+def test_a_token_for_a_copy_that_has_gone_comes_back(hosts: Hosts) -> None:
+    oslo, lisbon = hosts.both
+    oslo.record(State.GRANTED, 3, 4, role="source")
+    lisbon.record(State.READY, 0, 4, role="target")
+    oslo.qemu, lisbon.qemu = "postmigrate", None
+    assert hosts.recover(oslo)
+    assert (oslo.state, lisbon.state) == (State.OWNER, State.REFUSED)
+    assert oslo.row.epoch == 5, "the granted epoch is burnt"
+    assert hosts.runners() == ["oslo"]
+    assert_cleared(lisbon)
+    assert (oslo.handoff.outcome, lisbon.handoff.outcome) == ("failed", "failed")
+    assert oslo.row.manifest == f"guest/{GUEST}"
+
+
+def test_an_answer_that_was_lost_is_given_again(hosts: Hosts) -> None:
+    oslo, lisbon = hosts.both
+    oslo.record(State.GRANTED, 3, 4, role="source")
+    lisbon.record(State.OWNER, 4, 0, role="target")
+    oslo.qemu, lisbon.qemu = "postmigrate", "running"
+    assert hosts.recover(oslo)
+    assert oslo.state is State.AWAY and lisbon.state is State.OWNER
+    assert lisbon.done == [], "it runs already"
+    assert_cleared(oslo, f"retained/{GUEST}")
+
+
+def test_a_crash_while_the_original_was_cleared_away(hosts: Hosts) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.AWAY, 0, 0, role="source", last=4)
+    oslo.qemu = "postmigrate"
+    assert hosts.recover(oslo)
+    assert_cleared(oslo, f"retained/{GUEST}")
+    assert oslo.handoff.outcome == "done" and oslo.row.manifest == ""
+    again(hosts, oslo)
+
+
+# -- the target ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize("status", ["inmigrate", "paused", None])
+def test_an_unfinished_copy_is_thrown_away(hosts: Hosts, status: str | None, reachable: bool) -> None:
+    oslo, lisbon = hosts.both
+    lisbon.record(State.RECEIVING, 0, 4, role="target")
+    lisbon.qemu, oslo.reachable = status, reachable
+    assert hosts.recover(lisbon)
+    assert (lisbon.state, lisbon.row.pending) == (State.REFUSED, 0)
+    assert hosts.said == [("oslo", "refused", 4)]
+    assert_cleared(lisbon)
+    assert lisbon.handoff.outcome == "failed"
+    again(hosts, lisbon)
+
+
+def test_a_finished_copy_waits_stopped_while_nobody_answers(hosts: Hosts) -> None:
+    oslo, lisbon = hosts.both
+    lisbon.record(State.READY, 0, 4, role="target")
+    lisbon.qemu, oslo.reachable = "paused", False
+    for _ in range(2):
+        assert not hosts.recover(lisbon)
+    assert lisbon.state is State.READY and lisbon.qemu == "paused" and lisbon.done == []
+    assert hosts.said == [("oslo", "ready", 4)] * 2
+
+
+def test_a_finished_copy_asks_and_gets_the_token(hosts: Hosts) -> None:
+    oslo, lisbon = hosts.both
+    oslo.record(State.GRANTED, 3, 4, role="source")
+    lisbon.record(State.READY, 0, 4, role="target")
+    oslo.qemu, lisbon.qemu = "postmigrate", "paused"
+    assert hosts.recover(lisbon)
+    assert lisbon.state is State.OWNER and hosts.runners() == ["lisbon"]
+    assert hosts.recover(oslo)
+    assert oslo.state is State.AWAY and hosts.runners() == ["lisbon"]
+
+
+def test_a_finished_copy_whose_source_gave_up_is_thrown_away(hosts: Hosts) -> None:
+    oslo, lisbon = hosts.both
+    oslo.record(State.OWNER, 3, 0, role="source", last=4)
+    lisbon.record(State.READY, 0, 4, role="target")
+    oslo.qemu, lisbon.qemu = "running", "paused"
+    assert hosts.recover(lisbon)
+    assert lisbon.state is State.ABSENT
+    assert_cleared(lisbon)
+    assert hosts.runners() == ["oslo"]
+
+
+def test_a_finished_copy_that_died_is_refused(hosts: Hosts) -> None:
+    lisbon = hosts.lisbon
+    lisbon.record(State.READY, 0, 4, role="target")
+    assert hosts.recover(lisbon)
+    assert lisbon.state is State.REFUSED and hosts.said == [("oslo", "refused", 4)]
+    assert_cleared(lisbon)
+
+
+@pytest.mark.parametrize("status", ["paused", "running", None])
+def test_a_crash_between_the_token_and_the_first_instruction(hosts: Hosts, status: str | None, tmp_path: Path) -> None:
+    lisbon = hosts.lisbon
+    lisbon.record(State.OWNER, 4, 0, role="target")
+    lisbon.qemu = status
+    told = tmp_path / "told"
+    hook = tmp_path / "hook"
+    hook.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    hook.chmod(0o755)
+    object.__setattr__(lisbon.site, "moved_hook", str(hook))
+    assert hosts.recover(lisbon)
+    assert lisbon.qemu == ("running" if status else None)
+    assert lisbon.done == (["cont"] if status == "paused" else [])
+    if status == "paused":
+        assert told.read_text() == f"{GUEST} 10.77.0.10 oslo lisbon\n"
+    assert lisbon.row.manifest == f"guest/{GUEST}" and f"guest/{GUEST}" in lisbon.manifests()
+    assert lisbon.files() == ["overlay.qcow2"] and lisbon.leases() == []
+    assert lisbon.handoff.outcome == "done"
+    again(hosts, lisbon)
+
+
+# -- messages between agents ---------------------------------------------------------------------------------------
+
+
+def test_while_a_worker_lives_the_matter_is_its_own(hosts: Hosts) -> None:
+    lisbon = hosts.lisbon
+    lisbon.record(State.READY, 0, 4, role="target")
+    lisbon.qemu, hosts.worker_alive = "paused", True
+    for event in (Event.TOKEN, Event.ABORT):
+        assert handle(lisbon.site, lisbon.journal, GUEST, event, 4) == []
+    assert lisbon.state is State.READY and lisbon.qemu == "paused"
+
+
+@pytest.mark.parametrize(
+    ("event", "epoch", "answer", "state"),
+    [
+        (Event.TOKEN, 4, [("took", 4)], State.OWNER),
+        (Event.TOKEN, 3, [("refused", 3)], State.READY),
+        (Event.TOKEN, 9, [], State.READY),
+        (Event.ABORT, 4, [], State.ABSENT),
+        (Event.ABORT, 3, [], State.READY),
+        (Event.TOOK, 4, [], State.READY),
+        (Event.REFUSED, 4, [], State.READY),
+    ],
+)
+def test_what_a_waiting_copy_answers(
+    hosts: Hosts, event: Event, epoch: int, answer: list[tuple[str, int]], state: State
+) -> None:
+    lisbon = hosts.lisbon
+    lisbon.record(State.READY, 0, 4, role="target")
+    lisbon.qemu = "paused"
+    assert handle(lisbon.site, lisbon.journal, GUEST, event, epoch) == answer
+    assert lisbon.state is state
+    assert lisbon.qemu == {State.OWNER: "running", State.READY: "paused"}.get(state)
+    if event is Event.TOKEN and epoch == 4:
+        assert handle(lisbon.site, lisbon.journal, GUEST, event, epoch) == answer, "as often as it is asked"
+        assert lisbon.done == ["cont"]
+
+
+@pytest.mark.parametrize("event", [Event.READY, Event.TOKEN, Event.TOOK, Event.REFUSED, Event.ABORT])
+def test_messages_about_a_guest_that_was_never_here(hosts: Hosts, event: Event) -> None:
+    assert handle(hosts.lisbon.site, hosts.lisbon.journal, GUEST, event, 0) in ([], [("refused", 0)], [("took", 0)])
+    assert hosts.lisbon.journal.find_guest(GUEST) is None
+
+
+def test_a_late_took_clears_the_source_away(hosts: Hosts) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.GRANTED, 3, 4, role="source")
+    oslo.qemu = "postmigrate"
+    assert handle(oslo.site, oslo.journal, GUEST, Event.TOOK, 4) == []
+    assert oslo.state is State.AWAY and oslo.handoff.outcome == "done" and oslo.row.manifest == ""
+    assert_cleared(oslo, f"retained/{GUEST}")
+
+
+def test_a_running_owner_is_touched_by_no_message(hosts: Hosts) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.OFFERED, 3, 4, role="source")
+    oslo.qemu = "running"
+    before = oslo.row
+    for event in (Event.TOKEN, Event.TOOK, Event.ABORT, Event.READY):
+        handle(oslo.site, oslo.journal, GUEST, event, 4)
+    assert oslo.row == before and oslo.qemu == "running" and oslo.done == []
+
+
+def test_a_handoff_of_which_the_guest_knows_nothing_just_ends(hosts: Hosts) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.OFFERED, 3, 4, role="source")
+    oslo.qemu = "running"
+    oslo.journal.add_handoff(HandoffRow("h0", GUEST, "source", "lisbon"))
+    assert recovery.recover(oslo.site, oslo.journal, oslo.journal.handoff("h0"), hosts.messenger)
+    assert oslo.journal.handoff("h0").outcome == "failed"
+    assert oslo.state is State.OFFERED and hosts.said == []
+
+
+# -- both at once --------------------------------------------------------------------------------------------------
+
+CRASHES = [
+    # source, its QEMU, target, its QEMU, who must run it
+    (State.OFFERED, "running", None, None, "oslo"),
+    (State.OFFERED, "running", State.RECEIVING, "inmigrate", "oslo"),
+    (State.OFFERED, "finish-migrate", State.RECEIVING, "inmigrate", "oslo"),
+    (State.OFFERED, "postmigrate", State.READY, "paused", "oslo"),
+    (State.OFFERED, "postmigrate", State.REFUSED, None, "oslo"),
+    (State.GRANTED, "postmigrate", State.READY, "paused", "lisbon"),
+    (State.GRANTED, "postmigrate", State.READY, None, "oslo"),
+    (State.GRANTED, "postmigrate", State.OWNER, "paused", "lisbon"),
+    (State.GRANTED, "postmigrate", State.OWNER, "running", "lisbon"),
+    (State.AWAY, "postmigrate", State.OWNER, "running", "lisbon"),
+    (State.AWAY, None, State.OWNER, "paused", "lisbon"),
+]
+
+
+@pytest.mark.parametrize("order", ["source first", "target first", "target cannot be reached at first"])
+@pytest.mark.parametrize("crash", CRASHES, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[3]}")
+def test_whatever_died_one_site_runs_the_guest_and_nothing_hangs(
+    hosts: Hosts, crash: tuple[State, str | None, State | None, str | None, str], order: str
+) -> None:
+    source, source_qemu, target, target_qemu, runner = crash
+    oslo, lisbon = hosts.both
+    granted = source is State.GRANTED or source is State.OFFERED
+    oslo.record(source, 0 if source is State.AWAY else 3, 4 if granted else 0, role="source", last=4)
+    oslo.qemu = source_qemu
+    if target is not None:
+        owned = target is State.OWNER
+        pending = 0 if owned or target is State.REFUSED else 4
+        lisbon.record(target, 4 if owned else 0, pending, role="target", last=4)
+        lisbon.qemu = target_qemu
+    turns = [lisbon, oslo] if order == "target first" else [oslo, lisbon]
+    lisbon.reachable = not order.startswith("target cannot")
+    for _ in range(4):
+        for host in turns:
+            if host.journal.find_handoff(HANDOFF) is not None and host.handoff.state != "ended":
+                hosts.recover(host)
+            assert len(hosts.runners()) <= 1
+        lisbon.reachable = True
+    assert hosts.runners() == [runner]
+    owner = oslo if runner == "oslo" else lisbon
+    assert owner.state is State.OWNER
+    assert owner.row.manifest == f"guest/{GUEST}" and owner.row.wanted == "running"
+    other = lisbon if runner == "oslo" else oslo
+    if target is not None:
+        assert other.state in (State.AWAY, State.ABSENT, State.REFUSED)
+        assert other.qemu is None and (other.files() == [] or target is State.REFUSED)
+        assert other.handoff.state == "ended"
+    assert owner.handoff.state == "ended"
