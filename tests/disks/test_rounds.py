@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haulier.disks.nbd import Extent
-from haulier.disks.rounds import ZEROS, DiskRounds, HoldBack, clean_up, covered
+from haulier.disks.rounds import ZEROS, DiskRounds, HoldBack, clean_up, covered, runs
 from haulier.errors import Conflict, GuestError
 from haulier.units import CHUNK
 from tests.disks.qemus import Disk, qemu_with_disk
@@ -48,9 +48,18 @@ def test_nothing_dirty_is_ever_forgotten(rounds: list[set[int]]) -> None:
     for number, dirty in enumerate(rounds):
         for index in dirty:
             assert index in held or sent_at[index] >= number
-    twice = {i for a, b in itertools.pairwise(rounds) for i in a & b}
-    assert twice <= held
+    assert held == (rounds[-1] & rounds[-2] if len(rounds) > 1 else set())
     assert not hold.held
+
+
+@given(st.sets(st.integers(0, 200)), st.integers(0, 20))
+def test_runs_cover_and_bridge(indices: set[int], gap: int) -> None:
+    found = list(runs(indices, gap))
+    inside = {i for first, last in found for i in range(first, last + 1)}
+    assert indices <= inside
+    assert {i for run in found for i in run} <= indices
+    assert all(after - before > gap for (_, before), (after, _) in itertools.pairwise(found))
+    assert sum(1 for a, b in itertools.pairwise(sorted(indices)) if b - a > gap) == max(0, len(found) - 1)
 
 
 class FakeQmp:
@@ -150,6 +159,53 @@ def test_hot_chunks_wait_for_the_final_round(disk: Disk, tmp_path: Path) -> None
     with rounds.final() as last:
         assert {index: data[0] for index, data in last.items()} == {0: 3}
     rounds.stop()
+
+
+@pytest.mark.qemu
+def test_chunks_that_cooled_down_are_sent(disk: Disk, tmp_path: Path) -> None:
+    rounds = DiskRounds(disk.qmp, "disk0", tmp_path / "r.sock")
+    rounds.begin().close()
+    sent: list[list[int]] = []
+    for places in ((0,), (0, 5), (5,), ()):
+        for place in places:
+            disk.io(f"write -P {len(sent) + 1} {place * CHUNK} 4k")
+        with rounds.next() as this:
+            sent.append([index for index, _ in this.items()])
+    assert sent == [[0], [5], [0], [5]]
+    assert rounds.held_back == set()
+    with rounds.final() as last:
+        assert last.chunks == []
+    rounds.stop()
+
+
+@pytest.mark.qemu
+def test_an_interrupted_round_makes_nothing_hot(disk: Disk, tmp_path: Path) -> None:
+    rounds = DiskRounds(disk.qmp, "disk0", tmp_path / "r.sock")
+    rounds.begin().close()
+    disk.io("write -P 1 0 64k")
+    rounds.next().close()
+    with rounds.next() as this:
+        assert [index for index, _ in this.items()] == [0]
+    assert rounds.held_back == rounds.carried == set()
+    rounds.abort()
+
+
+@pytest.mark.qemu
+def test_a_round_that_failed_is_not_passed_over(disk: Disk, tmp_path: Path) -> None:
+    rounds = DiskRounds(disk.qmp, "disk0", tmp_path / "r.sock")
+    rounds.begin().close()
+    disk.io("write -P 1 0 64k")
+    moved = (tmp_path / "r.sock").rename(tmp_path / "elsewhere")
+    with pytest.raises(GuestError, match="cannot be reached"):
+        rounds.next()
+    moved.rename(tmp_path / "r.sock")
+    for go_on in (rounds.next, rounds.final, rounds.stop):
+        with pytest.raises(Conflict):
+            go_on()
+    rounds.abort()
+    with rounds.begin() as again:
+        assert again.chunks == [0]
+    rounds.abort()
 
 
 @pytest.mark.qemu

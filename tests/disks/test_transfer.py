@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.store import ChunkStore
 from haulier.disks import wire
 from haulier.disks.rounds import ZEROS
@@ -270,6 +272,28 @@ def test_a_full_target_is_a_clear_failure_at_the_source(tmp_path: Path) -> None:
         assert p.receiver.manifest == p.base
         assert p.commits == []
         store.close()
+
+
+@pytest.mark.root
+def test_a_disk_that_fills_up_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "disks-test", tmp_path / "target"], check=True)
+    try:
+        with pair(tmp_path, BASE, 600 * CHUNK) as p:
+            p.sender.offer_manifest()
+            p.sender.send_round([(9, noise(9))])
+            p.sender.commit()
+            before = p.receiver.manifest
+            with pytest.raises(NoRoom, match="gc"):
+                p.sender.send_round([(n, noise(n)) for n in range(10, 600)], ask=False)
+                p.sender.commit(final=True)
+            assert p.receiver.manifest == p.target.load_manifest("guest/web1") == before
+            assert not p.receiver.final and len(p.commits) == 1
+            for fp in before.unique():
+                p.target.get(fp)
+            assert p.source.has(fingerprint(noise(10)))  # the source threw nothing away
+    finally:
+        subprocess.run(["umount", "-l", tmp_path / "target"], check=True)
 
 
 def test_an_oserror_without_space_is_no_room(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ What a discard or a zero write freed is known from ``base:allocation`` and given
 marks most of a disk dirty, and reading that back would be half a second of downtime.
 
 A chunk found dirty in two rounds running is held back: it would be sent in every round only to be overwritten. It comes
-with the final round. Chunks of a round that was closed early (QEMU stopped meanwhile) come with the next one.
+with the first round that finds it clean again, or with the final one. Chunks of a round that was closed early (QEMU
+stopped meanwhile) come with the next one.
 """
 
 from __future__ import annotations
@@ -45,21 +46,27 @@ class QmpLike(Protocol):
 
 
 class HoldBack:
-    """Which dirty chunks are not worth sending yet: those that were dirty in the round before as well."""
+    """Which dirty chunks are not worth sending yet: those that were dirty in the round before as well.
+
+    A chunk is held for as long as that goes on, and sent once it has been left alone for a round: what piles up for the
+    final round is what is hot then, not all that ever was.
+    """
 
     def __init__(self) -> None:
         self.held: set[int] = set()
         self._before: set[int] = set()
 
-    def sort(self, dirty: set[int]) -> list[int]:
-        """The chunks of a round that are to be sent now, in order; the others go to `held`."""
-        self.held |= dirty & self._before
+    def sort(self, dirty: set[int]) -> set[int]:
+        """The chunks to be sent now, given those that are dirty in this round; the others are in `held`."""
+        hot = dirty & self._before
+        cooled = self.held - dirty
+        self.held = hot
         self._before = dirty
-        return sorted(dirty - self.held)
+        return (dirty - hot) | cooled
 
     def release(self) -> set[int]:
         """All that is held, to be sent now; nothing is held after that."""
-        held, self.held = self.held, set()
+        held, self.held, self._before = self.held, set(), set()
         return held
 
 
@@ -175,10 +182,11 @@ class DiskRounds:
         self._carried: set[int] = set()
         self._hold = HoldBack()
         self._final = False
+        self._broken = False
 
     @property
     def held_back(self) -> set[int]:
-        """Chunks that wait for the final round."""
+        """Chunks that are not sent for now, because they change in every round."""
         return set(self._hold.held)
 
     @property
@@ -192,7 +200,7 @@ class DiskRounds:
             raise Conflict(f"disk rounds of {self._node} have begun already")
         self._check_status()
         clean_up(self._qmp, self._node)
-        self._carried, self._hold, self._final = set(), HoldBack(), False
+        self._carried, self._hold, self._final, self._broken = set(), HoldBack(), False, False
         self._socket.unlink(missing_ok=True)
         address = {"type": "unix", "data": {"path": str(self._socket)}}
         self._qmp.execute("nbd-server-start", {"addr": address, "max-connections": 8})
@@ -217,6 +225,7 @@ class DiskRounds:
             {"type": "block-dirty-bitmap-add", "data": self._bitmap(number)},
             {"type": "block-dirty-bitmap-disable", "data": old},
         ]
+        self._broken = True
         self._qmp.execute("transaction", {"actions": actions})
         self._number = number
         self._export(last, {"bitmaps": [f"{PREFIX}{last}"]})
@@ -230,17 +239,17 @@ class DiskRounds:
             raise Conflict(f"the guest on {self._node} still runs: its last disk round cannot be read")
         self._close_open()
         last = self._number
-        self._final = True
+        self._final = self._broken = True
         self._qmp.execute("block-dirty-bitmap-disable", {"node": self._node, "name": f"{PREFIX}{last}"})
         self._export(last, {"bitmaps": [f"{PREFIX}{last}"]})
         context = f"{BITMAP_CONTEXT}{PREFIX}{last}"
-        return self._read_round(self._number + 1, context, bitmap=last, hold_back=False, extra=self._hold.release())
+        return self._read_round(self._number + 1, context, bitmap=last, hold_back=False)
 
     def stop(self) -> None:
         """After `final`: close its round and stop QEMU's NBD server. Everything must have been read."""
         self._close_open()
-        if self._carried:
-            raise Conflict(f"{len(self._carried)} chunks of the last disk round were not read; abort instead")
+        if self._broken or self._carried:
+            raise Conflict("the last disk round was not read to its end; abort instead")
         self._qmp.execute("nbd-server-stop")
         self._socket.unlink(missing_ok=True)
         self._number = -1
@@ -265,6 +274,9 @@ class DiskRounds:
             raise Conflict(f"disk rounds of {self._node} have not begun")
         if self._final:
             raise Conflict(f"disk rounds of {self._node} have had their final round; abort and begin again")
+        if self._broken:
+            # What that round would have found is known to nobody now.
+            raise Conflict(f"a disk round of {self._node} failed; abort and begin again")
 
     def _check_status(self) -> str:
         status = str(self._qmp.execute("query-status")["status"])
@@ -285,7 +297,6 @@ class DiskRounds:
         depth: bool = False,
         bitmap: int | None = None,
         hold_back: bool = True,
-        extra: set[int] | frozenset[int] = frozenset(),
     ) -> Round:
         export = f"{PREFIX}{bitmap if bitmap is not None else 0}"
         # One connection a context: QEMU answers a status request for all contexts of its connection, and allocation
@@ -295,28 +306,30 @@ class DiskRounds:
             extents = reader.extents(context)
             if depth:
                 extents = [Extent(e.offset, e.length, int(e.flags == 1)) for e in extents]
-            dirty = covered(extents, 1, whole=False) | self._carried
-            zeros = self._zeros(export, dirty)
+            dirty = covered(extents, 1, whole=False)
+            # Round 0 is everything since the manifest: old writes, no sign of a hot chunk.
+            chunks = self._hold.sort(dirty) if hold_back and not depth else dirty | self._hold.release()
+            chunks |= self._carried - self._hold.held
+            zeros = self._zeros(export, chunks)
         except BaseException:
             reader.close()
             raise
+        self._broken = False
         self._carried = set()
-        # Round 0 is everything since the manifest: old writes, no sign of a hot chunk.
-        chunks = self._hold.sort(dirty) if hold_back and not depth else sorted(dirty | extra)
-        self._open = Round(self, number, reader, dirty, chunks, zeros & set(chunks))
+        self._open = Round(self, number, reader, dirty, sorted(chunks), zeros)
         self._open_bitmap = bitmap
         return self._open
 
-    def _zeros(self, export: str, dirty: set[int]) -> set[int]:
-        """Those of the dirty chunks that read as zeros, found without reading them."""
-        if not dirty:
+    def _zeros(self, export: str, chunks: set[int]) -> set[int]:
+        """Those of the chunks that read as zeros, found without reading them."""
+        if not chunks:
             return set()
         found: set[int] = set()
         with NbdReader(self._socket, export, [nbdproto.ALLOCATION]) as reader:
-            for first, last in runs(dirty):
+            for first, last in runs(chunks):
                 part = reader.extents(nbdproto.ALLOCATION, first * CHUNK, (last + 1) * CHUNK)
                 found |= covered(part, nbdproto.STATE_ZERO, whole=True)
-        return found
+        return found & chunks
 
     def _close_open(self) -> None:
         if self._open is not None:
