@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ def qemu_with_disk(where: Path, base: dict[str, object], size: int) -> Iterator[
         command += ["-blockdev", json.dumps(node)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
-        wait_for(lambda: sock.exists() or process.poll() is not None)
+        # The socket is there a moment before anybody listens on it.
+        wait_for(lambda: _listens(sock) or process.poll() is not None)
         assert process.poll() is None
         qmp = Qmp(sock)
         try:
@@ -58,3 +60,12 @@ def qemu_with_disk(where: Path, base: dict[str, object], size: int) -> Iterator[
     finally:
         process.kill()
         process.wait()
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+        return True
