@@ -154,8 +154,12 @@ class SourceHandoff:
         self._start_memory(accept)
         self._converge()
         self._switch_over()
+        self._before_token()
         self._pass_token()
         self._finish()
+
+    def _before_token(self) -> None:
+        """Both sites are stopped and whole here, and the guest is still this site's: a place to look at both."""
 
     def _check(self) -> None:
         """Raises whatever stands against going on."""

@@ -287,7 +287,8 @@ def _make_fleet(lab: Lab, sites: dict[str, LabSite], hook: Path) -> None:
             site.haulier("site", "join", "--via", via, "--token", token, site.name, "--address", control, *bulk)
         config = site.root / "site.toml"
         text = config.read_text().replace('moved_hook = ""', f"moved_hook = {json.dumps(str(hook))}")
-        config.write_text(text)
+        # Labs of one host must not meet in a directory that is named after the site alone.
+        config.write_text(text + f"ram = {json.dumps(f'/dev/shm/haulier-{lab.name}-{site.name}')}\n")
         site.start_agent()
 
 
