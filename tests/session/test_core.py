@@ -124,7 +124,7 @@ def test_a_link_is_filled_with_a_short_queue(rate: float, delay: float) -> None:
     assert fill(wan, 25) >= 0.95 * rate
     (path,) = wan.a.core.paths()
     assert path.rate == pytest.approx(rate, rel=0.05)
-    assert path.in_flight <= rate * (2 * delay * 1.5 + 0.004) + 2 * path.frame_limit + 16 * 1024
+    assert path.in_flight <= rate * (2 * delay * 1.5 + 0.004) + 3 * path.frame_limit + 16 * 1024
 
 
 @pytest.mark.parametrize("urgent", [True, False])
@@ -211,6 +211,30 @@ def test_a_longer_way_is_noticed() -> None:
     before = received(wan)
     wan.run(limit_s=5)
     assert (received(wan) - before) / 5 >= 0.9 * 20 * MBPS
+
+
+def test_jitter_does_not_strangle_a_path() -> None:
+    wan = Wan([Link(20 * MBPS, 0.01, jitter=0.01)])
+    assert fill(wan, 20) >= 0.93 * 20 * MBPS
+
+
+@pytest.mark.parametrize("sleepy", [0.02, 0.06])
+def test_a_busy_peer_does_not_strangle_a_path(sleepy: float) -> None:
+    """Two processors and two guests under emulation: the peer's thread gets its turn late, again and again."""
+    wan = Wan([Link(10 * MBPS, 0.025)])
+    wan.b.sleepy = sleepy
+    assert fill(wan, 20) >= 0.93 * 10 * MBPS
+    assert sum(path.steady_rate for path in wan.a.core.paths()) == pytest.approx(10 * MBPS, rel=0.15)
+
+
+def test_losses_do_not_strangle_a_path() -> None:
+    wan = Wan([Link(20 * MBPS, 0.025, loss=0.005)])
+    assert fill(wan, 20) >= 0.9 * 20 * MBPS
+
+
+def test_a_long_fat_link_is_filled_soon() -> None:
+    wan = Wan([Link(100 * MBPS, 0.1)])
+    assert fill(wan, 2) >= 0.85 * 100 * MBPS
 
 
 def test_what_hangs_on_a_silent_path_goes_another_way() -> None:

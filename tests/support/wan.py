@@ -34,6 +34,8 @@ class Link:
     rate: float = 1e8
     delay: float = 0.005
     up: bool = True
+    jitter: float = 0.0
+    """Each piece comes up to twice this later (s); none overtakes another."""
     loss: float = 0.0
     """Chance that a piece is lost and comes one round trip later, with all behind it."""
 
@@ -72,7 +74,7 @@ class Pipe:
     def _sent(self, piece: bytes) -> None:
         self._sending = False
         self.backlog -= len(piece)
-        arrival = self._wan.now + self._link.delay
+        arrival = self._wan.now + self._link.delay + 2 * self._link.jitter * self._wan.random.random()
         if self._wan.random.random() < self._link.loss:
             arrival += 2 * self._link.delay + 0.001
         self._late = max(self._late, arrival)  # TCP delivers in order
@@ -103,6 +105,8 @@ class End:
 
     wan: Wan
     core: SessionCore
+    sleepy: float = 0.0
+    """The process gets the processor up to this many seconds after it was woken."""
     got: list[tuple[int, bytes]] = field(default_factory=list)
     got_at: list[float] = field(default_factory=list)
     blocked: set[int] = field(default_factory=set)
@@ -111,6 +115,7 @@ class End:
     readers: dict[int, FrameReader] = field(default_factory=dict)
     queue: deque[tuple[int, bytes, bool]] = field(default_factory=deque)
     tick_at: float = -1.0
+    _inbound: list[tuple[int, bytes]] = field(default_factory=list)
 
     def send(self, channel: int, payload: bytes, urgent: bool = False) -> None:
         """Like Session.send, which waits for room: what does not fit waits here, in order."""
@@ -146,6 +151,20 @@ class End:
             pipe.write(b"".join(out))
 
     def receive(self, key: int, data: bytes) -> None:
+        if not self.sleepy:
+            self._take(key, data)
+            return
+        self._inbound.append((key, data))
+        if len(self._inbound) == 1:
+            self.wan.after(self.sleepy * self.wan.random.random(), self._wake_up)
+
+    def _wake_up(self) -> None:
+        inbound, self._inbound = self._inbound, []
+        for key, data in inbound:
+            if key in self.pipes:
+                self._take(key, data)
+
+    def _take(self, key: int, data: bytes) -> None:
         self.core.heard(key, self.wan.now)
         for frame in self.readers[key].feed(data):
             self.core.receive(key, frame, self.wan.now)

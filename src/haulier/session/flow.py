@@ -2,10 +2,12 @@
 
 TCP keeps each connection's bytes in order, so a path acknowledges with one number: how many data frames have
 arrived on this connection. From the acknowledgements the path learns its rate (bytes delivered between two
-acks, as BBR does: https://queue.acm.org/detail.cfm?id=3022184) and its shortest round trip. The window of
-about 1.5 bandwidth-delay products keeps the link full with half a round trip of queue, whatever the size of
-the kernel's buffers. When the path seems to be longer than it was, the window is halved for a moment so that the
-queue drains and shows whether the path is.
+acks, as BBR does: https://queue.acm.org/detail.cfm?id=3022184) and its round trip without a queue: the least that a
+short average of samples fell to. An average, because the least single sample of a path with jitter, losses
+or a busy peer is one that hardly any frame meets, and a window made from it would strangle the path. The
+window of about 1.5 bandwidth-delay products keeps the link full with half a round trip of queue, whatever the
+size of the kernel's buffers. When the path seems to be longer than it was, the window is cut for a moment so that
+the queue drains and shows whether the path is.
 """
 
 from __future__ import annotations
@@ -20,8 +22,15 @@ from haulier.session.frames import HEADER, MAX_PAYLOAD
 from haulier.session.settings import Settings
 
 _LEAST_FRAME: Final = 4096
-_MIN_RTT_S: Final = 10.0
-"""A shortest round trip older than this is measured again."""
+_BASE_RTT_S: Final = 10.0
+"""A base round trip older than this is measured again."""
+_START_RTTS: Final = 2.5
+"""Window until the rate has stopped growing; TCP itself doubles in a round trip at most."""
+_GROWTH: Final = 1.25
+_DRAIN_RTTS: Final = 0.5
+_LONGER: Final = 1.75
+_AGAIN_S: Final = 2.0
+"""At least this long between two looks at whether the path has become longer: each costs half a round trip."""
 _RATE_MEMORY_S: Final = 1.0
 """Time constant of the rate that is reported."""
 _UNKNOWN_RTT_S: Final = 0.1
@@ -60,17 +69,28 @@ class PathFlow:
         self.resent_bytes = 0
         self.requeued = False
         self.min_rtt = rtt
+        """The shortest round trip seen lately: what is reported."""
+        self.base_rtt = rtt
+        """The usual round trip when there is no queue: what windows are made from."""
         self.srtt = rtt
         self._settings = settings
         self._fifo: deque[_Sent] = deque()
         self._acked = 0
         self._delivered_at = now
         self._first_at = now
-        self._min_rtt_at = now
+        self._smooth = rtt
+        self._spread = 0.0
+        self._base_at = now
         self._probe_until = 0.0
-        self._probe_rtt = math.inf
-        self._low_rtt = math.inf  # smallest round trip since ...
+        self._drained_at = 0.0
+        self._settled_at = 0.0  # from then on rate samples are not of a window that was cut
+        self._probed: list[float] = []
+        self._low_rtt = math.inf  # least average since ...
         self._low_since = now
+        self._starting = True
+        self._start_rate = 0.0
+        self._flat_rounds = 0
+        self._round_ends = 0
         self._dry_until = 1
         self._rates: deque[tuple[float, float]] = deque()
         self._ping: tuple[int, float] | None = None
@@ -149,7 +169,7 @@ class PathFlow:
         rate = (self.acked_bytes - sent.delivered) / interval
         if sent.app_limited and rate < self.rate:
             return
-        keep = max(10 * (self.min_rtt or 0), 0.3)
+        keep = max(10 * (self.base_rtt or 0), 0.3)
         rates = self._rates
         while rates and rates[-1][1] <= rate:
             rates.pop()
@@ -166,39 +186,69 @@ class PathFlow:
         self.steady_rate += (rate - self.steady_rate) * weight
 
     def _sample_rtt(self, rtt: float, now: float) -> None:
-        self.srtt = rtt if self.srtt is None else self.srtt + (rtt - self.srtt) / 8
-        self._low_rtt = min(self._low_rtt, rtt)
-        if self.min_rtt is None or rtt <= self.min_rtt:
-            self.min_rtt, self._min_rtt_at = rtt, now
+        if self.srtt is None or self._smooth is None or self.min_rtt is None or self.base_rtt is None:
+            self.srtt = self._smooth = self.min_rtt = self.base_rtt = rtt
+            self._base_at = now
+            return
+        self._spread += (abs(rtt - self.srtt) - self._spread) / 8
+        self.srtt += (rtt - self.srtt) / 8
+        smooth = self._smooth = self._smooth + (rtt - self._smooth) / 4
+        self.min_rtt = min(self.min_rtt, rtt)
+        self._low_rtt = min(self._low_rtt, smooth)
+        if self._probe_until:
+            self._probe(rtt, now)
+        elif smooth <= self.base_rtt:
+            self.base_rtt, self._base_at = smooth, now
+        elif now - self._low_since > max(0.5, 4 * self.base_rtt):
+            # Never below this all the while: more than our own window can cause. Has the path become longer?
+            longer = self._low_rtt > _LONGER * self.base_rtt + 0.010 and not self._starting
+            longer = longer and now - self._base_at > _AGAIN_S
+            if longer or now - self._base_at > _BASE_RTT_S:
+                # Frames sent from now on meet less of a queue, those sent a round trip from now none.
+                self._drained_at = now + 2 * self.srtt
+                self._probe_until = self._drained_at + max(self.base_rtt, 0.05)
+                self._probed = []
+                self._settled_at = math.inf
+            self._low_rtt, self._low_since = math.inf, now
+
+    def _probe(self, rtt: float, now: float) -> None:
+        if now >= self._drained_at:
+            self._probed.append(rtt)
+        if now >= self._probe_until and self._probed:
+            # Frames still leave in small bursts and wait for each other, hence not the average.
+            self._smooth = self.base_rtt = sorted(self._probed)[len(self._probed) // 4]
+            self.min_rtt, self._base_at = min(self._probed), now
             self._probe_until = 0.0
-        elif self._probe_until:
-            self._probe_rtt = min(self._probe_rtt, rtt)
-            if now >= self._probe_until:
-                self.min_rtt, self._min_rtt_at = self._probe_rtt, now
-                self._probe_until = 0.0
-        else:
-            look = max(1.0, 8 * self.min_rtt)
-            # Twice the shortest for a second is more than our own window can cause: the path has changed.
-            longer = now - self._low_since > look and self._low_rtt > 2 * self.min_rtt + 0.010
-            if longer or now - self._min_rtt_at > _MIN_RTT_S:
-                self._probe_until = now + min(2 * self.srtt, 1.0)
-                self._probe_rtt = rtt
-            if now - self._low_since > look:
-                self._low_rtt, self._low_since = math.inf, now
+            self._settled_at = now + 2 * self.base_rtt
+            self._low_rtt, self._low_since = math.inf, now
+
+    def _still_starting(self) -> bool:
+        if self._starting and self.acked_bytes >= self._round_ends:
+            self._round_ends = self.acked_bytes + self.in_flight
+            if self.rate >= self._start_rate * _GROWTH:
+                self._start_rate, self._flat_rounds = self.rate, 0
+            elif not self._dry_until:
+                self._flat_rounds += 1
+                self._starting = self._flat_rounds < 3
+        return self._starting
 
     def _resize(self) -> None:
         s = self._settings
-        if not self.rate or self.min_rtt is None:
+        if not self.rate or self.base_rtt is None:
             return
-        rtts = 0.5 if self._probe_until else s.window_rtts
-        window = int(self.rate * (self.min_rtt * rtts + s.slack_s)) + self.frame_limit // 2
+        rtts = _START_RTTS if self._still_starting() else s.window_rtts
+        if self._probe_until:
+            rtts = _DRAIN_RTTS
+        slack = max(s.slack_s, min(2 * self._spread, 2 * self.base_rtt))
+        # Of the frame that is on its way one half is in base_rtt already.
+        window = int(self.rate * (self.base_rtt * rtts + slack)) - self.frame_limit // 2
         self.window = max(s.min_window, min(window, s.max_window))
         frame = int(self.rate * s.frame_s) & ~1023
         self.frame_limit = max(_LEAST_FRAME, min(frame, MAX_PAYLOAD))
 
     def eta(self, now: float, more: int = 0) -> float:
         """Seconds until `more` bytes that leave now are acknowledged, as far as can be told."""
-        rtt = self.min_rtt if self.min_rtt is not None else _UNKNOWN_RTT_S
+        rtt = self.base_rtt if self.base_rtt is not None else _UNKNOWN_RTT_S
         rate = self.rate or self._settings.first_window / max(rtt, 0.001)
         late = now - self.progress if self.in_flight else 0.0
         return max(rtt, late) + (self.in_flight + more) / rate
