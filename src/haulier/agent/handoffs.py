@@ -57,7 +57,8 @@ class Handoffs:
         self.site = core.site
         self.journal = core.journal
         self._tries: dict[str, tuple[int, float]] = {}
-        self.beside: Callable[[Callable[[], None]], None] = _in_a_thread
+        self._threads: list[threading.Thread] = []
+        self.beside: Callable[[Callable[[], None]], None] = self._in_a_thread
         """Runs a recovery beside the others: one that waits for a site that is away must not hold them up."""
 
     # -- seen ----------------------------------------------------------------------------------------------------
@@ -205,6 +206,18 @@ class Handoffs:
             self._tries[row.id] = (count + 1, now + _RETRY_S[min(count, len(_RETRY_S) - 1)])
             self.beside(partial(self._recover, row))
 
+    def _in_a_thread(self, work: Callable[[], None]) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=work, name="recovery", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def close(self, wait_s: float) -> None:
+        """Lets recoveries finish; one that waits for another site any longer is begun again by the next agent."""
+        deadline = time.monotonic() + wait_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
     def _recover(self, row: HandoffRow) -> None:
         try:
             with self.core.alone(row.guest, f"handoff {row.id} is being settled"):
@@ -235,10 +248,6 @@ class Handoffs:
             raise
         except HaulierError as error:
             raise PeerError(f"site {site!r} cannot be asked: {error}") from error
-
-
-def _in_a_thread(work: Callable[[], None]) -> None:
-    threading.Thread(target=work, name="recovery", daemon=True).start()
 
 
 def _check_options(options: Options) -> None:

@@ -89,6 +89,7 @@ class Agent:
         self._stopping.set()
         for loop in self._loops:
             loop.join(LOOP_END_S)
+        self.handoffs.close(LOOP_END_S)
         self.store.close()
         self.core.close()
 

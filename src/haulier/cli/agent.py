@@ -20,7 +20,7 @@ def agent(*, root: Root = None) -> None:
     form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     file = logging.FileHandler(site.root / "agent.log")
     handlers: list[logging.Handler] = [file]
-    if not os.path.sameopenfile(file.stream.fileno(), sys.stderr.fileno()):
+    if not os.path.samestat((site.root / "agent.log").stat(), os.fstat(sys.stderr.fileno())):
         # otherwise the caller has sent stderr to that file, and each line would stand in it twice
         handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
