@@ -55,7 +55,7 @@ def test_entropy_is_more_than_the_generator_holds() -> None:
     assert bytes(range(ENTROPY)).hex() in text
     # The steps that count come in this order: randomness, then all that might draw on it, the network last.
     order = [
-        text.index(part) for part in ("\nreseed ||", "random-seed", "/etc/machine-id", "ssh_host_ed25519", "ip link")
+        text.index(part) for part in ("\nreseed ||", "random-seed", "/etc/machine-id", "ssh_host_ed25519", "link set")
     ]
     assert order == sorted(order)
 

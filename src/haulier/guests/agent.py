@@ -22,6 +22,8 @@ from haulier.errors import GuestError
 MAX_REPLY: Final = 64 << 20
 _SENTINEL: Final = b"\xff"
 _POLL_S: Final = 0.02
+_POLL_MAX_S: Final = 0.2
+"""Each question costs the guest some of the CPU that the program needs."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class GuestAgent:
         if input:
             args["input-data"] = base64.b64encode(input).decode()
         deadline = time.monotonic() + timeout
+        wait = _POLL_S
         pid = self._field("guest-exec", self.execute("guest-exec", args), "pid")
         while True:
             state = self.execute("guest-exec-status", {"pid": pid})
@@ -81,7 +84,8 @@ class GuestAgent:
                 break
             if time.monotonic() > deadline:
                 raise GuestError(f"{self._who}: {command[0]} did not end within {timeout:g} s")
-            time.sleep(_POLL_S)
+            time.sleep(wait)
+            wait = min(_POLL_MAX_S, wait * 1.5)
         try:
             out, err = (base64.b64decode(state.get(k, ""), validate=True) for k in ("out-data", "err-data"))
             # Killed by a signal: like a shell, 128 + its number.

@@ -1,6 +1,7 @@
 # Makes a restored clone its own machine. Run by haulier inside the guest, as root, by /bin/sh, from standard input.
 # Before it come assignments of: entropy_hex name machine_id now ssh_key ssh_pub mac address gateway
 # ("" = leave alone). Each step says on stderr what went wrong and the rest goes on; the exit code counts the failures.
+# Builtins are preferred to programs: under TCG on a busy host, starting one takes a good part of a second.
 # The order matters: randomness first, so that nothing that is derived below comes from the state shared by all clones.
 
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
@@ -51,12 +52,17 @@ if [ -n "$now" ]; then
 fi
 
 if [ -n "$name" ]; then
-    old=$(cat /etc/hostname 2>/dev/null)
     printf '%s\n' "$name" >/etc/hostname || fail "/etc/hostname was not written"
     printf '%s\n' "$name" >/proc/sys/kernel/hostname || fail "the host name was not set"
-    kept=$(grep -v '^127\.0\.1\.1[[:space:]]' /etc/hosts 2>/dev/null)
-    printf '%s\n127.0.1.1\t%s\n' "$kept" "$name" >/etc/hosts || fail "/etc/hosts was not written"
-    [ "$old" = "$name" ] || echo "host name: $old -> $name"
+    kept=''
+    while [ -r /etc/hosts ] && IFS= read -r line; do
+        case $line in
+        127.0.1.1[[:space:]]*) ;;
+        *) kept="$kept$line
+" ;;
+        esac
+    done </etc/hosts
+    printf '%s127.0.1.1\t%s\n' "$kept" "$name" >/etc/hosts || fail "/etc/hosts was not written"
 fi
 
 if [ -n "$machine_id" ]; then
@@ -70,48 +76,65 @@ if [ -n "$ssh_key" ] && [ -d /etc/ssh ]; then
     rm -f /etc/ssh/ssh_host_*
     (umask 077 && printf '%s\n' "$ssh_key" >/etc/ssh/ssh_host_ed25519_key) || fail "the SSH host key was not written"
     printf '%s\n' "$ssh_pub" >/etc/ssh/ssh_host_ed25519_key.pub
-    if command -v systemctl >/dev/null; then
+    if [ -e /run/sshd.pid ] && command -v systemctl >/dev/null; then
         systemctl try-restart --no-block ssh.service sshd.service 2>/dev/null
     fi
 fi
 
 interface_of() {
+    nic=''
     for entry in /sys/class/net/*; do
-        if [ "$(cat "$entry/address" 2>/dev/null)" = "$1" ]; then
-            echo "${entry##*/}"
-            return
+        if read -r found <"$entry/address" && [ "$found" = "$1" ]; then
+            nic=${entry##*/}
+            return 0
         fi
-    done
+    done 2>/dev/null
+    return 1
+}
+
+# For the next boots, in the words of whatever sets the network up in this image. What runs now is set below.
+keep_address() {
+    units=/etc/systemd/system/multi-user.target.wants
+    networkd=/lib/systemd/system/systemd-networkd.service
+    if [ ! -e $units/systemd-networkd.service ] && command -v ifup >/dev/null; then
+        mkdir -p /etc/network/interfaces.d
+        {
+            printf 'auto %s\niface %s inet static\n    address %s\n' "$nic" "$nic" "$address"
+            [ -z "$gateway" ] || printf '    gateway %s\n' "$gateway"
+        } >/etc/network/interfaces.d/haulier
+    elif [ ! -e $units/systemd-networkd.service ] && command -v nmcli >/dev/null; then
+        nmcli connection add type ethernet con-name haulier mac "$mac" ipv4.method manual \
+            ipv4.addresses "$address" ${gateway:+ipv4.gateway "$gateway"} >/dev/null
+    elif [ -e $networkd ]; then
+        mkdir -p /etc/systemd/network $units
+        {
+            printf '[Match]\nMACAddress=%s\n\n[Network]\nAddress=%s\n' "$mac" "$address"
+            [ -z "$gateway" ] || printf 'Gateway=%s\n' "$gateway"
+        } >/etc/systemd/network/10-haulier.network
+        # Not started now: one daemon less, and the same address either way.
+        [ -e $units/systemd-networkd.service ] || ln -s $networkd $units/systemd-networkd.service
+    else
+        echo "nothing known here sets the network up at boot: the address is for this run only" >&2
+    fi
 }
 
 if [ -n "$mac" ]; then
     # The NIC was plugged in a moment ago and its driver may still be looking at it.
     tries=0
-    while nic=$(interface_of "$mac") && [ -z "$nic" ] && [ $tries -lt 100 ]; do
+    while ! interface_of "$mac" && [ $tries -lt 300 ]; do
         sleep 0.1
         tries=$((tries + 1))
     done
     if [ -z "$nic" ]; then
         fail "no network interface has the MAC $mac"
     elif [ -n "$address" ]; then
-        if [ -d /etc/systemd/network ]; then
-            {
-                printf '[Match]\nMACAddress=%s\n\n[Network]\nAddress=%s\n' "$mac" "$address"
-                [ -z "$gateway" ] || printf 'Gateway=%s\n' "$gateway"
-            } >/etc/systemd/network/10-haulier.network || fail "the network settings were not written"
-            command -v networkctl >/dev/null && networkctl reload 2>/dev/null
-        elif [ -d /etc/network/interfaces.d ]; then
-            {
-                printf 'auto %s\niface %s inet static\n    address %s\n' "$nic" "$nic" "$address"
-                [ -z "$gateway" ] || printf '    gateway %s\n' "$gateway"
-            } >/etc/network/interfaces.d/haulier || fail "the network settings were not written"
-        fi
-        ip link set "$nic" up &&
-            ip address flush dev "$nic" scope global &&
-            ip address add "$address" broadcast + dev "$nic" || fail "$nic did not take the address $address"
-        if [ -n "$gateway" ]; then
-            ip route replace default via "$gateway" dev "$nic" || fail "$nic did not take the gateway $gateway"
-        fi
+        keep_address || fail "the network settings were not written"
+        {
+            echo "link set $nic up"
+            echo "address flush dev $nic scope global"
+            echo "address add $address broadcast + dev $nic"
+            [ -z "$gateway" ] || echo "route replace default via $gateway dev $nic"
+        } | ip -batch - || fail "$nic did not take the address $address via ${gateway:-no gateway}"
     fi
 fi
 
