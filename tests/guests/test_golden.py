@@ -1,0 +1,118 @@
+"""The files of golden snapshots: what is believed about them and what is not. (System tests make real ones.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from haulier.chunks.fingerprint import ZERO
+from haulier.chunks.manifest import Manifest
+from haulier.errors import Corrupt, UnknownThing
+from haulier.guests.golden import Golden, GoldenMeta, block_fingerprints, find_golden, golden_id, list_goldens
+from haulier.units import CHUNK
+
+
+def meta(**changes: object) -> GoldenMeta:
+    made = GoldenMeta(
+        format=1,
+        id="",
+        image="debian",
+        image_manifest="11" * 32,
+        manifest="22" * 32,
+        memory="33" * 32,
+        memory_size=1000,
+        memory_mib=256,
+        vcpus=1,
+        disk_size=4 << 30,
+        machine="pc-q35-8.2",
+        cpu="Nehalem-v1",
+        free_page_hint=False,
+        accel="tcg",
+        qemu="10.0.2",
+        created=1000.0,
+    )
+    made = msgspec.structs.replace(made, **changes)
+    return msgspec.structs.replace(made, id=golden_id(made))
+
+
+def put(root: Path, made: GoldenMeta) -> Path:
+    path = root / made.id
+    path.mkdir(parents=True)
+    (path / "meta.json").write_bytes(msgspec.json.encode(made))
+    for name in ("memory", "blocks.idx"):
+        (path / name).write_bytes(b"x")
+    return path
+
+
+def test_the_id_is_of_contents_and_machine_alone() -> None:
+    same = {meta().id, meta(created=2000.0).id, meta(qemu="11.0.0").id, meta(memory_size=2000).id}
+    assert same == {meta().id}
+    changes: list[dict[str, object]] = [
+        {"manifest": "44" * 32},
+        {"memory": "44" * 32},
+        {"memory_mib": 512},
+        {"vcpus": 2},
+        {"machine": "pc-q35-9.0"},
+        {"cpu": "Westmere-v1"},
+        {"accel": "kvm"},
+        {"free_page_hint": True},
+        {"disk_size": 8 << 30},
+    ]
+    assert len({meta(**change).id for change in changes} | same) == len(changes) + 1
+
+
+def test_what_is_found(tmp_path: Path) -> None:
+    old, new, big = meta(), meta(memory="44" * 32, created=2000.0), meta(memory_mib=512)
+    for made in (old, new, big):
+        put(tmp_path, made)
+    (tmp_path / ".making-1234").mkdir()
+    (tmp_path / "junk").mkdir()
+    assert list_goldens(tmp_path)[0].id == new.id
+    assert len(list_goldens(tmp_path)) == 3
+    found = find_golden(tmp_path, "debian", 256)
+    assert found is not None
+    assert found.id == new.id
+    assert find_golden(tmp_path, "debian", 256, 2) is None
+    assert find_golden(tmp_path, "other", 256) is None
+    assert find_golden(tmp_path, "debian", 256, accel="kvm") is None
+    assert find_golden(tmp_path, "debian", 256, image_manifest="99" * 32) is None
+    assert find_golden(tmp_path / "none", "debian", 256) is None
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(UnknownThing, match="haulier image warm"):
+        Golden.load(tmp_path / ("0" * 64))
+    path = put(tmp_path, meta())
+    assert Golden.load(path).memory == path / "memory"
+    renamed = path.rename(tmp_path / ("0" * 64))
+    with pytest.raises(Corrupt, match="not what its id says"):
+        Golden.load(renamed)
+    path = renamed.rename(path)
+    other = msgspec.structs.replace(meta(memory_mib=512), id=meta().id)
+    (path / "meta.json").write_bytes(msgspec.json.encode(other))
+    with pytest.raises(Corrupt, match="not what its id says"):
+        Golden.load(path)
+    (path / "meta.json").write_bytes(b"{")
+    with pytest.raises(Corrupt, match="damaged"):
+        Golden.load(path)
+    (path / "meta.json").write_bytes(msgspec.json.encode(meta()))
+    (path / "memory").unlink()
+    with pytest.raises(Corrupt, match="has no memory"):
+        Golden.load(path)
+
+
+def test_a_clone_fits_its_snapshot(tmp_path: Path) -> None:
+    golden = Golden.load(put(tmp_path, meta()))
+    spec = golden.spec("web1", address="10.77.0.10/24")
+    assert (spec.golden, spec.image, spec.memory_mib, spec.disk_size) == (golden.id, "debian", 256, 4 << 30)
+    assert golden.spec("web1").vmgenid != spec.vmgenid
+    assert golden.manifest_name == f"golden/{golden.id}"
+
+
+def test_blocks_are_counted_in_order_of_first_appearance() -> None:
+    one, two, three = (bytes([n]) * 32 for n in (1, 2, 3))
+    manifest = Manifest(6 * CHUNK, two + ZERO + one + two + three + one)
+    assert block_fingerprints(manifest) == [two, one, three]
+    assert block_fingerprints(Manifest(CHUNK, ZERO)) == []
