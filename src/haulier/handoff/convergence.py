@@ -19,6 +19,26 @@ CLOSED_THRESHOLD: Final = 1
 """Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not zero, because QEMU
 then skips the exact dirty count and stops after its first pass, whatever the guest has dirtied meanwhile."""
 MIN_RATE_BPS: Final = 64_000.0
+MOST_RATIO: Final = 6.0
+LONG_ROUNDS: Final = 12
+"""Memory rounds after which the guest counts as one that is hard to catch."""
+
+
+class RecentRatio:
+    """Raw bytes per wire byte over the last few seconds, from running totals. 1.0 until there is enough to tell."""
+
+    def __init__(self, span: float = 6.0, least: int = 64 * 1024) -> None:
+        self._span, self._least = span, least
+        self._totals: deque[tuple[float, int, int]] = deque()
+
+    def add(self, now: float, raw: int, wire: int) -> float:
+        """Takes the totals so far."""
+        totals = self._totals
+        totals.append((now, raw, wire))
+        while len(totals) > 2 and totals[1][0] < now - self._span:
+            totals.popleft()
+        sent = wire - totals[0][2]
+        return max(1.0, (raw - totals[0][1]) / sent) if sent >= self._least else 1.0
 
 
 class RecentMost:
@@ -88,8 +108,8 @@ class Reading:
     remaining: int
     """QEMU's estimate of raw bytes of memory left in this round."""
     rate_bps: float
-    unacked: int = 0
-    """Wire bytes of memory on their way."""
+    ratio: float = 1.0
+    """Raw bytes of memory that a byte on the wire stood for lately, of pages that were dirtied again."""
 
 
 class Gate:
@@ -98,10 +118,10 @@ class Gate:
     While memory converges, a disk round is due every `pause` seconds. Once memory is small, rounds follow each other
     without a pause until one is small too; the gate opens at that moment. If the guest does not stop within
     `patience`, the gate closes again and rounds go on: the threshold then grows, up to `stretch` times, because each
-    attempt proves that the guest's dirty rate keeps the rest above it.
+    attempt, and every few memory rounds, prove that the guest's dirty rate keeps the rest above it.
     """
 
-    def __init__(self, downtime_ms: int, *, pause: float = 2.0, patience: float = 2.5, stretch: float = 3.0) -> None:
+    def __init__(self, downtime_ms: int, *, pause: float = 2.0, patience: float = 2.5, stretch: float = 4.0) -> None:
         self.downtime_ms = downtime_ms
         self.pause = pause
         self.patience = patience
@@ -111,22 +131,27 @@ class Gate:
         self._opened = 0.0
         self._round_ended = 0.0
         self._small = False
+        self._long = 0
 
     def start(self, now: float) -> None:
         """Memory begins; the next disk round is due after a pause."""
         self._round_ended = now
         self._small = False
 
-    def threshold(self, rate_bps: float) -> int:
-        """Raw bytes of memory below which QEMU may stop the guest while the gate is open."""
-        # A third of the downtime asked for goes to the last disk round, device state and round trips.
-        budget = max(rate_bps, MIN_RATE_BPS) / 8 * self.downtime_ms / 1000 * 0.66
-        grown = min(self.stretch, 1.0 + 0.5 * max(0, self.attempts - 1))
-        return max(8192, int(budget * grown))
+    def threshold(self, rate_bps: float, ratio: float = 1.0) -> int:
+        """Raw bytes of memory below which QEMU may stop the guest while the gate is open.
+
+        `ratio` must come from pages like those that will be left: a ratio of the first pass, full of pages that
+        equal the mirror, doubles the downtime.
+        """
+        # The other half of the downtime asked for goes to the last disk round, device state and round trips.
+        wire = max(rate_bps, MIN_RATE_BPS) / 8 * self.downtime_ms / 1000 * 0.5
+        grown = min(self.stretch, 1.0 + 0.5 * max(0, self.attempts - 1 + self._long))
+        return max(8192, int(wire * grown * max(1.0, min(MOST_RATIO, 0.8 * ratio))))
 
     def near(self, reading: Reading) -> bool:
         """Memory is small enough to think of switching over."""
-        return reading.rounds >= 2 and reading.remaining < 4 * self.threshold(reading.rate_bps)
+        return reading.rounds >= 2 and reading.remaining < 4 * self.threshold(reading.rate_bps, reading.ratio)
 
     def round_done(self, now: float, seconds: float, wire_bytes: int, rate_bps: float) -> None:
         """A disk round was acknowledged."""
@@ -135,6 +160,7 @@ class Gate:
 
     def step(self, reading: Reading) -> Step:
         """What to do now; the caller does it and reports a disk round with `round_done`."""
+        self._long = max(0, reading.rounds - LONG_ROUNDS) // 8
         if self.is_open:
             if reading.now - self._opened > self.patience:
                 self.is_open = False

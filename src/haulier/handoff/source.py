@@ -31,6 +31,7 @@ from haulier.handoff.convergence import (
     Gate,
     Reading,
     RecentMost,
+    RecentRatio,
     Step,
     Window,
     switchover_bandwidth,
@@ -122,6 +123,7 @@ class SourceHandoff:
         self._ending = False
         self._rate = 0.0
         self._rates = RecentMost()
+        self._ratios = RecentRatio()
         self._disk_rounds: list[dict[str, Any]] = []
         self._timeline: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
@@ -410,7 +412,7 @@ class SourceHandoff:
             self._observe()
             ram = self.qemu.query_migrate().get("ram", {})
             self._remaining = int(ram.get("remaining", self.spec.memory_bytes))
-            reading = Reading(time.monotonic(), int(ram.get("dirty-sync-count", 0)), self._remaining, self._rate)
+            reading = self._reading(int(ram.get("dirty-sync-count", 0)))
             self._ending = gate.near(reading)
             self._note(reading, gate.is_open)
             self.progress.left(0, self._memory_left())
@@ -420,7 +422,7 @@ class SourceHandoff:
                 entry = self._send_round(self._rounds.next())
                 gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate)
             elif step in (Step.OPEN, Step.CLOSE):
-                threshold = gate.threshold(self._rate) if step is Step.OPEN else CLOSED_THRESHOLD
+                threshold = gate.threshold(self._rate, reading.ratio) if step is Step.OPEN else CLOSED_THRESHOLD
                 self.qemu.set_parameters(
                     avail_switchover_bandwidth=switchover_bandwidth(threshold, self.job.options.downtime_ms)
                 )
@@ -429,12 +431,23 @@ class SourceHandoff:
                     self.qemu.qmp.wait_event("STOP", timeout=0.05 if self._ending else 0.15, since=self._mark)
         self.report["gate_attempts"] = gate.attempts
 
+    def _reading(self, rounds: int) -> Reading:
+        assert self._pump is not None
+        now = time.monotonic()
+        # Only from the second pass on: what the first one holds is nothing like what will be left at the end.
+        ratio = self._ratios.add(now, self._pump.raw, self._pump.wire) if rounds >= 2 else 1.0
+        return Reading(now, rounds, self._remaining, self._rate, ratio)
+
     def _note(self, reading: Reading, gate_open: bool) -> None:
         """One point of the report's time line, four a second."""
         at = time.time() - self._marks["begin"]
         if not self._timeline or at - self._timeline[-1]["at"] >= 0.25:
             point = {"at": round(at, 3), "round": reading.rounds, "left": reading.remaining, "open": gate_open}
-            point |= {"wire": self.progress.status.wire_bytes, "rate_bps": round(reading.rate_bps)}
+            point |= {
+                "wire": self.progress.status.wire_bytes,
+                "rate_bps": round(reading.rate_bps),
+                "ratio": round(reading.ratio, 2),
+            }
             self._timeline.append(point)
 
     # -- switchover ------------------------------------------------------------------------------------------------
