@@ -32,6 +32,7 @@ from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, 
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
+from haulier.handoff.spawning import STANDBY
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Agent:
     def recover(self) -> None:
         """Takes up handoffs, which may need other sites, and begins to watch over guests and handoffs. Blocking."""
         _try("handoffs", self.handoffs.adopt)
+        _try("a worker in waiting", STANDBY.warm)
         for name, every_s, watch in (
             ("guests", GUESTS_EVERY_S, self.guests.supervise),
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
@@ -90,6 +92,7 @@ class Agent:
         for loop in self._loops:
             loop.join(LOOP_END_S)
         self.handoffs.close(LOOP_END_S)
+        STANDBY.close()
         self.store.close()
         self.core.close()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
 import time
+from typing import IO
 
 import msgspec
 import psutil
@@ -24,19 +26,72 @@ from haulier.handoff.shared import golden_manifest
 LISTEN_S = 20.0
 
 
+class Standby:
+    """A worker that has started and waits to be told which handoff is its own.
+
+    Half a second of a handoff is otherwise the start of a Python process, at each side. One that waits holds nothing
+    of the site, and ends when the agent that keeps it ends (its standard input closes). A worker that was given its
+    handoff is on its own, as one that was started for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: subprocess.Popen[bytes] | None = None
+
+    def warm(self) -> None:
+        """Has one waiting from now on."""
+        with self._lock:
+            if self._waiting is None or self._waiting.poll() is not None:
+                self._waiting = _start(["--standby"], stdin=subprocess.PIPE, output=None)
+
+    def give(self, site: Site, handoff: str) -> subprocess.Popen[bytes] | None:
+        """The waiting worker, told its handoff; None if there is none."""
+        with self._lock:
+            process, self._waiting = self._waiting, None
+        if process is None or process.stdin is None:
+            return None
+        try:
+            process.stdin.write(f"{handoff}\t{site.root}\n".encode())
+            process.stdin.close()
+        except OSError:
+            process.wait()
+            return None
+        return process
+
+    def close(self) -> None:
+        """Ends the one that waits."""
+        with self._lock:
+            process, self._waiting = self._waiting, None
+        if process is not None:
+            process.communicate()
+
+
+STANDBY = Standby()
+"""Used by an agent that has called `STANDBY.warm`; other callers start a worker when they need it."""
+
+
+def _start(words: list[str], *, stdin: int, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "haulier.handoff.worker", *words],
+        stdin=stdin,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+
+
 def spawn(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
     """Starts a worker that outlives the agent; its process is in the handoff's row when this returns."""
     directory = site.handoff_root(job.handoff)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(directory / "job.json", msgspec.json.encode(job), 0o600)
-    with (directory / "worker.log").open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "haulier.handoff.worker", "--root", str(site.root), "--id", job.handoff],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+    process = STANDBY.give(site, job.handoff)
+    if process is None:
+        with (directory / "worker.log").open("ab") as output:
+            words = ["--root", str(site.root), "--id", job.handoff]
+            process = _start(words, stdin=subprocess.DEVNULL, output=output)
+    else:
+        threading.Thread(target=STANDBY.warm, name="standby", daemon=True).start()
     started = psutil.Process(process.pid).create_time()
     journal.update_handoff(job.handoff, pid=process.pid, pid_started=started)
     return process

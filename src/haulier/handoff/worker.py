@@ -1,6 +1,7 @@
 """A handoff worker: one process a side for each handoff. Its death is a failed handoff, never a lost guest.
 
-``python -m haulier.handoff.worker --root ROOT --id HANDOFF``; everything else stands in the handoff's job.json.
+``python -m haulier.handoff.worker --root ROOT --id HANDOFF``; everything else stands in the handoff's job.json. With
+``--standby`` it waits for ``HANDOFF TAB ROOT`` on its standard input, and ends if that closes first.
 SIGTERM and SIGINT cancel.
 """
 
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -64,9 +66,17 @@ def peer_of(site: Site, journal: Journal, name: str) -> AgentPeer:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="haulier.handoff.worker")
-    parser.add_argument("--root", required=True)
-    parser.add_argument("--id", required=True)
+    parser.add_argument("--root")
+    parser.add_argument("--id")
+    parser.add_argument("--standby", action="store_true")
     options = parser.parse_args(arguments)
+    if options.standby:
+        options.id, _, options.root = sys.stdin.readline().rstrip("\n").partition("\t")
+        if not options.root:
+            return 0
+        _log_to(Site.load(options.root).handoff_root(options.id) / "worker.log")
+    elif not options.id or not options.root:
+        parser.error("--root and --id, or --standby")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     site = Site.load(options.root)
     directory = site.handoff_root(options.id)
@@ -86,6 +96,13 @@ def main(arguments: list[str] | None = None) -> int:
     with Journal(site.journal) as journal:
         run = _run_source if job.role == "source" else _run_target
         return run(site, journal, job, cancelled)
+
+
+def _log_to(path: Path) -> None:
+    with path.open("ab") as output, open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
 
 
 def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:

@@ -40,7 +40,7 @@ SETTLE_S = 8.0
 WORK = {"pages_per_s": 150, "hot_pages": 2000, "files_per_s": 0.25, "file_kib": 256, "random_share": 0.1}
 """What the guest does all the time; a tenth of its working set cannot be compressed, the rest is like records with
 text. It has read some of its own files before, as any guest has that was up for a while."""
-WORK |= {"read_mib": 64, "seed": 7}
+WORK |= {"read_mib": 150, "seed": 7}
 STOCK_PORT = 7600
 
 
