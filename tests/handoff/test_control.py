@@ -30,6 +30,7 @@ class Wire:
     def __init__(self) -> None:
         self.peer: Wire | None = None
         self.error: HaulierError | None = None
+        self.over = False
         self.sent: list[tuple[int, bytes, bool]] = []
         self.callbacks: dict[int, Callable[[bytes], None]] = {}
 
@@ -170,3 +171,11 @@ def test_a_clock_is_answered_without_anybody_looking(pair: Pair) -> None:
     pair.a.compare_clocks(2)
     assert abs(pair.a.clock_offset) < 5
     assert pair.b.next(0) is None
+
+
+def test_a_session_that_the_peer_ended_is_noticed_after_its_last_words(pair: Pair) -> None:
+    pair.right_control.send(MemoryReady())
+    pair.left.over = True
+    assert isinstance(pair.left_control.next(0), MemoryReady)
+    with pytest.raises(PeerError, match="ended the session"):
+        pair.left_control.next(0)

@@ -48,9 +48,12 @@ class Control:
         self._check()
         if self.session.error is not None:
             raise self.session.error
+        over = self.session.over
         try:
             return self._news.get(timeout=timeout) if timeout > 0 else self._news.get_nowait()
         except queue.Empty:
+            if over:
+                raise PeerError(f"site {self.peer!r} ended the session: look at the log of its worker") from None
             return None
 
     def poll(self) -> list[AnyMessage]:
