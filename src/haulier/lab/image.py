@@ -38,7 +38,9 @@ ROOT_OFFSET: Final = MIB
 """Where the root file system starts in the image, in bytes (`e2fsck IMAGE?offset=1048576`)."""
 DEFAULT_SIZE: Final = 4096 * MIB
 MIN_SIZE: Final = 1024 * MIB
-COMMAND_LINE: Final = "root=/dev/vda1 rw rootwait console=ttyS0 net.ifnames=0 init_on_free=1 quiet"
+COMMAND_LINE: Final = (
+    "root=/dev/vda1 rootflags=discard,noatime rw fsck.mode=skip console=ttyS0 net.ifnames=0 init_on_free=1 quiet"
+)
 CACHE: Final = Path("/var/cache/haulier/images")
 
 _KERNELS: Final = {"debian": "linux-image-cloud-amd64", "ubuntu": "linux-image-virtual"}
@@ -91,7 +93,29 @@ _MASKED: Final = (
     "sys-kernel-tracing.mount",
     "sys-kernel-config.mount",
     "sys-fs-fuse-connections.mount",
+    "systemd-remount-fs.service",
+    "systemd-udev-load-credentials.service",
+    "systemd-tmpfiles-setup-dev-early.service",
+    "systemd-tmpfiles-setup-dev.service",
+    "kmod-static-nodes.service",
+    "tmp.mount",
     "ssh.socket",
+)
+_NO_GENERATORS: Final = (
+    "systemd-bless-boot-generator",
+    "systemd-cryptsetup-generator",
+    "systemd-debug-generator",
+    "systemd-getty-generator",
+    "systemd-gpt-auto-generator",
+    "systemd-hibernate-resume-generator",
+    "systemd-integritysetup-generator",
+    "systemd-rc-local-generator",
+    "systemd-run-generator",
+    "systemd-ssh-generator",
+    "systemd-system-update-generator",
+    "systemd-sysv-generator",
+    "systemd-tpm2-generator",
+    "systemd-veritysetup-generator",
 )
 _FILES: Final[Mapping[str, str]] = {
     "etc/fstab": "/dev/vda1 / ext4 discard,noatime,errors=remount-ro 0 0\n",
@@ -152,7 +176,7 @@ def recipe(suite: str | None = None, size: int = DEFAULT_SIZE) -> dict[str, obje
         "size": size,
         "kernel": _KERNELS.get(distribution, _KERNELS["debian"]),
         "packages": list(_PACKAGES),
-        "masked": list(_MASKED),
+        "masked": [*_MASKED, *_NO_GENERATORS],
         "files": {**_FILES, **{name: text.decode() for name, (text, _mode) in _resources().items()}},
         "finish": _resource("lab/rootfs/finish.sh").decode(),
         "command_line": COMMAND_LINE,
@@ -246,9 +270,11 @@ def _write_overlay(overlay: Path) -> None:
         _put(overlay / name, text.encode(), 0o644)
     for name, (data, mode) in _resources().items():
         _put(overlay / name, data, mode)
-    units = overlay / "etc/systemd/system"
-    for unit in _MASKED:
-        (units / unit).symlink_to("/dev/null")
+    for directory, names in (("system", _MASKED), ("system-generators", _NO_GENERATORS)):
+        path = overlay / "etc/systemd" / directory
+        path.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (path / name).symlink_to("/dev/null")
 
 
 def _put(path: Path, data: bytes, mode: int) -> None:

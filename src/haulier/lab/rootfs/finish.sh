@@ -16,3 +16,5 @@ for kind in vmlinuz initrd.img; do
   newest=$(cd "$root/boot" && ls -v "$kind"-* | tail -n 1)
   ln -sf "$newest" "$root/boot/$kind"
 done
+# So that nothing takes the first boot for one after an update.
+touch "$root/etc/.updated" "$root/var/.updated"
