@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from haulier.chunks import recipe
 from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.store import ChunkStore
 from haulier.disks import wire
@@ -85,6 +86,31 @@ def test_blocks_that_the_target_lacks_are_not_referred_to(tmp_path: Path) -> Non
         p.sender.commit()
         p.check_equal()
         assert p.sender.counters.chunks_resent == 0
+
+
+def test_chunks_of_one_batch_are_not_made_of_each_other(tmp_path: Path) -> None:
+    """The target takes recipes before literals: a block that comes in the same batch is not there yet."""
+    alike = {0: noise(0), 1: noise(0)[BLOCK:] + bytes(BLOCK), 2: noise(0)[2 * BLOCK :] + bytes(2 * BLOCK)}
+    with pair(tmp_path, alike, SIZE, at_target=set()) as p:
+        p.sender.offer_manifest()
+        p.sender.commit()
+        p.check_equal()
+        assert p.sender.counters.chunks_resent == p.receiver.counters.chunks_unmade == 0
+
+
+def test_a_recipe_that_makes_something_else_is_not_kept(tmp_path: Path) -> None:
+    with pair(tmp_path, BASE, SIZE) as p:
+        writer = wire.ChunkWriter(3, 20)
+        made = recipe.encode(BASE[0], p.sender.index, p.spaces[0])
+        assert made is not None
+        writer.add(wire.Entry(wire.RECIPE, 0, b"12345678", made[:-4] + bytes([made[-4] ^ 1]) + made[-3:]))
+        taken = writer.take()
+        assert taken is not None
+        before = p.target.stats().chunks
+        p.receiver.handle(taken[0])
+        p.target.commit()
+        assert p.receiver.counters.chunks_unmade == 1
+        assert p.target.stats().chunks == before
 
 
 def test_a_small_change_travels_as_a_patch(tmp_path: Path) -> None:
