@@ -174,8 +174,8 @@ def test_a_clock_is_answered_without_anybody_looking(pair: Pair) -> None:
 
 
 def test_a_session_that_the_peer_ended_is_noticed_after_its_last_words(pair: Pair) -> None:
-    pair.right_control.send(MemoryReady())
+    pair.b.send(MemoryReady())
     pair.left.over = True
-    assert isinstance(pair.left_control.next(0), MemoryReady)
+    assert isinstance(pair.a.next(0), MemoryReady)
     with pytest.raises(PeerError, match="ended the session"):
-        pair.left_control.next(0)
+        pair.a.next(0)
