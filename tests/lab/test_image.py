@@ -69,10 +69,14 @@ def test_the_recipe_decides_where_an_image_lies(tmp_path: Path, monkeypatch: pyt
 
 def test_callers_at_the_same_time_build_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Path] = []
-    both = threading.Barrier(4)
+    both, second = threading.Barrier(4), threading.Event()
 
     def build(out: Path, *_: Any) -> None:
         built.append(out)
+        if len(built) > 1:
+            second.set()
+        # As long as a build takes: time enough for another one to begin, if it can.
+        second.wait(0.3)
         out.write_bytes(b"an image")
 
     def call() -> None:
