@@ -70,7 +70,8 @@ MAX_BANDWIDTH = 1 << 30
 """bytes/s: QEMU never paces itself, the window does."""
 QEMU_SNDBUF = 65536
 """Of QEMU's end of the socket pair: what lies there is neither dirty any more nor sent yet."""
-SLOW_LINK_BPS = 50e6
+SLOW_LINK_BPS = 40e6
+"""Below it there is time for level 9; above, the compressor would be the bottleneck of one core."""
 PROBE_BYTES = 96 * 1024
 SWITCHOVER_MARKS = (
     "pre-switchover",
@@ -129,6 +130,8 @@ class SourceHandoff:
         self._marks: dict[str, float] = {}
         self._stop_event: QmpEvent | None = None
         self._over = threading.Event()
+        self.left_alone = threading.Event()
+        """The other site's worker is gone, by the word of its agent: set from outside."""
 
     # -- the whole of it -------------------------------------------------------------------------------------------
 
@@ -167,6 +170,11 @@ class SourceHandoff:
         """Raises whatever stands against going on."""
         if self._cancelled.is_set() and not self._granted:
             raise Cancelled(f"handoff of {self.job.guest!r} cancelled; the guest runs on at site {self.site.name!r}")
+        if self.left_alone.is_set() and not self._granted:
+            raise HandoffFailed(
+                f"the worker at site {self.job.peer!r} is gone; guest {self.job.guest!r} runs on at "
+                f"{self.site.name!r}: see the worker's log there"
+            )
         if self._pump is not None and self._pump.error is not None:
             error = self._pump.error
             if isinstance(error, HaulierError):
@@ -250,7 +258,7 @@ class SourceHandoff:
             peers=[PathAddress(host, accept.port, None) for host in accept.bulk],
         )
         self._control = Control(session, self.job.peer, self._check)
-        session.wait_connected(CONNECT_S)
+        self._control.wait_connected(CONNECT_S)
         self._control.compare_clocks()
         if accept.manifest:
             # The target's QEMU starts while the disk is being sent. Not so where the base is missing there: it reads
@@ -275,7 +283,6 @@ class SourceHandoff:
             self._store, self._manifest, golden, BlockIndex.load(ready) if golden and ready.exists() else None
         )
         space = block_space(self._store, self._manifest, golden)
-        self._finder = StoreBlockFinder(index, space)
         sender = self._sender = DiskSender(
             self._store,
             self._manifest,
@@ -283,7 +290,9 @@ class SourceHandoff:
             index,
             lambda data: session.send(Channel.DISK, data),
             lease_of(self.job.handoff),
+            level=9 if self._rate < SLOW_LINK_BPS else 3,
         )
+        self._finder = StoreBlockFinder(sender.index, space)
         session.on(Channel.DISK, sender.handle)
         sender.offer_manifest()
         sender.commit()
@@ -301,7 +310,11 @@ class SourceHandoff:
         began = time.time()
         with current:
             sent = self._sender.send_round(self._until_stop(current, last), ask=not last)
-        self._sender.commit(final=last, wait=not last)
+            if last:
+                # Under way before the round's export and bitmap are taken away: that time is downtime.
+                self._sender.commit(final=True, wait=False)
+        if not last:
+            self._sender.commit()
         self._observe()
         entry = {
             "round": current.number,
@@ -521,9 +534,11 @@ class SourceHandoff:
         self.progress.phase("token", "the guest is the target's")
         while True:
             try:
-                news = control.next(2.0)
+                news = control.next(0.5)
                 if isinstance(news, Exception):
                     raise news
+                if news is None and self.left_alone.is_set():
+                    raise PeerError("its worker is gone")
             except HaulierError as error:
                 if not self._ask_agent():
                     raise HandoffFailed(
