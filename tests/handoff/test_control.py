@@ -32,7 +32,11 @@ class Wire:
         self.error: HaulierError | None = None
         self.over = False
         self.sent: list[tuple[int, bytes, bool]] = []
+        self.connected = False
         self.callbacks: dict[int, Callable[[bytes], None]] = {}
+
+    def wait_connected(self, timeout: float | None = None) -> bool:
+        return self.connected
 
     def send(self, channel: int, payload: bytes, *, urgent: bool = False) -> None:
         self.sent.append((channel, payload, urgent))
@@ -131,6 +135,16 @@ def test_cancelling_and_a_dead_session_end_every_wait(pair: Pair) -> None:
     pair.left.error = PeerError("no path for 120 s")
     with pytest.raises(PeerError, match="no path"):
         pair.a.poll()
+
+
+def test_waiting_for_the_connection_ends_with_it_a_cancel_or_the_time(pair: Pair) -> None:
+    with pytest.raises(PeerError, match="site 'lisbon' within 0 s"):
+        pair.a.wait_connected(0)
+    pair.stop = Cancelled("stop")
+    with pytest.raises(Cancelled):
+        pair.a.wait_connected(1000)
+    pair.left.connected = True
+    pair.a.wait_connected(0)
 
 
 def test_nonsense_on_the_channel_is_an_error_here(pair: Pair) -> None:

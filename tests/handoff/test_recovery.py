@@ -216,12 +216,19 @@ def test_a_crash_between_the_token_and_the_first_instruction(hosts: Hosts, statu
 # -- messages between agents ---------------------------------------------------------------------------------------
 
 
-def test_while_a_worker_lives_the_matter_is_its_own(hosts: Hosts) -> None:
+def test_while_a_worker_lives_the_matter_is_its_own(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
     lisbon = hosts.lisbon
     lisbon.record(State.READY, 0, 4, role="target")
+    lisbon.journal.update_handoff(HANDOFF, pid=4711)
     lisbon.qemu, hosts.worker_alive = "paused", True
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(recovery.os, "kill", lambda pid, number: told.append((pid, number)))
+    for event, epoch in ((Event.TOKEN, 3), (Event.ABORT, 3), (Event.TOOK, 4)):
+        assert handle(lisbon.site, lisbon.journal, GUEST, event, epoch) == []
+    assert told == [], "these are of another time"
     for event in (Event.TOKEN, Event.ABORT):
         assert handle(lisbon.site, lisbon.journal, GUEST, event, 4) == []
+    assert told == [(4711, recovery.LEFT_ALONE)] * 2, "the other worker is gone, or its agent would not speak"
     assert lisbon.state is State.READY and lisbon.qemu == "paused"
 
 

@@ -70,6 +70,18 @@ class Handoff:
             assert time.monotonic() < end, f"{site} stays in phase {phase!r}, waiting for {phases}"
             time.sleep(0.002)
 
+    def wait_state(self, site: str, states: Collection[str], deadline_s: float = 120) -> str:
+        """Waits until the site's journal has the guest in one of `states`."""
+        end = time.monotonic() + deadline_s
+        with self.stage.journal(site) as journal:
+            while True:
+                row = journal.find_guest(self.guest)
+                if row is not None and row.handoff == self.id and row.state in states:
+                    return str(row.state)
+                assert self.command.poll() is None, f"over before {states}: {self.command.communicate()}"
+                assert time.monotonic() < end, f"{site} stays {row and row.state}, waiting for {states}"
+                time.sleep(0.002)
+
     def wait_sent(self, megabytes: float, deadline_s: float = 180) -> None:
         """Waits until so much memory and disk has gone over the wire."""
         wait_for(

@@ -26,6 +26,8 @@ from haulier.errors import HaulierError, NotTrusted, PeerError, UnknownThing, by
 from haulier.handoff.journal import SiteRow
 
 TIMEOUT_S: Final = 60.0
+OWNERSHIP_S: Final = 15.0
+"""These are repeated until they are answered, so a cut link need not hold up whoever asks."""
 CONNECT_S: Final = 10.0
 MAX_ANSWER: Final = 32 << 20
 _POLL_S: Final = 0.2
@@ -225,7 +227,7 @@ class Client:
     def ownership(self, guest: str, event: str, epoch: int, handoff: str = "") -> dict[str, Any]:
         """A message of the ownership table outside a session; answers {"messages": [[event, epoch], ...]}."""
         body = {"guest": guest, "event": event, "epoch": epoch, "handoff": handoff}
-        return self.post("/v1/peer/ownership", body)
+        return self.post("/v1/peer/ownership", body, timeout=OWNERSHIP_S)
 
 
 def path_segment(text: str) -> str:

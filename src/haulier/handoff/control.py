@@ -32,6 +32,17 @@ class Control:
         self._best_rtt = float("inf")
         session.on(Channel.CONTROL, self._receive)
 
+    def wait_connected(self, timeout: float) -> None:
+        """Waits for the session's first path. PeerError when there is none in time."""
+        deadline = time.monotonic() + timeout
+        while not self.session.wait_connected(0.1):
+            self._check()
+            if time.monotonic() > deadline:
+                raise PeerError(
+                    f"no connection between the workers here and at site {self.peer!r} within {timeout:g} s: "
+                    "see that its bulk addresses can be reached from here ('haulier doctor')"
+                )
+
     def send(self, message: AnyMessage) -> None:
         self.session.send(Channel.CONTROL, encode(message), urgent=True)
 

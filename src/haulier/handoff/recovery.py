@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 from collections.abc import Callable
 from typing import Protocol
 
@@ -34,6 +36,8 @@ from haulier.handoff.residence import (
 )
 
 log = logging.getLogger(__name__)
+LEFT_ALONE = signal.SIGUSR1
+"""Tells a worker that the other site's worker is gone, so that it need not wait until its session gives up."""
 
 
 class Messenger(Protocol):
@@ -155,12 +159,17 @@ def handle(
 ) -> list[tuple[str, int]]:
     """A message of the ownership table that came by way of the agents; what to answer.
 
-    While a worker of this site deals with that guest, the matter is its own and nothing is answered.
+    While a worker of this site deals with that guest, the matter is its own and nothing is answered; but it is told
+    that the other site's worker is gone, for that is why its agent speaks.
     """
     row = journal.find_guest(guest)
     record = record_of(row)
     handoff = journal.find_handoff(row.handoff) if row is not None and row.handoff else None
     if handoff is not None and handoff.state != "ended" and worker_alive(handoff):
+        if event is not Event.TOOK and epoch == record.pending:
+            log.info("the worker of handoff %s at the other site is gone: its agent says %s", handoff.id, event)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(handoff.pid, LEFT_ALONE)
         return []
     told: list[tuple[str, int]] = []
     if record.state is State.READY and event is Event.TOKEN and not copy_alive(site, guest):

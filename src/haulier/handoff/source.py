@@ -534,7 +534,7 @@ class SourceHandoff:
         self.progress.phase("token", "the guest is the target's")
         while True:
             try:
-                news = control.next(0.5)
+                news = control.next(1.0)
                 if isinstance(news, Exception):
                     raise news
                 if news is None and self.left_alone.is_set():
@@ -681,8 +681,10 @@ class SourceHandoff:
                 with contextlib.suppress(HaulierError):
                     self._control.send(failure(error))
                 self._send(happened)
+            if self._session is not None:
+                self._session.close(linger_s=3)
             with contextlib.suppress(HaulierError):
-                # Also by way of the agents: the worker there may never have been reached.
+                # Also by way of the agents: the worker there may not have been reached.
                 self.peer.own(self.job.guest, Event.ABORT.value, self._epoch, self.job.handoff)
         (self.directory / "mirror").unlink(missing_ok=True)
         with contextlib.suppress(HaulierError):

@@ -55,8 +55,6 @@ from haulier.session import Session, TlsConfig
 
 log = logging.getLogger(__name__)
 CONNECT_S = 60.0
-TOKEN_S = 15.0
-"""How long a complete copy waits for the token before the worker leaves the matter to the agents."""
 
 
 class Undecided(HandoffFailed):
@@ -89,6 +87,8 @@ class TargetHandoff:
         self._voted = False
         self._running = False
         self._lock = threading.Lock()
+        self.left_alone = threading.Event()
+        """The other site's worker is gone, by the word of its agent: set from outside."""
 
     # -- the whole of it -------------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class TargetHandoff:
             session.on(Channel.PROBE, lambda data: None)
             self.progress.status.port = session.port
             self.progress.phase("connect")
-            session.wait_connected(CONNECT_S)
+            self.control.wait_connected(CONNECT_S)
             self.progress.phase("receive")
             self._work(session)
         except Undecided as error:
@@ -159,6 +159,9 @@ class TargetHandoff:
         if self._cancelled.is_set() and not self._running:
             self._cancelled.clear()
             raise HandoffFailed("the target's operator or agent stopped the handoff")
+        if self.left_alone.is_set() and not self._running:
+            text = f"the worker at site {self.job.peer!r} is gone"
+            raise Undecided(f"{text}: the agents settle it") if self._voted else HandoffFailed(text)
 
     def _observe(self, session: Session) -> None:
         sent, received = session.wire_bytes()

@@ -2,7 +2,7 @@
 
 ``python -m haulier.handoff.worker --root ROOT --id HANDOFF``; everything else stands in the handoff's job.json. With
 ``--standby`` it waits for ``HANDOFF TAB ROOT`` on its standard input, and ends if that closes first.
-SIGTERM and SIGINT cancel.
+SIGTERM and SIGINT cancel. SIGUSR1 says that the other site's worker is gone, by the word of its agent.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from haulier.handoff.journal import Journal
 from haulier.handoff.messages import Accept, Job, Offer
 from haulier.handoff.ownership import State
 from haulier.handoff.progress import write_report
+from haulier.handoff.recovery import LEFT_ALONE
 from haulier.handoff.source import SourceHandoff
 from haulier.handoff.spawning import accept, spawn, start_source
 from haulier.handoff.target import TargetHandoff
@@ -107,6 +108,7 @@ def _log_to(path: Path) -> None:
 
 def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:
     handoff = SourceHandoff(site, journal, job, peer_of(site, journal, job.peer), cancelled)
+    signal.signal(LEFT_ALONE, lambda *_: handoff.left_alone.set())
     directory = site.handoff_root(job.handoff)
     try:
         report = handoff.run()
@@ -129,6 +131,7 @@ def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Eve
 
 def _run_target(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:
     handoff = TargetHandoff(site, journal, job, cancelled)
+    signal.signal(LEFT_ALONE, lambda *_: handoff.left_alone.set())
     outcome = handoff.run()
     write_report(site.handoff_root(job.handoff), handoff.report())
     if outcome != "undecided":
