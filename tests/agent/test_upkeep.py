@@ -34,19 +34,19 @@ def test_gc_frees_what_handoffs_that_are_over_left(fleet: Fleet) -> None:
         store.save_manifest(f"incoming/{handoff}", Manifest(CHUNK, store.put(os.urandom(CHUNK))))
         directory = fleet.oslo.handoff_root(handoff)
         directory.mkdir()
-        (directory / "mirror").write_bytes(b"m")
+        fleet.oslo.mirror(handoff).write_bytes(b"m")
     store.commit()
     before = store.stats().chunks
     would = collect(fleet, True)
     assert sorted(would["handoffs"]) == [
-        str(fleet.oslo.handoff_root("hover") / "mirror"), "handoff/hover", "incoming/hover",
+        str(fleet.oslo.mirror("hover")), "handoff/hover", "incoming/hover",
     ]  # fmt: skip
-    assert store.stats().chunks == before and (fleet.oslo.handoff_root("hover") / "mirror").exists()
+    assert store.stats().chunks == before and (fleet.oslo.mirror("hover")).exists()
     collect(fleet, False)
     assert store.leases() == ["handoff/hlive"]
     assert store.manifest_names() == ["incoming/hlive"]
-    assert (fleet.oslo.handoff_root("hlive") / "mirror").exists()
-    assert not (fleet.oslo.handoff_root("hover") / "mirror").exists()
+    assert (fleet.oslo.mirror("hlive")).exists()
+    assert not (fleet.oslo.mirror("hover")).exists()
     assert store.stats().chunks == before - 2
 
 

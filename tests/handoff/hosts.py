@@ -63,7 +63,7 @@ class Host:
         self.journal.add_handoff(HandoffRow(HANDOFF, GUEST, role, self.peer))
         directory = self.site.handoff_root(HANDOFF)
         directory.mkdir()
-        (directory / "mirror").touch()
+        self.site.mirror(HANDOFF).touch()
         with ChunkStore(self.site.store) as store:
             disk = Manifest(16 * CHUNK, ZERO * 16)
             store.save_manifest(residence.manifest_name(GUEST) if role == "source" else self.incoming, disk)

@@ -27,7 +27,7 @@ def assert_cleared(host: Host, *manifests: str) -> None:
     assert host.files() == []
     assert host.manifests() == list(manifests)
     assert host.leases() == []
-    assert not (host.site.handoff_root(HANDOFF) / "mirror").exists()
+    assert not host.site.mirror(HANDOFF).exists()
 
 
 def again(hosts: Hosts, host: Host) -> None:

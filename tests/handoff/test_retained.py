@@ -26,14 +26,13 @@ def site(tmp_path: Path) -> Site:
 
 def leave(site: Site, epoch: int, fill: int, uuid: str = UUID) -> Retained:
     """What a handoff leaves behind."""
-    directory = site.handoff_root(f"h{epoch}")
-    directory.mkdir()
-    mirror = Mirror.create(directory / "mirror", {"ram0": 4 * PAGE}, None)
+    path = site.mirror(f"h{epoch}")
+    mirror = Mirror.create(path, {"ram0": 4 * PAGE}, None)
     mirror.set(np.array([2]), np.full((1, PAGE), fill, np.uint8))
     mirror.close()
     meta = Retained(id=retained.memory_id(uuid, epoch, bytes([fill]) * 32), guest="web1", uuid=uuid, epoch=epoch)
-    retained.keep(site, meta, directory / "mirror")
-    assert not list(directory.iterdir()), "moved, not copied"
+    retained.keep(site, meta, path)
+    assert not path.exists(), "moved, not copied"
     return meta
 
 

@@ -228,6 +228,15 @@ class Site:
         """A tmpfs directory for the memory of guests."""
         return Path(self.ram) if self.ram else Path("/dev/shm") / f"haulier-{self.name}"
 
+    def mirror(self, handoff: str) -> Path:
+        """The mirror of a guest's memory while a handoff is under way.
+
+        Beside the guests' memory, not on disk: the writing back of hundreds of megabytes would stand before every
+        sync of the journal, and those are part of the downtime.
+        """
+        self.ram_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return self.ram_dir / f"mirror-{check_name(handoff, 'handoff')}"
+
     def guest_root(self, name: str) -> Path:
         """Directory of one guest; UsageError for a name that is none."""
         return self.guests / check_name(name, "guest")

@@ -69,7 +69,7 @@ def _over(core: Core, store: ChunkStore, dry_run: bool) -> list[str]:
     for path in core.site.handoffs.iterdir() if core.site.handoffs.is_dir() else ():
         if path.name in live:
             continue
-        mirror = path / "mirror"
+        mirror = core.site.mirror(path.name)
         if mirror.exists():
             found.append(str(mirror))
             if not dry_run:

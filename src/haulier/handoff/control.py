@@ -98,15 +98,16 @@ class Control:
         )
 
     def compare_clocks(self, times: int = 4) -> None:
-        """Estimates the peer's clock against ours from the fastest of a few round trips."""
+        """Asks for the peer's clock a few times; answers are used as they come, the fastest round trip decides."""
         for _ in range(times):
             self.send(Clock(time.time()))
-            answer = self.wait(Clock, 15)
-            now = time.time()
-            rtt = now - answer.sent
-            if 0 <= rtt < self._best_rtt:
-                self._best_rtt = rtt
-                self.clock_offset = answer.seen - (answer.sent + now) / 2
+
+    def _compare(self, answer: Clock) -> None:
+        now = time.time()
+        rtt = now - answer.sent
+        if 0 <= rtt < self._best_rtt:
+            self._best_rtt = rtt
+            self.clock_offset = answer.seen - (answer.sent + now) / 2
 
     def _sift(self, news: News) -> AnyMessage | None:
         if isinstance(news, Exception):
@@ -123,8 +124,11 @@ class Control:
         except HaulierError as error:
             self._news.put(error)
             return
-        if isinstance(message, Clock) and not message.seen:
-            self.send(Clock(message.sent, time.time()))
+        if isinstance(message, Clock):
+            if message.seen:
+                self._compare(message)
+            else:
+                self.send(Clock(message.sent, time.time()))
             return
         if isinstance(message, Failed):
             self.failed = self._error(message)

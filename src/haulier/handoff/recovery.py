@@ -234,7 +234,7 @@ def _forget(site: Site, row: HandoffRow) -> None:
 
 
 def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str) -> None:
-    (site.handoff_root(row.id) / "mirror").unlink(missing_ok=True)
+    site.mirror(row.id).unlink(missing_ok=True)
     detail = dict(journal.handoff(row.id).detail)
     detail.setdefault("recovered", True)
     journal.end_handoff(row.id, outcome, detail=detail)

@@ -7,6 +7,7 @@ the id names guest, epoch and stream, so that two sites never take different pic
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import msgspec
 from haulier.agent.site import Site, write_atomically
 from haulier.errors import Corrupt
 from haulier.memory.base import MemoryBase
+from haulier.memory.sparse import data_extents
 
 GOLDEN = "golden:"
 
@@ -45,9 +47,21 @@ def keep(site: Site, meta: Retained, mirror: Path) -> None:
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(mode=0o700, parents=True)
-    for path in (mirror, *mirror.parent.glob(mirror.name + ".*")):
-        path.replace(directory / path.name.replace(mirror.name, "memory", 1))
+    _copy_sparse(mirror, directory / "memory")
+    mirror.unlink()
+    # Last: without it there is no picture, so one that was cut short is never taken for whole.
     write_atomically(directory / "meta.json", msgspec.json.encode(meta))
+
+
+def _copy_sparse(source: Path, target: Path) -> None:
+    with source.open("rb") as read, target.open("xb") as write:
+        size = os.fstat(read.fileno()).st_size
+        os.ftruncate(write.fileno(), size)
+        for start, end in data_extents(read.fileno(), 0, size):
+            os.lseek(write.fileno(), start, os.SEEK_SET)
+            at = start
+            while at < end:
+                at += os.sendfile(write.fileno(), read.fileno(), at, min(end - at, 8 << 20))
 
 
 def find(site: Site, guest: str, uuid: str) -> Retained | None:

@@ -238,7 +238,7 @@ class TargetHandoff:
         self._mark = qemu.qmp.mark()
         qemu.set_capabilities(events=True, late_block_activate=True, pause_before_switchover=True, return_path=True)
         qemu.prepare_incoming(f"unix:{paths.mig_sock}")
-        proxy = TargetProxy(self.directory / "mirror", base, self._space)
+        proxy = TargetProxy(self.site.mirror(self.job.handoff), base, self._space)
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         stream.connect(str(paths.mig_sock))
         self._sink = MemorySink(stream, proxy, self.control.session, self.control.tell)
@@ -344,7 +344,7 @@ class TargetHandoff:
         proxy.close()
         row = self.journal.guest(self.spec.name)
         meta = retained.Retained(id=news.memory_id, guest=self.spec.name, uuid=self.spec.uuid, epoch=row.epoch)
-        retained.keep(self.site, meta, self.directory / "mirror")
+        retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -375,7 +375,7 @@ class TargetHandoff:
         if self._sink is not None:
             self._sink.close()
             self._sink.proxy.close()
-        (self.directory / "mirror").unlink(missing_ok=True)
+        self.site.mirror(self.job.handoff).unlink(missing_ok=True)
         session.close(linger_s=3)
         if self._qemu is not None:
             self._qemu.close()
