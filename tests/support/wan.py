@@ -259,7 +259,12 @@ class Wan:
 
     def _dial(self, key: int) -> None:
         link = self.links[key]
-        if self.a.core.state in (State.ENDED, State.FAILED) or self.b.core.state in (State.ENDED, State.FAILED):
+        over = (State.ENDED, State.FAILED)
+        if self.a.core.state in over or self.b.core.state in over:
+            # Nobody is there any more: who has said goodbye is content with that (it is refused, or stops lingering).
+            for end in (self.a, self.b):
+                if end.core.state is State.PARTING:
+                    end.core.end()
             return
         if not link.up:
             self.after(1.0, lambda: self._dial(key))

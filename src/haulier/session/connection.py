@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import ipaddress
 import os
 import selectors
 import socket
 import ssl
+import struct
+import termios
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -24,6 +27,11 @@ _RECORD: Final = 22
 _USER_TIMEOUT: Final = getattr(socket, "TCP_USER_TIMEOUT", 18)
 _NOTSENT_LOWAT: Final = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 _LEAST_LOWAT: Final = 16 * 1024
+
+_TCP_INFO: Final = 148
+"""struct tcp_info of linux/tcp.h up to tcpi_notsent_bytes (Linux 4.6)."""
+_U32: Final = struct.Struct("=I")
+_COUNTS: Final = struct.Struct("=IIII")
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,17 @@ class Connection:
             return
         self._lowat = most
         (self._ssl or self._raw).setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, most)
+
+    def tcp_state(self) -> tuple[int, float]:
+        """Bytes that TCP has in flight or has not sent yet, and its smoothed round trip in seconds."""
+        info = (self._ssl or self._raw).getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+        (mss,) = _U32.unpack_from(info, 16)
+        unacked, sacked, lost, again = _COUNTS.unpack_from(info, 24)
+        (rtt_us,) = _U32.unpack_from(info, 68)
+        (not_sent,) = _U32.unpack_from(info, 144)
+        # Packets of acks are small: never more than what is in the socket altogether.
+        (held,) = _U32.unpack(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)))
+        return min(max(unacked - sacked - lost + again, 0) * mss + not_sent, held), rtt_us / 1e6
 
     # -- before it is open
 

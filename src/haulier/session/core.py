@@ -181,7 +181,7 @@ class SessionCore:
         path = self._paths.pop(key, None)
         if path is None:
             return
-        self._requeue(path, path.take_unacked())
+        self._requeue(path, path.unacked())
         self.why_no_path = f"{path.name}: {why}"
         if not self._paths:
             self._outage_since = now
@@ -320,12 +320,12 @@ class SessionCore:
 
     def _next(self, path: PathFlow, now: float) -> OutFrame | None:
         """The frame that `path` should carry next."""
-        if path.in_flight < 2 * path.window and self._sooner_here(path, now, 0):
+        if path.room(2) > 0 and self._sooner_here(path, now, 0):
             if (frame := self._pop_again(self._again_urgent, path)) is not None:
                 return frame
             if (frame := self._cut(path, urgent=True)) is not None:
                 return frame
-        if path.in_flight >= path.window or not self._sooner_here(path, now, self._unsent + self._again_bytes):
+        if path.room() <= 0 or not self._sooner_here(path, now, self._unsent + self._again_bytes):
             return None
         if (frame := self._pop_again(self._again, path)) is not None:
             return frame
@@ -423,6 +423,11 @@ class SessionCore:
             due = min(due, path.ping_due(), path.heard + path.dead_after())
             if path.in_flight and not path.stalled:
                 due = min(due, path.progress + path.stall_after())
+        if self._unsent or self._again_bytes:
+            for path in self._paths.values():
+                if path.waits_for_tcp:
+                    # TCP does not say when it has room; often enough to stay ahead of it.
+                    due = min(due, now + min(max(path.window / (path.rate.peak or 1e6) / 16, 0.001), 0.010))
         if len(self._paths) > 1 and (self._unsent or self._again_bytes):
             due = min(due, now + 0.05)  # which path is sooner changes with time alone
         if self._outage_since is not None:

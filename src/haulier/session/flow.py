@@ -1,38 +1,31 @@
-"""One path: what is in flight on it, what it can carry, and whether it still does.
+"""One path: what is in flight on it, how much may be, and whether it still moves.
 
 TCP keeps each connection's bytes in order, so a path acknowledges with one number: how many data frames have
-arrived on this connection. From the acknowledgements the path learns its rate (bytes delivered between two
-acks, as BBR does: https://queue.acm.org/detail.cfm?id=3022184) and its round trip without a queue: the least that a
-short average of samples fell to. An average, because the least single sample of a path with jitter, losses
-or a busy peer is one that hardly any frame meets, and a window made from it would strangle the path. The
-window of about 1.5 bandwidth-delay products keeps the link full with half a round trip of queue, whatever the
-size of the kernel's buffers. When the path seems to be longer than it was, the window is cut for a moment so that
-the queue drains and shows whether the path is.
+arrived on this connection.
+
+The window is about 1.5 bandwidth-delay products: the link stays full with half a round trip of queue, whatever
+the size of anyone's buffers. Where the transport can tell how much its TCP has in flight and how long its round trips
+are, the window applies to that, since what waits for the peer's process is no queue in the network; acknowledged
+frames then only bound how far the peer may fall behind. Otherwise both are taken from the frames.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from typing import Final, NamedTuple
 
 from haulier.errors import Corrupt
 from haulier.session.channel import OutFrame
+from haulier.session.estimate import Rate, RoundTrip
 from haulier.session.frames import HEADER, MAX_PAYLOAD
 from haulier.session.settings import Settings
 
 _LEAST_FRAME: Final = 4096
-_BASE_RTT_S: Final = 10.0
-"""A base round trip older than this is measured again."""
-_START_RTTS: Final = 2.5
-"""Window until the rate has stopped growing; TCP itself doubles in a round trip at most."""
-_GROWTH: Final = 1.25
+_START_RTTS: Final = 1.75
+"""Window until the rate has stopped growing: a queue of one bandwidth-delay product must not overflow."""
 _DRAIN_RTTS: Final = 0.5
-_LONGER: Final = 1.75
-_AGAIN_S: Final = 2.0
-"""At least this long between two looks at whether the path has become longer: each costs half a round trip."""
-_RATE_MEMORY_S: Final = 1.0
-"""Time constant of the rate that is reported."""
+_BEHIND: Final = 4
+"""Windows of frames that may be unacknowledged when TCP's own state is known."""
 _UNKNOWN_RTT_S: Final = 0.1
 
 
@@ -57,6 +50,8 @@ class PathFlow:
         self.progress = now
         """When an ack last moved, or the first frame in flight left."""
         self.stalled = False
+        self.requeued = False
+        """What is in flight here waits for another path as well."""
         self.received = 0
         """Data frames that came in on this connection ..."""
         self.acked_to_peer = 0
@@ -67,44 +62,36 @@ class PathFlow:
         self.sent_bytes = 0
         self.acked_bytes = 0
         self.resent_bytes = 0
-        self.requeued = False
-        self.min_rtt = rtt
-        """The shortest round trip seen lately: what is reported."""
-        self.base_rtt = rtt
-        """The usual round trip when there is no queue: what windows are made from."""
-        self.srtt = rtt
+        self.window = settings.first_window
+        self.frame_limit = 16 * 1024
+        self.rtt = RoundTrip(rtt, now)
+        self.rate = Rate()
         self._settings = settings
+        self._patience_rtt = rtt or 0.0
         self._fifo: deque[_Sent] = deque()
         self._acked = 0
         self._delivered_at = now
         self._first_at = now
-        self._smooth = rtt
-        self._spread = 0.0
-        self._base_at = now
-        self._probe_until = 0.0
-        self._drained_at = 0.0
-        self._settled_at = 0.0  # from then on rate samples are not of a window that was cut
-        self._probed: list[float] = []
-        self._low_rtt = math.inf  # least average since ...
-        self._low_since = now
-        self._starting = True
-        self._start_rate = 0.0
-        self._flat_rounds = 0
         self._round_ends = 0
         self._dry_until = 1
-        self._rates: deque[tuple[float, float]] = deque()
+        self._tcp: int | None = None  # bytes that TCP had in flight at its last report, and what it got since
+        self._tcp_at = now
         self._ping: tuple[int, float] | None = None
         self._pings = 0
-        self._busy_s = 0.0
         self._ping_at = now
-        self.rate = 0.0
-        """Bytes per second the path can carry, as far as is known; 0 = not yet."""
-        self.steady_rate = 0.0
-        """The same, smoothed: what is reported."""
-        self.window = settings.first_window
-        self.frame_limit = 16 * 1024
 
     # -- sending
+
+    def room(self, windows: int = 1) -> int:
+        """Bytes that may be put in flight now; `windows` = 2 for what must not wait."""
+        if self._tcp is None:
+            return windows * self.window - self.in_flight
+        return min(windows * self.window - self._tcp, _BEHIND * self.window - self.in_flight)
+
+    @property
+    def waits_for_tcp(self) -> bool:
+        """There is no room, and no frame from the peer may come to say when there is."""
+        return self._tcp is not None and self._tcp >= self.window
 
     def on_sent(self, frame: OutFrame, now: float) -> None:
         """`frame` goes to the connection now."""
@@ -116,10 +103,12 @@ class PathFlow:
         )
         self.in_flight += size
         self.sent_bytes += size
+        if self._tcp is not None:
+            self._tcp += size
 
     def ran_dry(self) -> None:
         """Nothing to send: if there was room, samples of this flight do not show what the path can carry."""
-        if self.in_flight < self.window:
+        if self.room() > 0:
             self._dry_until = self.acked_bytes + self.in_flight + 1
 
     def on_ack(self, count: int, now: float) -> list[OutFrame]:
@@ -134,6 +123,7 @@ class PathFlow:
             return []
         self._acked = count
         frames = []
+        before, since = self.acked_bytes, self._delivered_at
         for _ in range(news):
             sent = self._fifo.popleft()
             self.in_flight -= sent.size
@@ -143,18 +133,29 @@ class PathFlow:
         self.stalled = self.requeued = False
         if self.acked_bytes >= self._dry_until:
             self._dry_until = 0
-        self._sample_rate(sent, now)
+        interval = max(now - sent.delivered_at, sent.at - sent.first_at)
+        if interval > 0:
+            keep = max(10 * (self.rtt.base or 0), 0.3)
+            self.rate.sample((self.acked_bytes - sent.delivered) / interval, now, keep, sent.app_limited)
+        if not sent.app_limited and now >= self.rtt.settled_at:
+            self.rate.busy(self.acked_bytes - before, now - since)
         self._first_at = sent.at
-        self._sample_rtt(now - sent.at, now)
+        self._patience_rtt += (now - sent.at - self._patience_rtt) / 8
+        if self._tcp is None:
+            self._sample_rtt(now - sent.at, now)
+        if self.acked_bytes >= self._round_ends:
+            self._round_ends = self.acked_bytes + self.in_flight
+            self.rate.round(self._dry_until > 0)
         self._resize()
         return frames
 
-    def take_unacked(self) -> list[OutFrame]:
-        """All frames in flight; the connection is gone and nothing of it counts any more."""
-        frames = [sent.frame for sent in self._fifo if not sent.frame.acked]
-        self._fifo.clear()
-        self.in_flight = 0
-        return frames
+    def on_tcp(self, in_flight: int, rtt: float, now: float) -> None:
+        """What TCP says of itself: bytes that it has in flight or not sent yet, and its smoothed round trip."""
+        self._tcp = in_flight
+        # Its round trip is an average already; more often than this would only repeat it.
+        if self.in_flight and rtt > 0 and now - self._tcp_at > rtt / 8:
+            self._tcp_at = now
+            self._sample_rtt(rtt, now)
 
     def unacked(self) -> list[OutFrame]:
         """Frames in flight that have not been acknowledged on any path."""
@@ -162,94 +163,29 @@ class PathFlow:
 
     # -- estimates
 
-    def _sample_rate(self, sent: _Sent, now: float) -> None:
-        interval = max(now - sent.delivered_at, sent.at - sent.first_at)
-        if interval <= 0:
-            return
-        rate = (self.acked_bytes - sent.delivered) / interval
-        if sent.app_limited and rate < self.rate:
-            return
-        keep = max(10 * (self.base_rtt or 0), 0.3)
-        rates = self._rates
-        while rates and rates[-1][1] <= rate:
-            rates.pop()
-        rates.append((now, rate))
-        while rates[0][0] < now - keep:
-            rates.popleft()
-        self.rate = rates[0][1]
-        if sent.app_limited:
-            # A lower bound only: it must not start, or drag down, an average that takes seconds to recover.
-            self.steady_rate = max(self.steady_rate, rate)
-            return
-        self._busy_s += interval
-        weight = max(interval / self._busy_s, 1 - math.exp(-interval / (_RATE_MEMORY_S * 4)))
-        self.steady_rate += (rate - self.steady_rate) * weight
-
     def _sample_rtt(self, rtt: float, now: float) -> None:
-        if self.srtt is None or self._smooth is None or self.min_rtt is None or self.base_rtt is None:
-            self.srtt = self._smooth = self.min_rtt = self.base_rtt = rtt
-            self._base_at = now
-            return
-        self._spread += (abs(rtt - self.srtt) - self._spread) / 8
-        self.srtt += (rtt - self.srtt) / 8
-        smooth = self._smooth = self._smooth + (rtt - self._smooth) / 4
-        self.min_rtt = min(self.min_rtt, rtt)
-        self._low_rtt = min(self._low_rtt, smooth)
-        if self._probe_until:
-            self._probe(rtt, now)
-        elif smooth <= self.base_rtt:
-            self.base_rtt, self._base_at = smooth, now
-        elif now - self._low_since > max(0.5, 4 * self.base_rtt):
-            # Never below this all the while: more than our own window can cause. Has the path become longer?
-            longer = self._low_rtt > _LONGER * self.base_rtt + 0.010 and not self._starting
-            longer = longer and now - self._base_at > _AGAIN_S
-            if longer or now - self._base_at > _BASE_RTT_S:
-                # Frames sent from now on meet less of a queue, those sent a round trip from now none.
-                self._drained_at = now + 2 * self.srtt
-                self._probe_until = self._drained_at + max(self.base_rtt, 0.05)
-                self._probed = []
-                self._settled_at = math.inf
-            self._low_rtt, self._low_since = math.inf, now
-
-    def _probe(self, rtt: float, now: float) -> None:
-        if now >= self._drained_at:
-            self._probed.append(rtt)
-        if now >= self._probe_until and self._probed:
-            # Frames still leave in small bursts and wait for each other, hence not the average.
-            self._smooth = self.base_rtt = sorted(self._probed)[len(self._probed) // 4]
-            self.min_rtt, self._base_at = min(self._probed), now
-            self._probe_until = 0.0
-            self._settled_at = now + 2 * self.base_rtt
-            self._low_rtt, self._low_since = math.inf, now
-
-    def _still_starting(self) -> bool:
-        if self._starting and self.acked_bytes >= self._round_ends:
-            self._round_ends = self.acked_bytes + self.in_flight
-            if self.rate >= self._start_rate * _GROWTH:
-                self._start_rate, self._flat_rounds = self.rate, 0
-            elif not self._dry_until:
-                self._flat_rounds += 1
-                self._starting = self._flat_rounds < 3
-        return self._starting
+        was_draining = self.rtt.draining
+        self.rtt.sample(rtt, now, self.rate.fallen, self.rate.starting)
+        if was_draining and not self.rtt.draining:
+            self.rate.forget_best()
 
     def _resize(self) -> None:
-        s = self._settings
-        if not self.rate or self.base_rtt is None:
+        s, rate, base = self._settings, self.rate.peak, self.rtt.base
+        if not rate or base is None:
             return
-        rtts = _START_RTTS if self._still_starting() else s.window_rtts
-        if self._probe_until:
-            rtts = _DRAIN_RTTS
-        slack = max(s.slack_s, min(2 * self._spread, 2 * self.base_rtt))
-        # Of the frame that is on its way one half is in base_rtt already.
-        window = int(self.rate * (self.base_rtt * rtts + slack)) - self.frame_limit // 2
+        rtts = _DRAIN_RTTS if self.rtt.draining else _START_RTTS if self.rate.starting else s.window_rtts
+        slack = s.slack_s if self.rate.starting else max(s.slack_s, min(2 * self.rtt.spread, base / 2))
+        window = int(rate * (base * rtts + slack))
+        if self._tcp is None:
+            window -= self.frame_limit // 2  # of the frame that is on its way one half is in `base` already
         self.window = max(s.min_window, min(window, s.max_window))
-        frame = int(self.rate * s.frame_s) & ~1023
+        frame = int(rate * s.frame_s) & ~1023
         self.frame_limit = max(_LEAST_FRAME, min(frame, MAX_PAYLOAD))
 
     def eta(self, now: float, more: int = 0) -> float:
         """Seconds until `more` bytes that leave now are acknowledged, as far as can be told."""
-        rtt = self.base_rtt if self.base_rtt is not None else _UNKNOWN_RTT_S
-        rate = self.rate or self._settings.first_window / max(rtt, 0.001)
+        rtt = self.rtt.base if self.rtt.base is not None else _UNKNOWN_RTT_S
+        rate = self.rate.peak or self._settings.first_window / max(rtt, 0.001)
         late = now - self.progress if self.in_flight else 0.0
         return max(rtt, late) + (self.in_flight + more) / rate
 
@@ -257,11 +193,11 @@ class PathFlow:
 
     def stall_after(self) -> float:
         """Seconds without progress until this path counts as stalled."""
-        return max(self._settings.stall_s, self._settings.stall_rtts * (self.srtt or 0))
+        return max(self._settings.stall_s, self._settings.stall_rtts * self._patience_rtt)
 
     def dead_after(self) -> float:
         """Seconds of silence until the connection is given up."""
-        return max(self._settings.dead_s, self._settings.dead_rtts * (self.srtt or 0))
+        return max(self._settings.dead_s, self._settings.dead_rtts * self._patience_rtt)
 
     def ping_due(self) -> float:
         """When the next ping is due."""
@@ -282,8 +218,7 @@ class PathFlow:
         rtt = now - self._ping[1]
         self._ping = None
         if self.in_flight:
-            self.srtt = rtt if self.srtt is None else self.srtt
-        else:
-            self._sample_rtt(rtt, now)
-        if not self.in_flight:
-            self.stalled = False
+            return  # it waited behind data: acks and TCP know better
+        self.stalled = False
+        self._patience_rtt += (rtt - self._patience_rtt) / 8
+        self._sample_rtt(rtt, now)

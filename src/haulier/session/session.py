@@ -156,12 +156,12 @@ class Session:
     def rate_bps(self) -> float:
         """Bits per second that the paths carry together, from acknowledged bytes while busy; 0 until known."""
         with self._lock:
-            return 8 * sum(path.steady_rate for path in self._core.paths())
+            return 8 * sum(path.rate.steady for path in self._core.paths())
 
     def rtt_s(self) -> float:
         """The shortest round trip of the best path, in seconds; 0 until known."""
         with self._lock:
-            return min((path.min_rtt for path in self._core.paths() if path.min_rtt is not None), default=0.0)
+            return min((path.rtt.least for path in self._core.paths() if path.rtt.least is not None), default=0.0)
 
     def paths(self) -> list[PathStats]:
         """Every path there is or was."""
@@ -174,8 +174,8 @@ class Session:
                     PathStats(
                         name=totals.name,
                         up=flow is not None,
-                        rate_bps=8 * flow.steady_rate if flow else 0.0,
-                        rtt_s=(flow.min_rtt or 0.0) if flow else 0.0,
+                        rate_bps=8 * flow.rate.steady if flow else 0.0,
+                        rtt_s=(flow.rtt.least or 0.0) if flow else 0.0,
                         sent=totals.sent + (flow.sent_bytes if flow else 0),
                         acked=totals.acked + (flow.acked_bytes if flow else 0),
                         resent=totals.resent + (flow.resent_bytes if flow else 0),

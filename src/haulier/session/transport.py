@@ -201,8 +201,9 @@ class Transport:
         ready: set[Connection] = set()
         for selected, events in self._selector.select(0 if busy else max(timeout, 0)):
             if selected.fileobj == self._wake_fd:
-                self._waking = False
+                # In this order: whoever wakes us in between has changed the core before we look at it.
                 os.eventfd_read(self._wake_fd)
+                self._waking = False
             elif selected.fd in self._registered:
                 connection = self._registered[selected.fd][0]
                 if events & selectors.EVENT_READ or connection.stage is not Stage.OPEN:
@@ -246,9 +247,12 @@ class Transport:
                 connection.flush()
                 if connection.blocked:
                     return False
+            now = self._clock()
+            tcp = connection.tcp_state()
             with self._lock:
                 before = self.core.progress
-                out = self.core.output(key, self._clock())
+                self.core.path(key).on_tcp(*tcp, now)
+                out = self.core.output(key, now)
                 moved = self.core.progress != before
             if moved:
                 self._changed(set())
@@ -276,7 +280,7 @@ class Transport:
                         channels.add(frame.channel)
                 moved = core.progress != before
                 flow = core.path(key)
-                lowat = 2 * flow.frame_limit if flow.rate else 0
+                lowat = 2 * flow.frame_limit if flow.rate.peak else 0
             if channels or moved:
                 self._changed(channels)
             if lowat:
