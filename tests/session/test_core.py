@@ -58,10 +58,10 @@ links = st.lists(
 
 
 @settings(max_examples=80, deadline=None)
-@given(links=links, there=messages, back=messages, faults=faults, seed=st.integers(0, 1000))
-def test_every_message_arrives_once_and_in_order_whatever_breaks(links, there, back, faults, seed) -> None:
+@given(links=links, there=messages, back=messages, faults=faults, seed=st.integers(0, 1000), tells_tcp=st.booleans())
+def test_every_message_arrives_once_and_in_order_whatever_breaks(links, there, back, faults, seed, tells_tcp) -> None:
     tight = Settings(max_unsent=100_000, receive_window=60_000, max_message=100_000)
-    wan = Wan([Link(rate * MBPS, delay, loss=loss) for rate, delay, loss in links], tight, seed)
+    wan = Wan([Link(rate * MBPS, delay, loss=loss) for rate, delay, loss in links], tight, seed, tells_tcp=tells_tcp)
     for end, batch in ((wan.a, there), (wan.b, back)):
         for n, (channel, size, urgent) in enumerate(batch):
             message = channel, pattern(n, size), urgent
@@ -119,17 +119,19 @@ def received(wan: Wan) -> int:
 @pytest.mark.parametrize(
     ("rate", "delay"), [(10 * MBPS, 0.025), (5 * MBPS, 0.1), (50 * MBPS, 0.025), (100 * MBPS, 0.05), (1 * MBPS, 0.01)]
 )
-def test_a_link_is_filled_with_a_short_queue(rate: float, delay: float) -> None:
-    wan = Wan([Link(rate, delay)])
+@pytest.mark.parametrize("tells_tcp", [True, False])
+def test_a_link_is_filled_with_a_short_queue(rate: float, delay: float, tells_tcp: bool) -> None:
+    wan = Wan([Link(rate, delay)], tells_tcp=tells_tcp)
     assert fill(wan, 25) >= 0.95 * rate
     (path,) = wan.a.core.paths()
     assert path.rate.peak == pytest.approx(rate, rel=0.05)
     assert path.in_flight <= rate * (2 * delay * 1.6 + 0.004) + 3 * path.frame_limit + 16 * 1024
 
 
+@pytest.mark.parametrize("tells_tcp", [True, False])
 @pytest.mark.parametrize("urgent", [True, False])
-def test_a_small_message_overtakes_bulk_within_one_round_trip(urgent: bool) -> None:
-    wan = Wan([Link(10 * MBPS, 0.025)])
+def test_a_small_message_overtakes_bulk_within_one_round_trip(urgent: bool, tells_tcp: bool) -> None:
+    wan = Wan([Link(10 * MBPS, 0.025)], tells_tcp=tells_tcp)
     fill(wan, 3)
     for _ in range(20):
         sent_at = wan.now
@@ -213,22 +215,24 @@ def test_a_longer_way_is_noticed() -> None:
     assert (received(wan) - before) / 5 >= 0.9 * 20 * MBPS
 
 
-def test_jitter_does_not_strangle_a_path() -> None:
-    wan = Wan([Link(20 * MBPS, 0.01, jitter=0.01)])
+@pytest.mark.parametrize("tells_tcp", [True, False])
+def test_jitter_does_not_strangle_a_path(tells_tcp: bool) -> None:
+    wan = Wan([Link(20 * MBPS, 0.01, jitter=0.01)], tells_tcp=tells_tcp)
     assert fill(wan, 20) >= 0.93 * 20 * MBPS
 
 
-@pytest.mark.parametrize("sleepy", [0.02, 0.06])
-def test_a_busy_peer_does_not_strangle_a_path(sleepy: float) -> None:
+@pytest.mark.parametrize(("sleepy", "tells_tcp"), [(0.02, False), (0.06, False), (0.06, True)])
+def test_a_busy_peer_does_not_strangle_a_path(sleepy: float, tells_tcp: bool) -> None:
     """Two processors and two guests under emulation: the peer's thread gets its turn late, again and again."""
-    wan = Wan([Link(10 * MBPS, 0.025)])
+    wan = Wan([Link(10 * MBPS, 0.025)], tells_tcp=tells_tcp)
     wan.b.sleepy = sleepy
     assert fill(wan, 20) >= 0.93 * 10 * MBPS
     assert sum(path.rate.steady for path in wan.a.core.paths()) == pytest.approx(10 * MBPS, rel=0.15)
 
 
-def test_losses_do_not_strangle_a_path() -> None:
-    wan = Wan([Link(20 * MBPS, 0.025, loss=0.005)])
+@pytest.mark.parametrize("tells_tcp", [True, False])
+def test_losses_do_not_strangle_a_path(tells_tcp: bool) -> None:
+    wan = Wan([Link(20 * MBPS, 0.025, loss=0.005)], tells_tcp=tells_tcp)
     assert fill(wan, 20) >= 0.9 * 20 * MBPS
 
 

@@ -48,6 +48,11 @@ class Pipe:
         self._deliver, self._wants_more = deliver, wants_more
         self._unsent: deque[bytes] = deque()
         self.backlog = 0
+        self.unacked = 0
+        """What TCP would say that it has in flight ..."""
+        self.srtt = 0.0
+        """... and its smoothed round trip; 0 until known."""
+        self._entered: deque[tuple[int, float]] = deque()
         self._sending = False
         self._late = 0.0
         self.alive = True
@@ -57,6 +62,8 @@ class Pipe:
         for start in range(0, len(data), PIECE):
             self._unsent.append(data[start : start + PIECE])
         self.backlog += len(data)
+        self.unacked += len(data)
+        self._entered.append((len(data), self._wan.now))
         self._send()
 
     def _send(self) -> None:
@@ -88,14 +95,28 @@ class Pipe:
         if not self._link.up or self.held:
             self.held.append(piece)
             return
+        self._take(piece)
+
+    def _take(self, piece: bytes) -> None:
+        self._wan.after(self._link.delay, lambda: self._acked(len(piece)))
         self._deliver(piece)
+
+    def _acked(self, count: int) -> None:
+        self.unacked -= count
+        while self._entered and count >= self._entered[0][0]:
+            size, at = self._entered.popleft()
+            count -= size
+            rtt = self._wan.now - at
+            self.srtt = self.srtt + (rtt - self.srtt) / 8 if self.srtt else rtt
+        if self._entered and count:
+            self._entered[0] = self._entered[0][0] - count, self._entered[0][1]
 
     def resume(self) -> None:
         """The link is up again: TCP repeats what was lost meanwhile."""
         held, self.held = self.held, []
         for piece in held:
             if self.alive:
-                self._deliver(piece)
+                self._take(piece)
         self._send()
 
 
@@ -147,6 +168,8 @@ class End:
             self.wan.at(due, self.wan.poke)
 
     def pump(self, key: int, pipe: Pipe) -> None:
+        if self.wan.tells_tcp:
+            self.core.path(key).on_tcp(pipe.unacked, pipe.srtt, self.wan.now)
         while pipe.backlog < QUEUE and (out := self.core.output(key, self.wan.now, 16 * 1024)):
             pipe.write(b"".join(out))
 
@@ -174,7 +197,11 @@ class End:
 class Wan:
     """Two ends, `a` and `b`, and the links between them."""
 
-    def __init__(self, links: Sequence[Link], settings: Settings | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, links: Sequence[Link], settings: Settings | None = None, seed: int = 0, *, tells_tcp: bool = False
+    ) -> None:
+        self.tells_tcp = tells_tcp
+        """The cores are told what TCP has in flight, as the transport does on Linux."""
         self.now = 1000.0
         self.random = random.Random(seed)
         self.links = list(links)
