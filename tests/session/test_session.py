@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from haulier.errors import Conflict, HaulierError, NotTrusted, PeerError, UsageError
+from haulier.errors import Conflict, Corrupt, HaulierError, NotTrusted, PeerError, UsageError
 from haulier.session import PathAddress, Session, Settings, TlsConfig
-from haulier.session.frames import Frame, FrameReader, Kind, encode
+from haulier.session.frames import HEADER, Frame, FrameReader, Kind, encode
+from haulier.session.handshake import ConnectorHandshake
 from haulier.units import MIB
 from tests.support.certs import TestCa
 from tests.support.relay import TcpRelay
@@ -444,12 +446,12 @@ def test_noise_and_silence_do_not_hold_up_others(listener: Session, oslo: TlsCon
 
 
 def read_frame(sock: ssl.SSLSocket) -> Frame:
-    reader, frames = FrameReader(), []
-    while not frames:
-        data = sock.recv(16384)
-        assert data, "closed"
-        frames = reader.feed(data)
-    return frames[0]
+    """One frame, not a byte more."""
+    head = sock.recv(HEADER.size)
+    assert len(head) == HEADER.size, "closed"
+    length = HEADER.unpack(head)[3]
+    (frame,) = FrameReader().feed(head + (sock.recv(length) if length else b""))
+    return frame
 
 
 def test_a_member_of_the_fleet_that_talks_nonsense_is_sent_away(listener: Session, oslo: TlsConfig) -> None:
@@ -459,6 +461,28 @@ def test_a_member_of_the_fleet_that_talks_nonsense_is_sent_away(listener: Sessio
             sock.sendall(encode(Kind.DATA, 1, 1, 0, b"let me in"))
             assert read_frame(sock).kind == Kind.REFUSED
             assert sock.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        encode(Kind.ACK, number=5),
+        encode(Kind.HELLO),
+        b"\xff" * 16,
+        b"".join(encode(Kind.DATA, 1, 0, n, bytes(65000)) for n in range(300)),
+    ],
+)
+def test_a_peer_that_breaks_the_rules_ends_the_session(lisbon: TlsConfig, oslo: TlsConfig, nonsense: bytes) -> None:
+    with Session.listen(lisbon, SECRET, ["127.0.0.1"], settings=QUICK) as listener:
+        with socket.create_connection(("127.0.0.1", listener.port), timeout=5) as raw:
+            with context(oslo).wrap_socket(raw) as sock:
+                handshake = ConnectorHandshake(SECRET, b"i" * 16, 0, b"n" * 32, "site lisbon")
+                sock.sendall(handshake.receive(read_frame(sock)))
+                handshake.receive(read_frame(sock))
+                with contextlib.suppress(OSError):
+                    sock.sendall(nonsense)
+                assert listener.wait_over(10)
+        assert isinstance(listener.error, Corrupt)
 
 
 def test_something_else_on_the_port_is_named(oslo: TlsConfig) -> None:

@@ -87,13 +87,20 @@ class Session:
 
     # -- messages
 
-    def send(self, channel: int, payload: bytes | Sequence[bytes], *, urgent: bool = False) -> None:
+    def send(
+        self, channel: int, payload: bytes | bytearray | memoryview | Sequence[bytes], *, urgent: bool = False
+    ) -> None:
         """Queue a message (a sequence is joined); returns at once unless much of the channel is unsent already.
 
         `urgent` goes ahead of everything that is not, with what its own channel holds before it. Raises `error`,
         PeerError when the session is over, UsageError for a bad channel or more than 16 MiB.
         """
-        data = payload if isinstance(payload, bytes) else b"".join(payload)
+        if isinstance(payload, bytes):
+            data = payload
+        elif isinstance(payload, bytearray | memoryview):
+            data = bytes(payload)
+        else:
+            data = b"".join(payload)
         with self._lock:
             core = self._core
             if not core.room(channel):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from haulier.errors import HaulierError, NoRoom, NotTrusted, PeerError, UsageError
+from haulier.errors import Corrupt, HaulierError, NoRoom, NotTrusted, PeerError, UsageError
 from haulier.session.connection import Connection, PathAddress, Stage
 from haulier.session.core import SessionCore, State
 from haulier.session.frames import Frame
@@ -287,6 +287,12 @@ class Transport:
                 connection.shorten_queue(lowat)
             if closed:
                 raise PeerError("closed by the peer")
+        except Corrupt as e:
+            # Nothing on the way can do this to TLS: the peer itself is wrong, and dialling again would not help.
+            log.error("session with %s: %s", connection.peer, e)
+            with self._lock:
+                self.core.abort(str(e), broken=e)
+            self._changed(set())
         except (HaulierError, OSError) as e:
             self._drop(connection, e)
 
