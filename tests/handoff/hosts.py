@@ -141,7 +141,8 @@ class Hosts:
         self.said: list[tuple[str, str, int]] = []
         self.worker_alive = False
         monkeypatch.setattr(residence, "Qemu", SimpleNamespace(adopt=self._adopt, clear=self._clear))
-        monkeypatch.setattr(residence, "DiskExport", SimpleNamespace(attach=self._attach))
+        for module in (residence, recovery):
+            monkeypatch.setattr(module, "DiskExport", SimpleNamespace(attach=self._attach))
         monkeypatch.setattr(residence, "delete_tap", lambda name: None)
         monkeypatch.setattr(residence, "clean_up", lambda qmp: None)
         monkeypatch.setattr(recovery, "worker_alive", lambda row: self.worker_alive)
@@ -166,7 +167,9 @@ class Hosts:
         host = self._of(control)
         if not control.parent.exists():
             raise GuestError("no export")
-        return SimpleNamespace(stop=lambda: host.done.append("stop export"))
+        return SimpleNamespace(
+            stop=lambda: host.done.append("stop export"), swap=lambda name: host.done.append(f"export {name}")
+        )
 
     def messenger(self, name: str) -> Any:
         """The agent of the site `name`, as the other site's agent talks to it."""

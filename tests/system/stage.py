@@ -152,7 +152,7 @@ class Handoff:
         for site in (self.source, self.target):
             for path in (self.directory(site) / "worker.log", self.stage.site(site).root / "agent.log"):
                 with contextlib.suppress(OSError):
-                    text += f"--- {site} {path.name}\n{path.read_text(errors='replace')[-6000:]}\n"
+                    text += f"--- {site} {path.name}\n{path.read_text(errors='replace')[-2000:]}\n"
         return text
 
 
@@ -289,6 +289,7 @@ class Stage:
         with ChunkStore(here.site.store) as store:
             found += [f"manifest {name}" for name in store.manifest_names("incoming/")]
             found += [f"lease {name}" for name in store.leases()]
+        found += [str(path) for path in here.site.ram_dir.glob("*") if handoff in path.name]
         directory = here.root / "handoffs" / handoff
         known = {"job.json", "status.json", "report.json", "worker.log"}
         if directory.exists():
@@ -304,7 +305,8 @@ class Stage:
 
         with contextlib.suppress(AssertionError):
             wait_for(lambda: not left(), 30)
-        assert left() == [], handoff.logs()
+        found = left()
+        assert found == [], f"{found}\n{handoff.logs()}"
         kinds = sorted("qemu" if "qemu-system" in p.cmdline()[0] else "other" for p in self.processes(home))
         # One QEMU and one export for each guest that lives there.
         assert kinds.count("qemu") == kinds.count("other") == len(self.at(home)), kinds

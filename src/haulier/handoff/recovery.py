@@ -17,15 +17,17 @@ import psutil
 
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
+from haulier.disks.export import DiskExport
 from haulier.errors import HaulierError, PeerError
 from haulier.handoff.custody import Happened, happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
-from haulier.handoff.ownership import Action, Event, State
+from haulier.handoff.ownership import Action, Event, State, step
 from haulier.handoff.residence import (
     adopt,
     call_moved_hook,
     copy_alive,
     discard_copy,
+    guest_paths,
     incoming_name,
     lease_of,
     manifest_name,
@@ -149,8 +151,10 @@ def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
         if incoming in store.manifest_names(incoming):
             store.save_manifest(name, store.load_manifest(incoming))
             journal.advance(row.guest, "owner", "owner", manifest=name)
-            # The export may still be told to serve the incoming name when it restarts, so both names stay until
-            # the guest moves on; they name the same chunks.
+            # An export that has died is started with the journal's name; one that lives may hold the incoming one.
+            with contextlib.suppress(HaulierError, OSError):
+                DiskExport.attach(guest_paths(site, row.guest).nbd_ctl).swap(name)
+            store.drop_manifest(incoming)
         store.drop_lease(lease_of(row.id))
 
 
@@ -159,18 +163,21 @@ def handle(
 ) -> list[tuple[str, int]]:
     """A message of the ownership table that came by way of the agents; what to answer.
 
-    While a worker of this site deals with that guest, the matter is its own and nothing is answered; but it is told
-    that the other site's worker is gone, for that is why its agent speaks.
+    While a worker of this site deals with that guest, steps are its own, and only what needs none is answered; but it
+    is told that the other site's worker is gone, for that is why its agent speaks.
     """
     row = journal.find_guest(guest)
     record = record_of(row)
     handoff = journal.find_handoff(row.handoff) if row is not None and row.handoff else None
     if handoff is not None and handoff.state != "ended" and worker_alive(handoff):
-        if event is not Event.TOOK and epoch == record.pending:
+        if event is not Event.TOOK and epoch in (record.pending, record.epoch):
             log.info("the worker of handoff %s at the other site is gone: its agent says %s", handoff.id, event)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(handoff.pid, LEFT_ALONE)
-        return []
+        then, actions = step(record, event, epoch)
+        if then != record or row is None:
+            return []
+        return [(e.value, n) for e, n in Happened(record, then, actions, row, epoch).messages()]
     told: list[tuple[str, int]] = []
     if record.state is State.READY and event is Event.TOKEN and not copy_alive(site, guest):
         lost = happen(journal, guest, Event.COPY_LOST)

@@ -152,7 +152,7 @@ class TargetHandoff:
             if self._running:
                 # The source may be gone for good: what it still has to say is only useful, not needed.
                 quiet_since = quiet_since or time.monotonic()
-                if time.monotonic() - quiet_since > 60:
+                if self.left_alone.is_set() or time.monotonic() - quiet_since > 60:
                     return
 
     def _check(self) -> None:
