@@ -42,8 +42,9 @@ def test_like_a_plain_array(tmp_path: Path, changes: list[tuple[str, list[int], 
     for what, pages, value in changes:
         gidx = np.array(pages, np.int64)
         if what == "set":
-            new = rows(*(value + k for k in range(len(pages) + 3)))
-            chosen = np.arange(3, 3 + len(pages))
+            new = rows(*(value + k for k in range(2 * len(pages))))
+            # Rows further apart than their pages are, in places.
+            chosen = np.cumsum(np.array([1 + (page % 2) for page in pages], np.int64)) - 1
             mirror.set(gidx, new, chosen)
             model[gidx] = new[chosen]
         else:
@@ -51,6 +52,7 @@ def test_like_a_plain_array(tmp_path: Path, changes: list[tuple[str, list[int], 
             model[gidx] = 0
         assert contents(mirror) == model.tobytes()
         assert not model[~mirror.present].any()
+        assert what == "set" or not mirror.present[gidx].any()
     mirror.close()
     base = MemoryBase.from_mirror(tmp_path / "mirror")
     assert b"".join(base.view(name).tobytes() for name in BLOCKS) == model.tobytes()
@@ -119,6 +121,9 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(NoRoom, match="mirror"):
         mirror.set(np.array([1]), rows(1))
+    mirror.present[1] = True
+    with pytest.raises(NoRoom):
+        mirror.set(np.array([1, 2]), rows(1, 2))
     with pytest.raises(NoRoom):
         Mirror.create(tmp_path / "other", BLOCKS, base)
     assert not (tmp_path / "other").exists()
