@@ -180,10 +180,16 @@ class Stage:
         """Starts a guest at oslo, its workload, and a client that asks it all the time."""
         self.scenario.start_guest(name, address)
         self.addresses[name] = address
-        self.workload(name).start(MEMORY_MIB, **(WORK | work))
+        self.work(name, **work)
         answers = Answers(self.scenario.lab, "client", address, self.scenario.work / f"answers-{name}.jsonl")
         answers.start()
         self.answers[name] = answers
+
+    def work(self, name: str, **work: Any) -> None:
+        """The guest's workload starts over; returns when there is something to check."""
+        workload = self.workload(name)
+        workload.start(MEMORY_MIB, **(WORK | work))
+        wait_for(lambda: workload.stats()["files_written"] > 0, 60, "a file of the workload")
 
     def workload(self, name: str) -> Workload:
         return Workload(self.scenario.lab, "client", self.addresses[name])

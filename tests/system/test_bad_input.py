@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
-from haulier.lab.scenario import IMAGE, Template
+from haulier.lab.scenario import IMAGE, LabSite, Template
 from tests.support.certs import TestCa
 from tests.system.stage import Stage, stage
 
@@ -38,8 +38,8 @@ def refused(standing: Stage, kind: type[HaulierError], *words: str, sent: int = 
 
 
 @contextlib.contextmanager
-def small(path: Path, megabytes: float) -> Iterator[None]:
-    """A file system of its own at `path` with what lies there, and so much room left."""
+def small(site: LabSite, path: Path, megabytes: float) -> Iterator[None]:
+    """A file system of its own at `path` of a site, with what lies there, and so much room left."""
     used = sum(file.stat().st_blocks * 512 for file in path.rglob("*")) if path.exists() else 0
     path.mkdir(parents=True, exist_ok=True)
     kept = path.with_name(path.name + ".kept")
@@ -48,10 +48,15 @@ def small(path: Path, megabytes: float) -> Iterator[None]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "haulier-test", str(path)], check=True)
     try:
         subprocess.run(["cp", "-a", "--sparse=always", f"{kept}/.", str(path)], check=True)
+        # A process in a network namespace sees the mounts that there were when it started.
+        site.kill_agent()
+        site.start_agent()
         yield
     finally:
+        site.kill_agent()
         subprocess.run(["umount", "-l", str(path)], check=True)
         shutil.rmtree(kept)
+        site.start_agent()
 
 
 def test_unknown_names_and_wrong_words(standing: Stage) -> None:
@@ -81,7 +86,8 @@ def test_a_guest_of_that_name_lives_at_the_target(standing: Stage) -> None:
 
 
 def test_too_little_memory_at_the_target(standing: Stage) -> None:
-    with small(standing.site("lisbon").site.ram_dir, 64):
+    lisbon = standing.site("lisbon")
+    with small(lisbon, lisbon.site.ram_dir, 64):
         text = refused(standing, NoRoom, "handoff", "web1", "--to", "lisbon")
     assert "lisbon" in text and "MiB" in text
 
@@ -119,10 +125,8 @@ def test_the_agent_of_the_target_is_not_there(standing: Stage) -> None:
 def test_the_targets_disk_is_full_in_the_middle(standing: Stage) -> None:
     lisbon = standing.site("lisbon")
     # Some megabytes that do not compress have to go over.
-    standing.workload("web1").start(24, pages_per_s=50, files_per_s=3, file_kib=1024, random_share=1.0)
-    lisbon.kill_agent()
-    with small(lisbon.site.store, 3):
-        lisbon.start_agent()
+    standing.work("web1", files_per_s=3, file_kib=1024, random_share=1.0)
+    with small(lisbon, lisbon.site.store, 3):
         handoff = standing.begin()
         code, result, err = handoff.result()
         assert code == NoRoom.exit_code, (code, err, handoff.logs())
@@ -132,8 +136,6 @@ def test_the_targets_disk_is_full_in_the_middle(standing: Stage) -> None:
         assert standing.home() == "oslo"
         standing.assert_clean(handoff, "oslo")
         standing.assert_right()
-        lisbon.kill_agent()
-    lisbon.start_agent()
     handoff = standing.begin()
     handoff.done()
     standing.assert_clean(handoff, "lisbon")
