@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -41,8 +42,14 @@ def test_the_window_outlives_batches_and_reaches_far() -> None:
 def test_more_than_announced_is_refused_without_being_made() -> None:
     bomb = StreamCompressor().compress(bytes(64 << 20))
     assert len(bomb) < 10_000
-    with pytest.raises(Corrupt, match="1000 bytes announced"):
-        StreamDecompressor().decompress(bomb, 1000)
+    back = StreamDecompressor()
+    tracemalloc.start()
+    try:
+        with pytest.raises(Corrupt, match="1000 bytes announced"):
+            back.decompress(bomb, 1000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_exactly_the_announced_size_is_taken() -> None:

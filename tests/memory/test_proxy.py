@@ -278,6 +278,18 @@ def test_headers_that_lie(tmp_path: Path, sent: list[bytes], fields: dict[str, i
     assert into.raw_bytes == given_out
 
 
+def test_an_opaque_batch_with_another_checksum(tmp_path: Path) -> None:
+    (batch,) = batches(source(tmp_path), b"not a migration stream")
+    with pytest.raises(Corrupt, match="checksum"):
+        target(tmp_path).feed(rewritten(batch.data, checksum=bytes(16)))
+
+
+def test_announcements_beyond_the_bounds_are_refused_at_once(tmp_path: Path) -> None:
+    for raw, plain in (((1 << 20) + 1, 10), (10, (1 << 20) + 21)):
+        with pytest.raises(Corrupt, match="too much"):
+            target(tmp_path).feed(HEAD.pack(PAGES, 0, raw, plain, bytes(16)))
+
+
 def test_pages_before_a_table(tmp_path: Path, sent: list[bytes]) -> None:
     pages = rewritten(sent[-1], sequence=0)
     with pytest.raises(Corrupt):
