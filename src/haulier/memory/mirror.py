@@ -119,12 +119,13 @@ class Mirror:
         if not len(rows):
             return
         new = ~self.present[gidx]
-        cut = (np.diff(gidx) != 1) | (np.diff(rows) != 1) | (new[1:] != new[:-1])
-        starts = np.concatenate((np.zeros(1, np.int64), np.flatnonzero(cut) + 1))
-        counts = np.diff(starts, append=np.int64(len(rows)))
-        pieces = zip(gidx[starts].tolist(), rows[starts].tolist(), counts.tolist(), new[starts].tolist(), strict=True)
-        for page, row, count, fresh in pieces:
-            if fresh:
+        # One store for each stretch that is consecutive in both places, and all there or all new.
+        cut = (gidx[1:] - gidx[:-1] != 1) | (rows[1:] - rows[:-1] != 1) | (new[1:] != new[:-1])
+        starts = [0, *(cut.nonzero()[0] + 1).tolist()]
+        pieces = zip(starts, [*starts[1:], len(rows)], gidx[starts].tolist(), rows[starts].tolist(), strict=True)
+        for start, end, page, row in pieces:
+            count = end - start
+            if new[start]:
                 self._pwrite(pages[row : row + count].data, self._offset + page * PAGE)
             else:
                 self._view[page : page + count] = pages[row : row + count]

@@ -132,7 +132,7 @@ class PageEncoder:
             masks.reshape(-1).data,
             words.view(np.uint8).data,
         ]
-        return _encoded(columns, _rows(pages, np.flatnonzero(kinds == LITERAL)), tokens, len(gidx), kinds)
+        return _encoded(columns, _rows(pages, (kinds == LITERAL).nonzero()[0]), tokens, len(gidx), kinds)
 
     def _room(self, count: int) -> NDArray[np.uint8]:
         if count > len(self._pages):
@@ -145,7 +145,7 @@ class PageEncoder:
         """Kinds (n), then block ids, base pages, xor masks (n, 64) and xor words, each in record order."""
         kinds = np.full(len(gidx), LITERAL, np.uint8)
         # Only pages that the mirror has are compared; `known` are their rows, `old` what it has, by rank in `known`.
-        known = np.flatnonzero(self.mirror.present[gidx])
+        known = self.mirror.present[gidx].nonzero()[0]
         old = self.mirror.get(gidx[known], self._old[: len(known)])
         mine = pages if len(known) == len(pages) else pages[known]
         unequal = mine.view(np.uint64) != old.view(np.uint64)
@@ -153,7 +153,7 @@ class PageEncoder:
         kinds[known[differing == 0]] = SAME
         blocks = self._find(self.finder, kinds, BLOCK, pages)
         bases = self._find(self.elsewhere, kinds, BASE, pages)
-        ranks = np.flatnonzero((differing < _XOR_BELOW) & (kinds[known] == LITERAL))
+        ranks = ((differing < _XOR_BELOW) & (kinds[known] == LITERAL)).nonzero()[0]
         kinds[known[ranks]] = XOR
         unequal = unequal[ranks]
         # Where they are among all words of `mine`: each by as much further as its row's rank there is higher.
@@ -167,7 +167,7 @@ class PageEncoder:
     ) -> NDArray[np.int64]:
         if finder is None:
             return np.zeros(0, np.int64)
-        rows = np.flatnonzero(kinds == LITERAL)
+        rows = (kinds == LITERAL).nonzero()[0]
         if not len(rows):
             return np.zeros(0, np.int64)
         found = finder.find(pages[rows])
@@ -194,7 +194,7 @@ def _apply(
     """Bring the mirror to where it is after the batch. `pages` holds a row for each page record."""
     last = mirror.last(gidx)
     mirror.zero(gidx[last & ~paged_rows])
-    changed = np.flatnonzero(last[paged_rows] & (kinds != SAME))
+    changed = (last[paged_rows] & (kinds != SAME)).nonzero()[0]
     mirror.set(gidx[paged_rows][changed], pages, changed)
 
 

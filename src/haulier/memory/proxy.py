@@ -39,6 +39,8 @@ BATCH: Final = 512 << 10
 """Raw bytes in a batch at most, unless a single token is larger (it never is)."""
 MAX_RAW: Final = 1 << 20
 """Raw bytes that a target accepts in a batch."""
+NEAR_WINDOW_LOG: Final = 21
+"""The window without long-distance matching: more is never found, and only strains the caches."""
 _OVERHEAD: Final = 1 << 20
 _HEAD: Final = struct.Struct("<BIII16s")
 
@@ -100,9 +102,11 @@ class SourceProxy:
         *,
         elsewhere: bool = False,
         batch_bytes: int = BATCH,
+        long: bool | None = None,
     ) -> None:
         """`elsewhere`: also look for pages anywhere in the base; pays only if the base is of another boot.
 
+        `long`: let zstd look back over the whole window; by default from level 3 on, because below speed matters more.
         Memory: the mirror's file, 1 << window_log bytes, and a few megabytes.
         """
         if not PAGE <= batch_bytes <= BATCH:
@@ -117,7 +121,8 @@ class SourceProxy:
         self._finder = finder
         self._elsewhere = elsewhere
         self._batch_bytes = batch_bytes
-        self._compressor = StreamCompressor(level, window_log)
+        long = level >= 3 if long is None else long
+        self._compressor = StreamCompressor(level, window_log if long else min(window_log, NEAR_WINDOW_LOG), long)
         self._encoder: PageEncoder | None = None
         self._sequence = 0
         self._digest = blake3()

@@ -50,9 +50,11 @@ def runs(indexes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
     """(position, count) of the stretches of ascending `indexes` in which each is one more than the one before."""
     if not len(indexes):
         return
-    starts = np.concatenate(([0], np.flatnonzero(np.diff(indexes) != 1) + 1, [len(indexes)]))
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        yield start, end - start
+    start = 0
+    for cut in ((indexes[1:] - indexes[:-1] != 1).nonzero()[0] + 1).tolist():
+        yield start, cut - start
+        start = cut
+    yield start, len(indexes) - start
 
 
 def nonzero_runs(view: NDArray[np.uint8], first: int, last: int) -> Iterator[tuple[int, int]]:

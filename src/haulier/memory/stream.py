@@ -32,8 +32,11 @@ _U64: Final = struct.Struct(">Q")
 _U32: Final = struct.Struct(">I")
 _PAGE_GOES_ON: Final = q.PAGE_DATA | q.CONTINUE
 _ZERO_GOES_ON: Final = q.ZERO | q.CONTINUE
-_PROBE: Final = 8
+_PROBE: Final = 4
 _FLAG_BYTES: Final = np.uint16(0xFF0F)
+_BIG64: Final = np.dtype(">u8")
+_LITTLE16: Final = np.dtype("<u2")
+_BYTE: Final = np.dtype(np.uint8)
 _ADDRESS: Final = np.uint64(0xFFFFFFFFFFFFFFFF ^ q.FLAGS)
 _SECTIONS: Final[dict[int, MarkKind]] = {q.START: "setup", q.PART: "part", q.END: "end"}
 
@@ -385,7 +388,7 @@ class StreamParser:
         if fit <= _PROBE:
             return fit
         # The two bytes that hold the flags, read little-endian as they are: swapping them all would cost more.
-        low = np.ndarray((fit - _PROBE,), "<u2", buffer, start + _PROBE * stride + 6, (stride,))
+        low = np.ndarray((fit - _PROBE,), _LITTLE16, buffer, start + _PROBE * stride + 6, (stride,))
         other = (low & _FLAG_BYTES) != flags << 8
         end = int(other.argmax())
         return _PROBE + (end if other[end] else fit - _PROBE)
@@ -393,7 +396,7 @@ class StreamParser:
     def _addresses(self, start: int, stride: int, count: int, first: bool) -> NDArray[np.uint64]:
         if self._block is None:
             raise Corrupt(f"pages before any RAM block was named {self._where()}")
-        heads = np.ndarray((count,), ">u8", self._buffer, start, (stride,)).astype(np.uint64)
+        heads = np.ndarray((count,), _BIG64, self._buffer, start, (stride,)).astype(np.uint64)
         (head,) = _U64.unpack_from(self._buffer, self._at)
         if first:
             heads[0] = head
@@ -411,7 +414,7 @@ class StreamParser:
         if count < 1:
             raise _Need
         addresses = self._addresses(start, q.RECORD, count, first)
-        pages = np.ndarray((count, PAGE), np.uint8, self._buffer, start + 8, (q.RECORD, 1))
+        pages = np.ndarray((count, PAGE), _BYTE, self._buffer, start + 8, (q.RECORD, 1))
         self._cut(out, self._at)
         assert self._block is not None
         out.append(Pages(self._block, first, addresses, pages))
@@ -454,7 +457,7 @@ def rebuild_all(tokens: Sequence[Token]) -> bytes:
 def _write_heads(out: bytearray, at: int, token: Pages | Zeros, flag: int, stride: int) -> int:
     """Write the headers of a run of records at `at`; where the (virtual) header of its first page or fill byte is."""
     start = at + (1 + len(token.block) if token.first else 0)
-    heads = np.ndarray((len(token.addresses),), ">u8", out, start, (stride,))
+    heads = np.ndarray((len(token.addresses),), _BIG64, out, start, (stride,))
     heads[:] = token.addresses | np.uint64(flag | q.CONTINUE)
     if token.first:
         name = token.block.encode()
