@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
-from haulier.guests.process import ProcessId
+from haulier.guests.process import ProcessId, started_as
 from tests.support.waiting import wait_for
 
 
@@ -65,3 +66,26 @@ def open_stat(pid: int) -> str:
 def test_nobody() -> None:
     assert ProcessId.of(2**22 + 1) is None
     assert ProcessId.of(os.getpid()) is not None
+
+
+def test_a_process_is_found_by_what_it_was_started_with(tmp_path: Path) -> None:
+    program = tmp_path / "qemu-system-test"
+    program.write_text("#!/bin/sh\nread forever\n")
+    program.chmod(0o755)
+    mine, other = str(tmp_path / "a" / "pid"), str(tmp_path / "a" / "pid2")
+    children = [
+        subprocess.Popen([str(program), "-pidfile", path], stdin=subprocess.PIPE) for path in (mine, other, mine)
+    ]
+    # Somebody who only looks at the file is no stray.
+    children.append(subprocess.Popen(["tail", "-f", "/dev/null", mine], stderr=subprocess.DEVNULL))
+    try:
+        wait_for(lambda: len(started_as("qemu-system", mine)) == 2)
+        assert {found.pid for found in started_as("qemu-system", mine)} == {children[0].pid, children[2].pid}
+        for found in started_as("qemu-system", mine):
+            found.kill()
+        assert started_as("qemu-system", mine) == []
+        assert [found.pid for found in started_as("qemu-system", other)] == [children[1].pid]
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()

@@ -38,6 +38,8 @@ class Host:
         self.peer = peer
         self.qemu: str | None = None
         """Its status; None = no process."""
+        self.stray = False
+        """There is a QEMU that was not written down."""
         self.done: list[str] = []
         self.reachable = True
 
@@ -143,6 +145,7 @@ class Hosts:
         monkeypatch.setattr(residence, "Qemu", SimpleNamespace(adopt=self._adopt, clear=self._clear))
         for module in (residence, recovery):
             monkeypatch.setattr(module, "DiskExport", SimpleNamespace(attach=self._attach))
+        monkeypatch.setattr(residence, "started_as", self._strays)
         monkeypatch.setattr(residence, "delete_tap", lambda name: None)
         monkeypatch.setattr(residence, "clean_up", lambda qmp: None)
         monkeypatch.setattr(recovery, "worker_alive", lambda row: self.worker_alive)
@@ -159,6 +162,17 @@ class Hosts:
         if host.qemu is None:
             raise UnknownThing("no QEMU")
         return FakeQemu(host)
+
+    def _strays(self, program: str, argument: str) -> list[Any]:
+        host = self._of(Path(argument))
+        if not host.stray or not program.startswith("qemu"):
+            return []
+
+        def kill() -> None:
+            host.done.append("kill stray")
+            host.stray = False
+
+        return [SimpleNamespace(kill=kill)]
 
     def _clear(self, paths: GuestPaths) -> None:
         pass

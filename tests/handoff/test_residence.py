@@ -45,6 +45,12 @@ def test_a_copy_is_thrown_away_with_all_that_belongs_to_it(lisbon: Host) -> None
     assert lisbon.done == ["kill", "stop export"]
 
 
+def test_a_copy_that_was_just_being_started_goes_too(lisbon: Host) -> None:
+    lisbon.stray = True
+    residence.discard_copy(lisbon.site, GUEST, HANDOFF)
+    assert not lisbon.stray and lisbon.files() == []
+
+
 def test_other_guests_and_handoffs_are_left_alone(lisbon: Host) -> None:
     other = lisbon.site.guest_root("web2")
     other.mkdir()

@@ -67,6 +67,26 @@ class ProcessId:
         return self.wait_gone(timeout)
 
 
+def started_as(program: str, argument: str) -> list[ProcessId]:
+    """Processes whose program (one of the first words of the command line contains it) got just that argument.
+
+    For those that were started by somebody who died before they were written down.
+    """
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if os.fsencode(argument) in words and any(os.fsencode(program) in word for word in words[:3]):
+            process = ProcessId.of(int(entry.name))
+            if process is not None:
+                found.append(process)
+    return found
+
+
 def _start_ticks(pid: int) -> int | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

@@ -19,6 +19,7 @@ from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
 from haulier.errors import GuestError, HaulierError, UnknownThing
 from haulier.guests.model import GuestSpec
+from haulier.guests.process import started_as
 from haulier.guests.qemu import GuestPaths, Qemu
 from haulier.guests.tap import delete_tap, tap_name
 from haulier.handoff.journal import GuestRow
@@ -139,16 +140,25 @@ def _drop(store: ChunkStore, name: str) -> None:
         store.drop_manifest(name)
 
 
+def _end_strays(paths: GuestPaths) -> None:
+    """Ends a QEMU or export of this guest that nobody knows: whoever started it died before it was written down."""
+    for program, argument in (("qemu-system", paths.pid_file), ("haulier.disks.export", paths.nbd_ctl)):
+        # More than once, for one that is just leaving its parent has a child that was not there before.
+        for _ in range(3):
+            for process in started_as(program, str(argument)):
+                process.kill()
+
+
 def clear(site: Site, guest: str) -> None:
     """Ends everything of a guest on this host and removes its files; manifests and the journal stay."""
     paths = guest_paths(site, guest)
     qemu = adopt(site, guest, worker=True)
     if qemu is not None:
         qemu.kill()
-    else:
-        Qemu.clear(paths)
     with contextlib.suppress(HaulierError, OSError):
         DiskExport.attach(paths.nbd_ctl).stop()
+    _end_strays(paths)
+    Qemu.clear(paths)
     with contextlib.suppress(HaulierError, OSError):
         delete_tap(tap_name(guest))
     shutil.rmtree(paths.root, ignore_errors=True)
