@@ -84,7 +84,7 @@ class Qemu(Migration):
         _check_room(spec, paths)
         command = command_line(qemu_binary(), spec, paths, accel, incoming=incoming, nic=nic, disk=disk)
         if netns is not None:
-            command = ["ip", "netns", "exec", netns, *command]
+            command = ["nsenter", f"--net=/run/netns/{netns}", "--", *command]
         _launch(spec, paths, command)
         process = _read_pid(spec, paths)
         record = {"pid": process.pid, "ticks": process.ticks, "boot": process.boot, "accel": accel.kind}

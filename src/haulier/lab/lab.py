@@ -178,7 +178,7 @@ class Lab:
 
     def command(self, site: str, argv: Sequence[str]) -> list[str]:
         """The command line that runs `argv` in a site."""
-        return ["ip", "netns", "exec", self.namespace(site), *argv]
+        return namespaces.inside(self.namespace(site), argv)
 
     def exec(
         self, site: str, argv: Sequence[str], *, given: str | None = None, timeout: float = 60, check: bool = True

@@ -97,10 +97,18 @@ def ip(name: str, lines: Sequence[str]) -> None:
         run(["ip", "-n", name, "-batch", "-"], "\n".join(lines) + "\n")
 
 
+def inside(name: str, argv: Sequence[str]) -> list[str]:
+    """The command line that runs `argv` in a namespace.
+
+    Not `ip netns exec`: it also makes a mount namespace, which fails where / is no mount point (in a chroot).
+    """
+    return ["nsenter", f"--net=/run/netns/{name}", "--", *argv]
+
+
 def sysctl(name: str, values: Mapping[str, str]) -> None:
     """Sets values under /proc/sys (keys with slashes) as a namespace sees it; keys the kernel has not got are left."""
     script = "".join(f"[ ! -e /proc/sys/{key} ] || echo {value} > /proc/sys/{key}\n" for key, value in values.items())
-    run(["ip", "netns", "exec", name, "sh", "-e"], script)
+    run(inside(name, ["sh", "-e"]), script)
 
 
 def counters(name: str, interface: str) -> Counters:
