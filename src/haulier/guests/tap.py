@@ -96,5 +96,6 @@ def _ip(netns: str | None, *words: str) -> None:
 
 
 def _run(netns: str | None, *words: str) -> subprocess.CompletedProcess[str]:
-    where = [] if netns is None else ["-n", netns]
-    return subprocess.run(["ip", *where, *words], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    # Not `ip -n`: it makes a mount namespace too, which fails where / is no mount point (a chroot).
+    where = [] if netns is None else ["nsenter", f"--net=/run/netns/{netns}", "--"]
+    return subprocess.run([*where, "ip", *words], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)

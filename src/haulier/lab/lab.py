@@ -217,7 +217,8 @@ class Lab:
         except ValueError as error:
             raise UsageError(f"guest address {guest_ip!r}: {error}") from None
         # First where the path ends, last at the client, so that no packet meets a loop on the way.
-        namespaces.run(["ip", "-n", self.namespace(via_site), "route", "flush", "exact", f"{guest}/32"])
+        flush = ["ip", "route", "flush", "exact", f"{guest}/32"]
+        namespaces.run(namespaces.inside(self.namespace(via_site), flush))
         if client_site == via_site:
             return
         here = client_site

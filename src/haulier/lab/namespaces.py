@@ -94,13 +94,13 @@ def processes(name: str) -> list[int]:
 def ip(name: str, lines: Sequence[str]) -> None:
     """Runs lines of `ip` in a namespace, in order, up to the first that fails."""
     if lines:
-        run(["ip", "-n", name, "-batch", "-"], "\n".join(lines) + "\n")
+        run(inside(name, ["ip", "-batch", "-"]), "\n".join(lines) + "\n")
 
 
 def inside(name: str, argv: Sequence[str]) -> list[str]:
     """The command line that runs `argv` in a namespace.
 
-    Not `ip netns exec`: it also makes a mount namespace, which fails where / is no mount point (in a chroot).
+    Not `ip netns exec` nor `ip -n`: they make a mount namespace too, which fails where / is no mount point (a chroot).
     """
     return ["nsenter", f"--net=/run/netns/{name}", "--", *argv]
 
@@ -114,7 +114,7 @@ def sysctl(name: str, values: Mapping[str, str]) -> None:
 def counters(name: str, interface: str) -> Counters:
     """The statistics of an interface; `UnknownThing` when it is not there."""
     try:
-        shown = json.loads(run(["ip", "-n", name, "-j", "-s", "link", "show", "dev", interface]))
+        shown = json.loads(run(inside(name, ["ip", "-j", "-s", "link", "show", "dev", interface])))
         stats = next(entry["stats64"] for entry in shown if entry)
     except (HaulierError, StopIteration, KeyError, ValueError) as error:
         raise UnknownThing(f"namespace {name} has no interface {interface} to count bytes of: {error}") from None

@@ -32,7 +32,7 @@ def available() -> bool:
             namespaces.run(["ip", "netns", "add", scratch])
             shape = Shape(rate_bps=1e6, delay_s=0.001)
             for command in commands("lo", shape, 1500):
-                namespaces.run(["tc", "-n", scratch, *command])
+                namespaces.run(namespaces.inside(scratch, ["tc", *command]))
             _available = True
         except HaulierError:
             _available = False
@@ -80,4 +80,4 @@ def apply(namespace: str, interface: str, shape: Shape, mtu: int) -> None:
 
 def _run(namespace: str, lines: Sequence[Sequence[str]]) -> None:
     batch = "\n".join(" ".join(line) for line in lines) + "\n"
-    namespaces.run(["tc", "-n", namespace, "-batch", "-"], batch)
+    namespaces.run(namespaces.inside(namespace, ["tc", "-batch", "-"]), batch)

@@ -238,7 +238,7 @@ def hook_script(lab: Lab) -> str:
         "#!/bin/sh\n"
         "# Called with GUEST ADDRESS OLD-SITE NEW-SITE. Does what a route daemon does in the field.\n"
         f'case "$4" in\n{cases}\n  *) exit 1 ;;\nesac\n'
-        f'exec ip -n {namespace} route replace "$2/32" via $via src {source}\n'
+        f'exec nsenter --net=/run/netns/{namespace} -- ip route replace "$2/32" via $via src {source}\n'
     )
 
 
