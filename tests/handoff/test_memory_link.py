@@ -296,6 +296,27 @@ def test_a_lost_session_ends_the_pump_with_its_error(link: Callable[..., Link]) 
     assert one.pump.error is one.left.broken
 
 
+def test_hanging_up_lets_qemu_go_though_the_pump_hangs_in_the_session(link: Callable[..., Link]) -> None:
+    one = link(run=False)
+    hangs, go = threading.Event(), threading.Event()
+
+    def send(channel: int, payload: bytes, *, urgent: bool = False) -> None:
+        hangs.set()
+        go.wait(60)
+
+    one.left.send = send  # type: ignore[method-assign]
+    give(one.source_qemu, stream())
+    assert hangs.wait(20)
+    one.pump.hang_up()
+    one.source_qemu.settimeout(20)
+    with contextlib.suppress(ConnectionError):
+        assert one.source_qemu.recv(1) == b""
+    assert not one.pump.ended.is_set()
+    go.set()
+    one.pump.close()
+    assert one.pump.ended.is_set() and one.pump.error is None
+
+
 def test_closing_ends_a_pump_that_waits_for_room_and_qemu_sees_it(link: Callable[..., Link]) -> None:
     one = link(Window(1000, 4 * MIB), run=False)
     give(one.source_qemu, begin(4000) + part((n, random.Random(n).randbytes(PAGE)) for n in range(4000)))

@@ -38,6 +38,7 @@ def standing(running: Stage) -> Iterator[Stage]:
 def after(standing: Stage, handoff: Handoff, *, home: str = "") -> str:
     """What holds after every handoff, however it ended; where the guest is now."""
     outcomes = handoff.settled()
+    print(handoff.logs())
     found = standing.home(handoff.guest)
     if home:
         assert found == home, f"{outcomes}\n{handoff.logs()}"

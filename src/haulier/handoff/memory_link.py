@@ -61,8 +61,8 @@ class MemoryPump:
     def start(self) -> None:
         self._thread.start()
 
-    def close(self) -> None:
-        """Stops the pump; QEMU sees its stream closed. Waits for the thread."""
+    def hang_up(self) -> None:
+        """QEMU sees its stream closed; what was read of it may still be on its way. Waits for nothing."""
         with self._progress:
             self._closing = True
             self._progress.notify_all()
@@ -70,6 +70,10 @@ class MemoryPump:
             self._stream.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
+
+    def close(self) -> None:
+        """Stops the pump; QEMU sees its stream closed. Waits for the thread."""
+        self.hang_up()
         if self._thread.is_alive():
             self._thread.join(10)
         self._stream.close()

@@ -659,14 +659,14 @@ class SourceHandoff:
         """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""
         log.warning("handoff %s of %s: %s", self.job.handoff, self.job.guest, error)
         self.progress.phase("back out", str(error))
+        if self._pump is not None:
+            # First: a QEMU that writes its devices' state into a stream that nobody reads answers to nothing.
+            self._pump.hang_up()
+            with contextlib.suppress(HaulierError):
+                self.qemu.migrate_cancel()
         if self._rounds is not None:
             with contextlib.suppress(HaulierError):
                 self._rounds.abort()
-        if self._pump is not None:
-            with contextlib.suppress(HaulierError):
-                self.qemu.migrate_cancel()
-            self._pump.close()
-            self._pump.proxy.close()
         if self.qemu.alive():
             self.qemu.resume_source()
         if self._began and not self._refused:
@@ -680,6 +680,9 @@ class SourceHandoff:
             with contextlib.suppress(HaulierError):
                 # Also by way of the agents: the worker there may not have been reached.
                 self.peer.own(self.job.guest, Event.ABORT.value, self._epoch, self.job.handoff)
+        if self._pump is not None:
+            self._pump.close()
+            self._pump.proxy.close()
         self.site.mirror(self.job.handoff).unlink(missing_ok=True)
         with contextlib.suppress(HaulierError):
             self._store.drop_manifest(incoming_name(self.job.handoff))
