@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -291,7 +292,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.svg:
         shown = Console(record=True, width=110, file=io.StringIO())
         show(result, shown)
-        shown.save_svg(options.svg, title="scripts/demo")
+        # Without its font faces: they would be fetched from a host of somebody else's.
+        svg = re.sub(r"@font-face \{.*?\}\n", "", shown.export_svg(title="scripts/demo"), flags=re.DOTALL)
+        Path(options.svg).write_text(svg)
     show(result, console)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
