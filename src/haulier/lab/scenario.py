@@ -148,7 +148,9 @@ class LabSite:
             stdin=subprocess.DEVNULL,
         )
         if check and done.returncode:
-            raise HaulierError(f"haulier {' '.join(words)} at {self.name} failed: {done.stderr.strip()[-1500:]}")
+            # With --json an error is an object on stdout.
+            said = (done.stderr.strip() or done.stdout.strip())[-1500:]
+            raise HaulierError(f"haulier {' '.join(words)} at {self.name} failed ({done.returncode}): {said}")
         return done
 
     def facts(self, *words: str, timeout: float = 120) -> Any:
