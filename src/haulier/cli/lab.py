@@ -18,7 +18,9 @@ from haulier.lab.shaper import Shape
 lab_app = App(name="lab", help="Sites as network namespaces with shaped links between them, on this machine (root).")
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as JSON.")]
-WhichLab = Annotated[str | None, Parameter(name="--lab", help="The lab; may be left out while only one is up.")]
+WhichLab = Annotated[
+    str | None, Parameter(name="--lab", help="The lab [default: $HAULIER_LAB, or the only one that is up].")
+]
 
 
 @lab_app.command
@@ -210,6 +212,7 @@ def describe(shape: Shape) -> str:
 
 
 def _which(lab: str | None) -> Lab:
+    lab = lab or os.environ.get("HAULIER_LAB") or None
     if lab is not None:
         return Lab.load(lab)
     there = Lab.names()
