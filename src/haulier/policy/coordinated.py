@@ -1,0 +1,177 @@
+"""The coordinated policy: what a site gives up is what the whole fleet misses least.
+
+The loss of evicting thing k of site s, in seconds a unit of demand, over its size:
+
+    demand here * cost(here, next holder)
+      + for every other site whose nearest holder this is: demand there * (cost from its next holder - cost from here)
+
+So what is popular is kept near where it is used, a fourth copy next door is worth next to nothing, and the last copy
+this side of a slow link is worth what it saves to everybody. It is the marginal gain of facility location, the form in
+which cooperative placement is known to be well solved greedily (Korupolu, Plaxton, Rajaraman, "Placement Algorithms
+for Hierarchical Cooperative Caching", J. Algorithms 2001). Demand is counted per site with exponential decay; what is
+wanted anywhere is expected, in part, everywhere: that is what a site alone cannot know. What a planned handoff will
+need can be told in advance (`expect`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+from haulier.policy.model import COORDINATED_NAME, Item, Key
+from haulier.policy.ranked import Ranked
+
+SHARED: Final = 0.5
+"""Of the demand at an average site, how much is expected at each."""
+_STALE: Final = 1.02
+_FLAT: Final = 600.0
+"""Exponents are kept below this, and scaled down when they reach it."""
+
+
+class Fleet:
+    """Who holds what, who wants what, and what a byte costs from where.
+
+    `costs[r][s]` are seconds a byte from site s to site r, `origin[r]` from the origin, which holds everything (a far
+    site, or an object store). `half_life` is in units of the times that `access` is told.
+    """
+
+    def __init__(self, costs: Sequence[Sequence[float]], origin: Sequence[float], half_life: float) -> None:
+        self.origin = list(origin)
+        self.costs = [list(row) for row in costs]
+        self._near = [
+            sorted((s for s in range(len(costs)) if s != r and row[s] < origin[r]), key=row.__getitem__)
+            for r, row in enumerate(self.costs)
+        ]
+        self.holders: defaultdict[Key, set[int]] = defaultdict(set)
+        self._demand: defaultdict[Key, dict[int, float]] = defaultdict(dict)
+        self._decay = math.log(2) / half_life
+        self._base = 0.0
+        self._mean = SHARED / max(len(costs), 1)
+
+    def access(self, site: int, key: Key, now: float) -> None:
+        """`key` was wanted at `site`."""
+        self.expect(site, key, 1.0, now)
+
+    def expect(self, site: int, key: Key, uses: float, now: float) -> None:
+        """So many uses are expected soon (a handoff is planned, a workload is known to come back)."""
+        if (now - self._base) * self._decay > _FLAT:
+            scale = math.exp(-(now - self._base) * self._decay)
+            for wants in self._demand.values():
+                for who in wants:
+                    wants[who] *= scale
+            self._base = now
+        wants = self._demand[key]
+        wants[site] = wants.get(site, 0.0) + uses * math.exp((now - self._base) * self._decay)
+
+    def nearest(self, site: int, key: Key, without: int = -1) -> float:
+        """Seconds a byte for `site` to fetch `key` from another holder than itself and `without`."""
+        held = self.holders.get(key)
+        if held:
+            costs = self.costs[site]
+            for other in self._near[site]:
+                if other in held and other != without:
+                    return costs[other]
+        return self.origin[site]
+
+    def loss(self, site: int, key: Key) -> float:
+        """What evicting `key` at `site` would cost the fleet, in (scaled) seconds a byte."""
+        wants = self._demand.get(key)
+        if not wants:
+            return 0.0
+        shared = self._mean * sum(wants.values())
+        lost = (wants.get(site, 0.0) + shared) * self.nearest(site, key)
+        held = self.holders.get(key, set())
+        for other in range(len(self.costs)):
+            if other == site or other in held:
+                continue
+            here = self.costs[other][site]
+            instead = self.nearest(other, key, without=site)
+            if instead > here:
+                lost += (wants.get(other, 0.0) + shared) * (instead - here)
+        return lost
+
+
+class Coordinated:
+    """The policy of one site of a fleet; all of them share `fleet`, which is told of every access (see `Fleet`)."""
+
+    name: ClassVar[str] = COORDINATED_NAME
+
+    def __init__(self, fleet: Fleet, site: int) -> None:
+        self._fleet = fleet
+        self._site = site
+        self._ranked = Ranked()
+
+    def insert(self, item: Item) -> None:
+        self._fleet.holders[item.key].add(self._site)
+        self.touch(item.key)
+
+    def hit(self, key: Key, cost: float | None = None) -> None:
+        self.touch(key)
+
+    def touch(self, key: Key) -> None:
+        """The worth of `key` may have changed: it was used, or a copy was made elsewhere."""
+        self._ranked.set(key, self._fleet.loss(self._site, key))
+
+    def remove(self, key: Key) -> None:
+        self._ranked.discard(key)
+        self._fleet.holders[key].discard(self._site)
+
+    def victim(self) -> Key:
+        while True:
+            key, rank = self._ranked.pop()
+            now = self._fleet.loss(self._site, key)
+            if now > rank * _STALE and len(self._ranked):
+                _, next_rank = self._ranked.lowest()
+                if now > next_rank:
+                    self._ranked.set(key, now)  # worth more than when it was looked at last
+                    continue
+            self._fleet.holders[key].discard(self._site)
+            return key
+
+    def restore(self, items: Iterable[Item]) -> None:
+        for item in items:
+            self.insert(item)
+
+    def memory(self) -> dict[str, Any]:
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        pass
+
+
+def place(
+    fleet: Fleet, sizes: Mapping[Key, int], budgets: Sequence[int], have: Mapping[int, Iterable[Key]] | None = None
+) -> list[set[Key]]:
+    """Which site had best keep what, within its budget in bytes: the plan of all sites at once.
+
+    Greedy by gain over size; a gain can only shrink as copies are made, so each is computed again when its turn comes
+    (lazy greedy). `have` is held already and stays: pinned things. `fleet.holders` is taken as empty, and left so.
+    """
+    kept: list[set[Key]] = [set() for _ in budgets]
+    room = list(budgets)
+    fleet.holders.clear()
+    for site, keys in (have or {}).items():
+        for key in keys:
+            kept[site].add(key)
+            fleet.holders[key].add(site)
+            room[site] -= sizes[key]
+    ranked = Ranked()
+    for key in sizes:
+        for site in range(len(budgets)):
+            if key not in kept[site]:
+                ranked.set((site, key), -fleet.loss(site, key))
+    while len(ranked):
+        (site, key), rank = ranked.pop()  # type: ignore[misc]
+        if sizes[key] > room[site] or rank >= 0.0:
+            continue
+        gain = fleet.loss(site, key)
+        if len(ranked) and -gain > ranked.lowest()[1] + 1e-15:
+            ranked.set((site, key), -gain)
+            continue
+        kept[site].add(key)
+        fleet.holders[key].add(site)
+        room[site] -= sizes[key]
+    fleet.holders.clear()
+    return kept
