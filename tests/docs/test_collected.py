@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from haulier.cli.main import app, main
+from haulier.errors import HaulierError
 from tests.docs.pages import (
     ROOT,
     Block,
@@ -176,3 +177,11 @@ def test_the_command_lines_page_names_every_verb() -> None:
     there = {(verb, below) for verb in subcommands() for below in subcommands(verb) if verb != "lab"}
     there |= {(verb,) for verb in subcommands() if not subcommands(verb) or verb == "lab"}
     assert there <= named, there - named
+
+
+def test_the_exit_codes_on_the_command_lines_page_are_those_of_the_errors() -> None:
+    told = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "docs/cli.md").read_text(), re.MULTILINE)}
+    kinds = [HaulierError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert told == {0, 130, *(kind.exit_code for kind in kinds)}

@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
+from haulier.chunks import index as sql
+from haulier.chunks.store import ChunkStore
+from haulier.errors import (
+    Conflict,
+    Corrupt,
+    HaulierError,
+    NoRoom,
+    NotTrusted,
+    UnknownThing,
+    Unsupported,
+    UsageError,
+)
+from haulier.guests.accel import qemu_binary
 from haulier.lab.scenario import IMAGE, LabSite, Template
 from tests.support.certs import TestCa
 from tests.system.stage import Stage, stage
@@ -120,6 +132,89 @@ def test_the_agent_of_the_target_is_not_there(standing: Stage) -> None:
     finally:
         lisbon.start_agent()
     assert standing.home() == "oslo"
+
+
+@pytest.mark.parametrize(
+    ("lacks", "said"),
+    [
+        ("s/pc-q35-8.2/pc-q35-gone/g", "machine type pc-q35-8.2"),
+        ("s/Nehalem-v1/Nehalem-gone/g", "CPU model Nehalem-v1"),
+        ("s/emulator version [0-9.]*/emulator version 7.2.9/", "8.2"),
+    ],
+    ids=["machine", "cpu", "version"],
+)
+def test_the_targets_qemu_cannot_give_what_the_guest_needs(
+    standing: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, said: str
+) -> None:
+    lisbon = standing.site("lisbon")
+    other = tmp_path / "qemu"
+    asks = '*"-machine none"* | *--version*'
+    real = f'{qemu_binary()} "$@"'
+    other.write_text(f'#!/bin/sh\ncase "$*" in {asks}) {real} | sed "{lacks}" ;; *) exec {real} ;; esac\n')
+    other.chmod(0o755)
+    lisbon.kill_agent()
+    with monkeypatch.context() as patched:
+        patched.setenv("HAULIER_QEMU", str(other))
+        lisbon.start_agent()
+    try:
+        text = refused(standing, Unsupported, "handoff", "web1", "--to", "lisbon")
+        assert "lisbon" in text and said in text
+    finally:
+        lisbon.kill_agent()
+        lisbon.start_agent()
+
+
+def test_images_that_are_none(standing: Stage, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.raw"
+    odd.write_bytes(b"x" * 1000)
+    assert "512" in refused(standing, UsageError, "image", "import", str(odd), "--no-warm")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(odd), "8M"], check=True)
+    subprocess.run(["qemu-io", "-c", "write 0 8M", str(odd)], check=True, capture_output=True)
+    with odd.open("r+b") as file:
+        file.truncate(2_000_000)
+    assert "cut short" in refused(standing, Corrupt, "image", "import", str(odd), "--no-warm")
+    refused(standing, UnknownThing, "image", "import", str(tmp_path / "none.raw"), "--no-warm")
+    assert "'debian'" in refused(standing, Conflict, "image", "import", str(odd), "--name", IMAGE, "--no-warm")
+
+
+def test_a_join_token_that_expired(standing: Stage, tmp_path: Path) -> None:
+    oslo = standing.site("oslo")
+    token = oslo.facts("site", "token", "--minutes", "0.00001")["token"]
+    words = ("site", "join", "porto", "--via", oslo.site.control, "--address", "127.0.0.1:7", "--root", str(tmp_path))
+    done = standing.site("lisbon").haulier(*words, "--token", token, check=False)
+    assert done.returncode == NotTrusted.exit_code and "expired" in done.stderr, done
+    assert "site token" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_corrupt_chunk_of_the_base(standing: Stage, made: Template) -> None:
+    oslo, lisbon = standing.site("oslo"), standing.site("lisbon")
+    lisbon.haulier("image", "remove", IMAGE)
+    lisbon.haulier("gc")
+    with ChunkStore(oslo.site.store) as store:
+        fp = sorted(store.load_manifest("guest/web1").unique())[1000]
+        with store.index.read() as db:
+            at = sql.locate(db, fp)
+        assert at is not None
+        whole = store.get(fp)
+    with next((oslo.site.store / "packs").glob(f"{at.pack:08d}*")).open("r+b") as pack:
+        pack.seek(at.offset + 5000)
+        flipped = bytes([pack.read(1)[0] ^ 1])
+        pack.seek(at.offset + 5000)
+        pack.write(flipped)
+    handoff = standing.begin()
+    code, _, err = handoff.result()
+    assert code == Corrupt.exit_code and fp.hex() in err and "oslo" in err, (code, err)
+    handoff.settled()
+    assert standing.home() == "oslo"
+    standing.assert_right()
+    with ChunkStore(oslo.site.store) as store:
+        store.put(whole, fp)
+        store.commit()
+        assert store.get(fp) == whole
+    lisbon.kill_agent()
+    shutil.rmtree(lisbon.site.store)
+    made.copy_to(lisbon.root)
+    lisbon.start_agent()
 
 
 def test_the_targets_disk_is_full_in_the_middle(standing: Stage) -> None:

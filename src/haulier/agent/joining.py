@@ -54,7 +54,7 @@ def join(root: Path, name: str, control: str, bulk: Sequence[str], via: str, tok
     if authority.fleet_fingerprint(ca_pem) != token.fleet:
         raise NotTrusted(f"the site at {via} is of another fleet than the token: check --via")
     key, request = authority.new_request(site.name)
-    existed = site.root.exists()
+    before = set(site.root.iterdir()) if site.root.exists() else None
     site.make_directories()
     try:
         body = JoinRequest(token.secret.hex(), site.name, site.control, list(site.bulk), request.decode())
@@ -72,8 +72,7 @@ def join(root: Path, name: str, control: str, bulk: Sequence[str], via: str, tok
             journal.put_sites(rows)
         site.save()
     except BaseException:
-        if not existed:
-            shutil.rmtree(site.root, ignore_errors=True)
+        _clear(site.root, before)
         else:
             # half a site would look like one to nobody, but its key is worth nothing and must not stay
             with contextlib.suppress(OSError):
@@ -124,6 +123,18 @@ def refresh(site: Site, journal: Journal) -> None:
         journal.put_sites(
             [msgspec.structs.replace(each, issuer=each.name == row.name) for each in rows if each.name != site.name]
         )
+
+
+def _clear(root: Path, before: set[Path] | None) -> None:
+    """Removes what was not in `root` before; all of it where there was no such directory."""
+    if before is None:
+        shutil.rmtree(root, ignore_errors=True)
+        return
+    for path in set(root.iterdir()) - before:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _refuse_existing(site: Site) -> None:

@@ -78,7 +78,9 @@ def _inspect(file: Path, fd: int) -> tuple[str, int]:
         raise Unsupported(f"{file} is encrypted; decrypt it with qemu-img convert")
     size = os.fstat(fd).st_size if kind == "raw" else info.get("virtual-size")
     if not isinstance(size, int) or size <= 0 or size % SECTOR:
-        raise UsageError(f"{file} holds a disk of {size} bytes; a disk is a positive multiple of {SECTOR}")
+        raise UsageError(
+            f"{file} holds a disk of {size} bytes; a disk is a positive multiple of {SECTOR}: fetch it again"
+        )
     if size > MAX_DISK:
         raise UsageError(f"{file} holds a disk of {size} bytes; at most {MAX_DISK} are handled")
     return kind, size
