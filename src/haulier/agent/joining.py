@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -72,11 +71,9 @@ def join(root: Path, name: str, control: str, bulk: Sequence[str], via: str, tok
             journal.put_sites(rows)
         site.save()
     except BaseException:
+        # half a site would look like one to nobody, but its key is worth nothing and must not stay
+        site.key.unlink(missing_ok=True)
         _clear(site.root, before)
-        else:
-            # half a site would look like one to nobody, but its key is worth nothing and must not stay
-            with contextlib.suppress(OSError):
-                site.key.unlink()
         raise
     return site
 
