@@ -32,6 +32,8 @@ from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, 
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
+from haulier.fetch import wire as chunk_wire
+from haulier.fetch.service import ChunkService
 from haulier.handoff.spawning import STANDBY
 
 log = logging.getLogger(__name__)
@@ -181,6 +183,19 @@ def _handler(agent: Agent, route: Route, pool: concurrent.futures.Executor) -> H
     return handle
 
 
+def _chunk_handler(agent: Agent, service: ChunkService, pool: concurrent.futures.Executor) -> Handler:
+    """Chunks for other sites of the fleet: the one route that is no request and answer."""
+    route = Route("GET", chunk_wire.PATH, Access.SITE, lambda agent, call: {})
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        operator, name = _caller(request)
+        loop = asyncio.get_running_loop()
+        site = await loop.run_in_executor(pool, _authorize, agent, route, operator, name)
+        return await service.handle(request, site)
+
+    return handle
+
+
 # -- the daemon
 
 
@@ -230,6 +245,8 @@ async def serve(agent: Agent, stop: asyncio.Event, ready: Callable[[], None] = l
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="request") as pool:
         for route in route_table():
             app.router.add_route(route.method, route.path, _handler(agent, route, pool))
+        service = ChunkService(agent.store)
+        app.router.add_get(chunk_wire.PATH, _chunk_handler(agent, service, pool))
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_GRACE_S)
         await runner.setup()
         try:
@@ -241,6 +258,7 @@ async def serve(agent: Agent, stop: asyncio.Event, ready: Callable[[], None] = l
             ready()
             await stop.wait()
         finally:
+            await service.close()
             await runner.cleanup()
             site.socket.unlink(missing_ok=True)
 

@@ -107,6 +107,12 @@ class Site:
     store_budget: int = 0
     ram: str = field(default="", repr=False)
     """Directory for guest memory; empty = a directory of this site in /dev/shm."""
+    origin: str = ""
+    """An object store that holds chunks as well, ``s3://BUCKET/PREFIX``; empty = none."""
+    origin_endpoint: str = ""
+    """Where that object store answers, if not where S3 does."""
+    origin_cost: int = 1
+    """0 = ask it like a site; else only for what no site that answers holds."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "site")
@@ -133,6 +139,7 @@ class Site:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise Corrupt(f"{path} is not valid TOML ({error}): mend it by hand") from None
         known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int, "ram": str}
+        known |= {"origin": str, "origin_endpoint": str, "origin_cost": int}
         for key, value in data.items():
             if key not in known:
                 raise Corrupt(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
