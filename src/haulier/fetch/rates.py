@@ -53,7 +53,7 @@ class Rate:
         if not self._samples:
             return FIRST_WINDOW
         gain = GROWING_GAIN if self._grew else STEADY_GAIN
-        # Two chunks more: one that is half here still counts as outstanding, and the next question has to be on its way.
+        # Two chunks more: one that is half here counts as outstanding, and the next question has to be on its way.
         return min(MAX_WINDOW, int(self.bps * self.rtt * gain + 2 * self.chunk_bytes))
 
     def pong(self, now: float, rtt: float) -> None:
