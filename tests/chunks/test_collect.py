@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def test_what_a_manifest_refers_to_stays(store: ChunkStore) -> None:
     keep(store, "b", 2, 3)
     store.drop_manifest("a")
     report = store.gc()
-    assert (report.chunks, report.bytes) == (1, CHUNK)
+    assert (report.chunks, report.bytes) == (1, CHUNK + 64)
     assert alive(store, 1, 2, 3) == [2, 3]
     store.drop_manifest("b")
     assert store.gc().chunks == 2
@@ -55,7 +56,7 @@ def test_a_dry_run_changes_nothing(store: ChunkStore) -> None:
     store.add_lease("old")
     store.drop_manifest("a")
     report = store.gc(dry_run=True, lease_age_s=-1)
-    assert (report.dry_run, report.chunks, report.bytes, report.leases) == (True, 1, CHUNK, 1)
+    assert (report.dry_run, report.chunks, report.bytes, report.leases) == (True, 1, CHUNK + 64, 1)
     assert alive(store, 1) == [1]
     assert store.leases() == ["old"]
 
@@ -254,7 +255,7 @@ def test_small_packs_left_by_many_are_joined(store: ChunkStore) -> None:
 
 
 def test_one_collection_at_a_time(store: ChunkStore, other: ChunkStore) -> None:
-    with collect._alone(other):
+    with collect.alone(other):
         with pytest.raises(Conflict, match="wait"):
             store.gc()
         with pytest.raises(Conflict):
@@ -337,3 +338,107 @@ def test_a_lost_index_is_made_again_from_the_packs(tmp_path: Path) -> None:
         store.commit()
         assert store.check().ok
         assert alive(store, *range(12)) == [*range(10), 11]
+
+
+def test_an_unpinned_manifest_keeps_nothing(store: ChunkStore) -> None:
+    keep(store, "a", 1, 2)
+    for seed in (2, 3):
+        store.put(chunk(seed))
+    store.save_manifest("b", Manifest(2 * CHUNK, name(2) + name(3)), pinned=False)
+    store.release_writer()
+    with store.sibling() as one:
+        one.commit()
+    assert not store.is_pinned("b") and store.is_pinned("a")
+    report = store.gc()
+    assert (report.chunks, alive(store, 1, 2, 3)) == (1, [1, 2])
+    assert store.check().ok  # b lacks a chunk, and says so
+    with pytest.raises(UnknownThing, match="needs 1 chunks"):
+        store.save_manifest("guest", store.load_manifest("b"))
+
+
+def test_pinning_and_letting_go(store: ChunkStore) -> None:
+    keep(store, "a", 1, 2)
+    store.pin_manifest("a", False)
+    store.pin_manifest("a", False)
+    assert store.gc(dry_run=True).chunks == 2
+    store.pin_manifest("a", True)
+    assert store.gc().chunks == 0
+    keep(store, "a", 2, 3)  # pinned over pinned
+    store.save_manifest("a", Manifest(CHUNK, name(3)), pinned=False)  # unpinned over pinned
+    assert store.check().ok
+    store.save_manifest("a", Manifest(CHUNK, name(3)))  # pinned over unpinned
+    assert store.gc().chunks == 2 and alive(store, 1, 2, 3) == [3]
+    store.drop_manifest("a")
+    assert store.gc().chunks == 1
+    with pytest.raises(UnknownThing):
+        store.pin_manifest("a", True)
+    with pytest.raises(UnknownThing):
+        store.is_pinned("a")
+
+
+def test_a_choice_is_respected_and_a_dry_run_is_exact(store: ChunkStore) -> None:
+    keep(store, "gone", 1, 2, 3, 4)
+    keep(store, "also", 4, 5)
+    store.put(chunk(6), lease="old")
+    store.commit()
+
+    def choose(found: list[collect.Cached]) -> set[bytes]:
+        return {row.fp for row in found} & {name(1), name(4), name(6), name(99)}
+
+    told = [store.gc(dry_run=dry, leases=["old"], manifests=["gone", "none"], choose=choose) for dry in (True, False)]
+    assert [(r.chunks, r.bytes, r.cached, r.cached_bytes) for r in told] == [
+        (2, 2 * (CHUNK + 64), 2, 2 * (CHUNK + 64))
+    ] * 2
+    assert alive(store, *range(1, 7)) == [2, 3, 4, 5]
+    assert store.leases() == [] and store.manifest_names() == ["also"]
+    room = store.room()
+    assert (room.chunks, room.cached_chunks) == (4, 2)
+    assert (room.used, room.cached) == (4 * (CHUNK + 64), 2 * (CHUNK + 64))
+
+
+def test_what_is_pinned_while_the_choice_is_made_stays(store: ChunkStore, other: ChunkStore) -> None:
+    keep(store, "a", 1, 2)
+    store.drop_manifest("a")
+
+    def choose(found: list[collect.Cached]) -> list[bytes]:
+        other.missing([name(1)], lease="handoff/7")
+        return [row.fp for row in found]
+
+    assert store.gc(choose=choose).chunks == 1
+    assert alive(store, 1, 2) == [1]
+
+
+def test_uses_are_counted(store: ChunkStore, other: ChunkStore) -> None:
+    keep(store, "a", 1, 2)
+    with store.index.write() as db:
+        db.execute("UPDATE chunks SET came=came-1000, used=used-1000")
+    assert store.missing([name(1), name(9)], lease="handoff/7") == [name(9)]
+    store.touch([name(1), name(9), name(3)])
+    store.flush_uses()
+    other.touch([name(1)])
+    other.close()  # so soon after that it is the same use
+
+    def facts() -> dict[bytes, tuple[int, int]]:
+        with store.index.read() as db:
+            return {
+                fp: (hits, used - came) for fp, hits, used, came in db.execute("SELECT fp,hits,used,came FROM chunks")
+            }
+
+    assert facts()[name(1)][0] == 1 and facts()[name(1)][1] >= 1000
+    assert facts()[name(2)] == (0, 0)
+
+
+def test_a_store_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path / "s", reserve=0) as store:
+        keep(store, "a", 1, 2)
+    db = sqlite3.connect(tmp_path / "s" / "index.sqlite")
+    for column in ("came", "used", "hits", "queue"):
+        db.execute(f"ALTER TABLE chunks DROP COLUMN {column}")
+    db.execute("ALTER TABLE manifests DROP COLUMN pinned")
+    db.executescript("DROP TABLE ghosts; DROP TABLE notes; PRAGMA user_version=1")
+    db.close()
+    with ChunkStore(tmp_path / "s", reserve=0) as store:
+        assert store.check().ok and alive(store, 1, 2) == [1, 2] and store.is_pinned("a")
+        keep(store, "b", 3)
+        store.drop_manifest("a")
+        assert store.gc().chunks == 2

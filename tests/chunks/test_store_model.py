@@ -68,9 +68,8 @@ class Model(RuleBasedStateMachine):
             assert not set(wanted) <= sure
             return
         self.committed(number)
-        before = set(self.manifests.get(label, []))
         self.manifests[label] = wanted
-        self.kept -= {(seed, str(number)) for seed in set(wanted) - before}
+        self.kept -= {(seed, str(number)) for seed in wanted}
 
     @rule(number=who, label=labels)
     def drop(self, number: int, label: str) -> None:

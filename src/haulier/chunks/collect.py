@@ -1,4 +1,4 @@
-"""Housekeeping of a store: collecting, giving space back, checking, and rebuilding a lost index.
+"""Housekeeping of a store: taking out what nothing refers to, and giving its space back.
 
 One at a time (flock of a file), beside any number of readers and writers. The order is what makes it safe: rows go in
 a transaction; then the generation moves on, so that no reader trusts a location it remembered; then holes are punched.
@@ -11,18 +11,18 @@ import fcntl
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from sqlite3 import Connection
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from haulier.chunks import index as sql
 from haulier.chunks.manifest import Manifest
-from haulier.chunks.packs import HEADER, Location, Pack, Writer, decode_record, extent, pack_path, punch, walk
-from haulier.errors import Conflict, Corrupt, NoRoom
+from haulier.chunks.packs import ALIGN, HEADER, Location, Pack, Writer, decode_record, extent, pack_path, punch
+from haulier.errors import Conflict, Corrupt, NoRoom, UnknownThing
 
 if TYPE_CHECKING:
     from haulier.chunks.store import ChunkStore
@@ -31,13 +31,18 @@ _DEAD: Final = """
 WHERE NOT EXISTS (SELECT 1 FROM refs WHERE refs.fp = chunks.fp)
 AND NOT EXISTS (SELECT 1 FROM leased WHERE leased.fp = chunks.fp)
 """
+_ROOM: Final = f"({HEADER} + (stored + {ALIGN - 1}) / {ALIGN} * {ALIGN})"
+"""As `extent` counts it."""
 _STRAY_S: Final = 86_400.0
-_BATCH: Final = 1024
+_BATCH: Final = 2048
 
 
 @dataclass
 class GcReport:
-    """`chunks` and their `bytes` in packs taken out, `freed` bytes of disk given back (0 in a dry run)."""
+    """`chunks` and their `bytes` in packs taken out, `freed` bytes of disk given back (0 in a dry run).
+
+    `cached` chunks of `cached_bytes` stay although nothing refers to them.
+    """
 
     dry_run: bool
     chunks: int = 0
@@ -46,27 +51,39 @@ class GcReport:
     freed: int = 0
     compacted: int = 0
     removed: int = 0
+    cached: int = 0
+    cached_bytes: int = 0
 
 
-@dataclass
-class CheckReport:
-    """What `check` found. Fingerprints are in hex; `repaired` says that what could be put right was."""
+class Cached(NamedTuple):
+    """A chunk that nothing refers to: `room` in bytes of pack; when it came and was used last (s since 1970), uses
+    after it came, and `queue`, a note of the policy's."""
 
-    chunks: int = 0
-    corrupt: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    wrong_references: int = 0
-    damaged_manifests: list[str] = field(default_factory=list)
-    repaired: bool = False
+    fp: bytes
+    room: int
+    came: int
+    used: int
+    hits: int
+    queue: int
 
-    @property
-    def ok(self) -> bool:
-        """Nothing was found."""
-        return not (self.corrupt or self.missing or self.wrong_references or self.damaged_manifests)
+
+Choose = Callable[[list[Cached]], Collection[bytes]]
+"""Which of the chunks that nothing refers to, given in the order of the packs, are to go."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of pack that all chunks take, and those of them that nothing refers to."""
+
+    used: int
+    cached: int
+    chunks: int
+    cached_chunks: int
 
 
 @contextmanager
-def _alone(store: ChunkStore) -> Iterator[None]:
+def alone(store: ChunkStore) -> Iterator[None]:
+    """Keeps other collections and checks away; Conflict when one is under way."""
     fd = os.open(store.path / "gc.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -78,21 +95,38 @@ def _alone(store: ChunkStore) -> Iterator[None]:
         os.close(fd)
 
 
-def collect_garbage(store: ChunkStore, dry_run: bool, lease_age_s: float | None) -> GcReport:
+def measure(store: ChunkStore) -> Room:
+    """See ChunkStore.room."""
+    with store.index.snapshot() as db:
+        used, chunks = db.execute(f"SELECT coalesce(sum({_ROOM}), 0), count(*) FROM chunks").fetchone()
+        cached, count = db.execute(f"SELECT coalesce(sum({_ROOM}), 0), count(*) FROM chunks {_DEAD}").fetchone()
+    return Room(used, cached, chunks, count)
+
+
+def collect_garbage(
+    store: ChunkStore,
+    dry_run: bool,
+    lease_age_s: float | None,
+    leases: tuple[str, ...] = (),
+    manifests: tuple[str, ...] = (),
+    choose: Choose | None = None,
+) -> GcReport:
     """See ChunkStore.gc."""
     report = GcReport(dry_run)
-    with _alone(store):
-        with store.index.write() as db:
-            db.execute("SAVEPOINT collection")
-            report.leases = _end_leases(store, db, lease_age_s)
-            report.chunks, report.bytes = db.execute(
-                f"SELECT count(*), coalesce(sum(stored), 0) FROM chunks {_DEAD}"
-            ).fetchone()
-            if dry_run:
-                db.execute("ROLLBACK TO collection")
-            elif report.chunks:
-                db.execute(f"DELETE FROM chunks {_DEAD}")
-            db.execute("RELEASE collection")
+    with alone(store):
+        ending, report.leases = _ending_leases(store, lease_age_s, leases)
+        if not dry_run:
+            _end(store, ending, manifests)
+        with store.index.snapshot() as db:
+            found = _unreferenced(db, ending, manifests)
+        chosen = {row.fp for row in found} if choose is None else set(choose(found))
+        gone = [row for row in found if row.fp in chosen]
+        if dry_run:
+            report.chunks, report.bytes = len(gone), sum(row.room for row in gone)
+        else:
+            _take(store, gone, report)
+        report.cached = len(found) - report.chunks
+        report.cached_bytes = sum(row.room for row in found) - report.bytes
         if dry_run:
             return report
         store.places.advance()
@@ -106,18 +140,74 @@ def collect_garbage(store: ChunkStore, dry_run: bool, lease_age_s: float | None)
     return report
 
 
-def _end_leases(store: ChunkStore, db: Connection, age_s: float | None) -> int:
-    """End the leases of stores that are gone, and those not renewed for `age_s`; how many of the latter."""
-    ended = 0
-    for name, renewed in db.execute("SELECT name, renewed FROM leases").fetchall():
+def _ending_leases(store: ChunkStore, age_s: float | None, named: tuple[str, ...]) -> tuple[list[str], int]:
+    """The leases that end: of stores that are gone, named, and not renewed for `age_s`; how many of the last."""
+    ending, old = [], 0
+    with store.index.read() as db:
+        rows = db.execute("SELECT name, renewed FROM leases").fetchall()
+    for name, renewed in rows:
         kind, _, holder = name.partition(":")
         if kind == "open":
             if not _held(store.path / "open" / holder):
-                sql.end_lease(db, name)
+                ending.append(name)
+        elif name in named:
+            ending.append(name)
         elif age_s is not None and renewed <= time.time() - age_s:
-            sql.end_lease(db, name)
-            ended += 1
-    return ended
+            ending.append(name)
+            old += 1
+    return ending, old
+
+
+def _end(store: ChunkStore, leases: list[str], manifests: tuple[str, ...]) -> None:
+    for lease in leases:
+        with store.index.write() as db:
+            sql.end_lease(db, lease)
+    for name in manifests:
+        with suppress(UnknownThing):
+            store.drop_manifest(name)
+
+
+def _unreferenced(db: Connection, leases: list[str], manifests: tuple[str, ...]) -> list[Cached]:
+    """Chunks that nothing would refer to without these leases and manifests, in the order of the packs.
+
+    `db` is a snapshot: what is written here are tables of its own, in memory.
+    """
+    db.execute("CREATE TEMP TABLE over (id INTEGER PRIMARY KEY)")
+    db.execute("CREATE TEMP TABLE fewer (fp BLOB PRIMARY KEY, count INTEGER) WITHOUT ROWID")
+    db.executemany("INSERT INTO over SELECT id FROM leases WHERE name=?", ((name,) for name in leases))
+    counts: Counter[bytes] = Counter()
+    for name in manifests:
+        row = db.execute("SELECT data FROM manifests WHERE name=? AND pinned", (name,)).fetchone()
+        if row is not None:
+            counts.update(Manifest.decode(row[0]).unique())
+    db.executemany("INSERT INTO fewer VALUES (?,?)", counts.items())
+    rows = db.execute(f"""
+        SELECT fp, {_ROOM}, came, used, hits, queue FROM chunks
+        WHERE NOT EXISTS (SELECT 1 FROM refs WHERE refs.fp = chunks.fp
+            AND refs.count > coalesce((SELECT count FROM fewer WHERE fewer.fp = chunks.fp), 0))
+        AND NOT EXISTS (SELECT 1 FROM leased WHERE leased.fp = chunks.fp AND lease NOT IN (SELECT id FROM over))
+        ORDER BY pack, offset""")
+    return [Cached(*row) for row in rows]
+
+
+def _take(store: ChunkStore, gone: list[Cached], report: GcReport) -> None:
+    """Delete the rows that still nothing refers to; unpinned manifests that lose a chunk are no longer complete."""
+    named: dict[bytes, frozenset[bytes]] = {}
+    for start in range(0, len(gone), _BATCH):  # in pieces: a commit may wait for this one
+        batch = gone[start : start + _BATCH]
+        with store.index.write() as db:
+            taken: set[bytes] = set()
+            for row in batch:
+                if db.execute(f"DELETE FROM chunks {_DEAD} AND fp=?", (row.fp,)).rowcount:
+                    taken.add(row.fp)
+                    report.bytes += row.room
+            report.chunks += len(taken)
+            for name, data in db.execute("SELECT name, data FROM manifests WHERE NOT pinned AND complete").fetchall():
+                if data not in named:
+                    with suppress(Corrupt):  # check names it
+                        named[data] = Manifest.decode(data).unique()
+                if not taken.isdisjoint(named.get(data, ())):
+                    db.execute("UPDATE manifests SET complete=0 WHERE name=?", (name,))
 
 
 def _held(lock: Path) -> bool:
@@ -247,109 +337,3 @@ def _compact(store: ChunkStore, sparse: list[int], report: GcReport) -> None:
         pack_path(store.packs, number).unlink(missing_ok=True)
         report.removed += 1
         report.freed += max(0, freed - used)
-
-
-def check_store(store: ChunkStore, repair: bool) -> CheckReport:
-    """See ChunkStore.check."""
-    report = CheckReport()
-    with _alone(store):
-        with store.index.snapshot() as db:
-            expected, needed, report.damaged_manifests = _references(db)
-            counted: dict[bytes, int] = dict(db.execute("SELECT fp, count FROM refs").fetchall())
-            report.wrong_references = sum(
-                1 for fp in expected.keys() | counted.keys() if expected.get(fp, 0) != counted.get(fp, 0)
-            )
-            corrupt: dict[bytes, Location] = {}
-            held: set[bytes] = set()
-            cursor = db.execute("SELECT fp, pack, offset, stored, codec FROM chunks ORDER BY pack, offset")
-            pack: Pack | None = None
-            while rows := cursor.fetchmany(_BATCH):
-                for fp, *place in rows:
-                    at = Location(*place)
-                    report.chunks += 1
-                    if pack is None or pack.id != at.pack:
-                        pack = _open(store, at.pack)
-                    if pack is None or not _sound(pack, fp, at):
-                        corrupt[fp] = at
-                    elif fp in needed:
-                        held.add(fp)
-        missing = needed - held - corrupt.keys()
-        if repair:
-            found = _search(store, missing | corrupt.keys()) if missing or corrupt else {}
-            with store.index.write() as db:
-                for fp, at in corrupt.items():
-                    db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
-                db.executemany(
-                    "INSERT OR IGNORE INTO chunks VALUES (?,?,?,?,?)", ((fp, *at) for fp, at in found.items())
-                )
-                db.execute("DELETE FROM refs")
-                db.executemany("INSERT INTO refs VALUES (?,?)", _references(db)[0].items())
-                db.execute("DELETE FROM leased WHERE lease NOT IN (SELECT id FROM leases)")
-            store.places.advance()
-            missing -= found.keys()
-            report.repaired = True
-        report.corrupt = sorted(fp.hex() for fp in corrupt)
-        report.missing = sorted(fp.hex() for fp in missing)
-    return report
-
-
-def _references(db: Connection) -> tuple[Counter[bytes], set[bytes], list[str]]:
-    """(references by all manifests, chunks that complete manifests need, manifests that do not decode)."""
-    counts: Counter[bytes] = Counter()
-    needed: set[bytes] = set()
-    damaged: list[str] = []
-    for name, data, complete in db.execute("SELECT name, data, complete FROM manifests"):
-        try:
-            unique = Manifest.decode(data).unique()
-        except Corrupt:
-            damaged.append(name)
-            continue
-        counts.update(unique)
-        if complete:
-            needed |= unique
-    return counts, needed, damaged
-
-
-def _open(store: ChunkStore, number: int) -> Pack | None:
-    try:
-        return Pack(store.packs, number)
-    except OSError:
-        return None
-
-
-def _sound(pack: Pack, fp: bytes, at: Location) -> bool:
-    try:
-        return decode_record(fp, at, pack.read_record(at)) is not None
-    except OSError:
-        return False
-
-
-def _search(store: ChunkStore, fps: set[bytes]) -> dict[bytes, Location]:
-    """Sound records of chunks that the index has lost, below the tails."""
-    found: dict[bytes, Location] = {}
-    with store.index.read() as db:
-        tails = db.execute("SELECT id, tail FROM packs").fetchall()
-    for number, tail in tails:
-        pack = _open(store, number)
-        if pack is None:
-            continue
-        for fp, at in walk(pack, min(tail, pack.size())):
-            if fp in fps and fp not in found and _sound(pack, fp, at):
-                found[fp] = at
-    return found
-
-
-def reindex(store: ChunkStore) -> int:
-    """Enter every sound record of the pack files into an empty index; how many chunks there are."""
-    with store.index.write() as db:
-        for file in sorted(store.packs.glob("*.pack")):
-            if not file.stem.isdigit():
-                continue
-            pack = Pack(store.packs, int(file.stem))
-            tail = 0
-            for fp, at in walk(pack, pack.size()):
-                if _sound(pack, fp, at):
-                    db.execute("INSERT OR IGNORE INTO chunks VALUES (?,?,?,?,?)", (fp, *at))
-                    tail = at.end
-            sql.set_tail(db, pack.id, tail)
-        return int(db.execute("SELECT count(*) FROM chunks").fetchone()[0])

@@ -17,7 +17,7 @@ from haulier.chunks.packs import Location
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UsageError
 from haulier.units import MIB
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _BUSY_MS: Final = 30_000
 _BATCH: Final = 900  # below SQLite's historic limit of 999 variables a statement
 
@@ -34,6 +34,20 @@ CREATE TABLE manifests (
 CREATE TABLE leases (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE NOT NULL, renewed REAL NOT NULL);
 CREATE TABLE leased (fp BLOB, lease INTEGER, PRIMARY KEY (fp, lease)) WITHOUT ROWID;
 """
+_STEPS: Final = {
+    2: """
+ALTER TABLE chunks ADD COLUMN came INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE chunks ADD COLUMN used INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE chunks ADD COLUMN hits INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE chunks ADD COLUMN queue INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE manifests ADD COLUMN pinned INTEGER NOT NULL DEFAULT 1;
+CREATE TABLE ghosts (fp BLOB PRIMARY KEY, gone INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE notes (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
+"""
+}
+"""What brings an index of the version before to this one."""
+SAME_USE_S: Final = 300
+"""Accesses of a chunk this close together are one use: a handoff names a chunk in several of its phases."""
 
 
 class Index:
@@ -62,13 +76,16 @@ class Index:
             version = int(db.execute("PRAGMA user_version").fetchone()[0])
             if version == SCHEMA_VERSION:
                 return False
-            if version:
+            if version > SCHEMA_VERSION:
                 raise Corrupt(f"{self.path} is of version {version}, known is {SCHEMA_VERSION}; update haulier")
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute("INSERT INTO store VALUES (?)", (store,))
+            made = version == 0
+            for step in range(version + 1, SCHEMA_VERSION + 1):
+                for statement in (_SCHEMA if step == 1 else _STEPS[step]).split(";"):
+                    db.execute(statement)
+            if made:
+                db.execute("INSERT INTO store VALUES (?)", (store,))
             db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        return True
+        return made
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -142,6 +159,33 @@ def present(db: sqlite3.Connection, fps: Sequence[bytes]) -> set[bytes]:
         marks = ",".join("?" * len(batch))
         found.update(row[0] for row in db.execute(f"SELECT fp FROM chunks WHERE fp IN ({marks})", batch))
     return found
+
+
+def enter(db: sqlite3.Connection, places: Iterable[tuple[bytes, Location]], now: float) -> None:
+    """Rows for chunks that have come; those that are there stay as they are."""
+    db.executemany(
+        "INSERT OR IGNORE INTO chunks (fp, pack, offset, stored, codec, came, used) VALUES (?,?,?,?,?,?,?)",
+        ((fp, *at, int(now), int(now)) for fp, at in places),
+    )
+
+
+def count_uses(db: sqlite3.Connection, fps: Iterable[bytes], now: float) -> None:
+    """Each of `fps` was used at `now`."""
+    db.executemany(
+        f"UPDATE chunks SET hits = hits + (used <= ? - {SAME_USE_S}), used = max(used, ?) WHERE fp = ?",
+        ((int(now), int(now), fp) for fp in fps),
+    )
+
+
+def read_note(db: sqlite3.Connection, key: str) -> str:
+    """What was noted under `key`; "" when nothing was."""
+    row = db.execute("SELECT value FROM notes WHERE key=?", (key,)).fetchone()
+    return str(row[0]) if row else ""
+
+
+def write_note(db: sqlite3.Connection, key: str, value: str) -> None:
+    """Note `value` under `key`."""
+    db.execute("INSERT OR REPLACE INTO notes VALUES (?,?)", (key, value))
 
 
 def set_tail(db: sqlite3.Connection, pack: int, tail: int) -> None:

@@ -6,8 +6,8 @@ How it holds together:
 - A chunk is visible to its own process at once, to others and after a crash from `commit` on: the pack is synced
   first, then the index commits. The index never points at bytes that a power cut could take.
 - A process remembers places only of chunks whose fingerprint it has checked, and only until a collection (places.py).
-- What keeps a chunk: references (of manifests), leases (of somebody at work), and the store that put it while that
-  is open. A collection takes all others.
+- What keeps a chunk: references (of pinned manifests), leases (of somebody at work), and the store that put it while
+  that is open. All others are the cache's: a collection takes those that its caller chooses (`gc`).
 
 Do not carry an open store over a fork; open it again in the child.
 """
@@ -28,7 +28,8 @@ from sqlite3 import Connection
 from typing import Any, Final
 
 from haulier.chunks import index as sql
-from haulier.chunks.collect import CheckReport, GcReport, check_store, collect_garbage, reindex
+from haulier.chunks.check import CheckReport, check_store, reindex
+from haulier.chunks.collect import Choose, GcReport, Room, collect_garbage, measure
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK, Buffer, fingerprint
 from haulier.chunks.index import Index
 from haulier.chunks.manifest import Manifest
@@ -46,6 +47,7 @@ _AGAIN_MOST: Final = 16 * MIB
 _META_MOST: Final = 1 * MIB
 _RETRIES: Final = 16
 _ROOM_EVERY: Final = 64
+_USES_AT_ONCE: Final = 4096
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class ChunkStore:
         self._sealed: list[Writer] = []
         self._since_room = 0
         self._own: tuple[str, int] | None = None
+        self._owned: set[bytes] = set()  # kept by no more than this store's being open
         self._saved: dict[str, tuple[bytes, Manifest]] = {}
+        self._uses: dict[bytes, float] = {}
         self._closed = False
 
     def sibling(self) -> ChunkStore:
@@ -139,6 +143,7 @@ class ChunkStore:
             try:
                 if commit:
                     self.commit()
+                    self.flush_uses()
             finally:
                 self._closed = True
                 self._forget()
@@ -176,6 +181,7 @@ class ChunkStore:
                 found = sql.present(db, unknown)
                 number = sql.renew_lease(db, lease, time.time())
                 db.executemany("INSERT OR IGNORE INTO leased VALUES (?,?)", ((fp, number) for fp in found))
+            self.touch(found)
         else:
             with self.index.read() as db:
                 found = sql.present(db, unknown)
@@ -252,6 +258,22 @@ class ChunkStore:
                 db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
         except NoRoom:
             pass  # Corrupt is what matters now; check finds the chunk again
+
+    def touch(self, fps: Iterable[bytes]) -> None:
+        """Count a use of each chunk, for the cache's policy. Kept in memory until `flush_uses` or `close`."""
+        now = time.time()
+        with self._append_lock:
+            self._uses.update((fp, now) for fp in fps if fp != ZERO)
+
+    def flush_uses(self) -> None:
+        """Write down the uses that were counted. What a crash takes of them only makes the policy guess."""
+        with self._append_lock:
+            uses, self._uses = self._uses, {}
+        fps = list(uses)
+        for start in range(0, len(fps), _USES_AT_ONCE):  # in pieces: a commit may wait for this one
+            with self.index.write() as db:
+                for fp in fps[start : start + _USES_AT_ONCE]:
+                    sql.count_uses(db, (fp,), uses[fp])
 
     # --- writing ---
 
@@ -358,6 +380,8 @@ class ChunkStore:
                 for lease, fps in batch.claims.items():
                     number = sql.renew_lease(db, lease or self._own_lease(), now)
                     db.executemany("INSERT OR IGNORE INTO leased VALUES (?,?)", ((fp, number) for fp in fps))
+                    if not lease:
+                        self._owned |= fps
                 if then is not None:
                     then(db)
             self._settle(batch)
@@ -456,12 +480,19 @@ class ChunkStore:
     # --- manifests ---
 
     def save_manifest(
-        self, name: str, manifest: Manifest, meta: dict[str, Any] | None = None, *, partial: bool = False
+        self,
+        name: str,
+        manifest: Manifest,
+        meta: dict[str, Any] | None = None,
+        *,
+        partial: bool = False,
+        pinned: bool = True,
     ) -> None:
         """Commit, and in the same transaction put `manifest` under `name` in place of any other; durable on return.
 
         `meta` is kept with it as JSON. Raises UnknownThing when chunks are not here, unless `partial`: then nothing
-        changes. From here on the manifest's references keep its chunks.
+        changes. From here on the manifest's references keep its chunks; with `pinned` false they do not, and the
+        cache's policy rules over what only such manifests name.
         """
         _check_name(name)
         text = json.dumps(meta or {}, sort_keys=True)
@@ -471,10 +502,10 @@ class ChunkStore:
         wanted = manifest.unique()
 
         def save(db: Connection) -> None:
-            row = db.execute("SELECT data, complete FROM manifests WHERE name=?", (name,)).fetchone()
+            row = db.execute("SELECT data, complete FROM manifests WHERE name=? AND pinned", (name,)).fetchone()
             before = self._decode(name, row[0]).unique() if row else frozenset[bytes]()
-            added = wanted - before
-            # A complete manifest keeps its own chunks, so only new ones need looking for.
+            added, removed = wanted - before, before - wanted
+            # A complete, pinned manifest keeps its own chunks, so only new ones need looking for.
             look = added if row and row[1] else wanted
             complete = len(sql.present(db, list(look))) == len(look)
             if not complete and not partial:
@@ -483,14 +514,19 @@ class ChunkStore:
                     f"manifest {name} needs {len(lacking)} chunks that are not in {self.path},"
                     f" the first is {min(lacking).hex()}; fetch them first"
                 )
-            sql.count_references(db, added, before - wanted)
-            db.execute("INSERT OR REPLACE INTO manifests VALUES (?,?,?,?,?)", (name, data, complete, text, time.time()))
+            sql.count_references(db, added if pinned else (), removed if pinned else before)
+            db.execute(
+                "INSERT OR REPLACE INTO manifests (name, data, complete, meta, saved, pinned) VALUES (?,?,?,?,?,?)",
+                (name, data, complete, text, time.time(), pinned),
+            )
             if self._own is not None:
                 own = db.execute("SELECT id FROM leases WHERE name=?", (self._own[0],)).fetchone()
                 if own is not None:
-                    db.executemany("DELETE FROM leased WHERE fp=? AND lease=?", ((fp, own[0]) for fp in added))
+                    settled = ((fp, own[0]) for fp in self._owned & wanted)
+                    db.executemany("DELETE FROM leased WHERE fp=? AND lease=?", settled)
 
         self._commit(save)
+        self._owned -= wanted
         self._saved[name] = (data, manifest)
 
     def _decode(self, name: str, data: bytes) -> Manifest:
@@ -528,25 +564,64 @@ class ChunkStore:
     def drop_manifest(self, name: str) -> None:
         """Forget a manifest and its references; its chunks stay until a collection. Raises UnknownThing."""
         with self.index.write() as db:
-            row = db.execute("SELECT data FROM manifests WHERE name=?", (name,)).fetchone()
+            row = db.execute("SELECT data, pinned FROM manifests WHERE name=?", (name,)).fetchone()
             if row is None:
                 raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
-            sql.count_references(db, (), self._decode(name, row[0]).unique())
+            if row[1]:
+                sql.count_references(db, (), self._decode(name, row[0]).unique())
             db.execute("DELETE FROM manifests WHERE name=?", (name,))
         self._saved.pop(name, None)
 
+    def pin_manifest(self, name: str, pinned: bool) -> None:
+        """Let a manifest's references keep its chunks, or no longer. Raises UnknownThing.
+
+        Also when chunks are missing that cannot be pinned for that: the manifest then keeps what is here.
+        """
+        with self.index.write() as db:
+            row = db.execute("SELECT data, pinned FROM manifests WHERE name=?", (name,)).fetchone()
+            if row is None:
+                raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
+            if bool(row[1]) == pinned:
+                return
+            unique = self._decode(name, row[0]).unique()
+            sql.count_references(db, unique if pinned else (), () if pinned else unique)
+            complete = len(sql.present(db, list(unique))) == len(unique)
+            db.execute("UPDATE manifests SET pinned=?, complete=? WHERE name=?", (pinned, complete, name))
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether the manifest's references keep its chunks. Raises UnknownThing."""
+        with self.index.read() as db:
+            row = db.execute("SELECT pinned FROM manifests WHERE name=?", (name,)).fetchone()
+        if row is None:
+            raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
+        return bool(row[0])
+
     # --- housekeeping ---
 
-    def gc(self, dry_run: bool = False, *, lease_age_s: float | None = None) -> GcReport:
-        """Take what neither a manifest nor a lease keeps, and give its space back; safe beside readers and writers.
+    def gc(
+        self,
+        dry_run: bool = False,
+        *,
+        lease_age_s: float | None = None,
+        leases: Iterable[str] = (),
+        manifests: Iterable[str] = (),
+        choose: Choose | None = None,
+    ) -> GcReport:
+        """Take what neither a pinned manifest nor a lease keeps, and give its space back; safe beside readers, writers.
 
-        Leases not renewed for `lease_age_s` seconds end. Raises Conflict when another collection is under way.
+        `choose` picks what goes among that (all of it without). Before that, leases not renewed for `lease_age_s`
+        seconds end, and the named `leases` and `manifests` go. A dry run says exactly what would be taken. Raises
+        Conflict when another collection is under way.
         """
-        return collect_garbage(self, dry_run, lease_age_s)
+        return collect_garbage(self, dry_run, lease_age_s, tuple(leases), tuple(manifests), choose)
 
-    def check(self, repair: bool = False) -> CheckReport:
-        """Verify every chunk, and compare the references with the manifests. `repair` puts right what can be."""
-        return check_store(self, repair)
+    def room(self) -> Room:
+        """What the store's chunks take, and how much of that a collection could take."""
+        return measure(self)
+
+    def check(self, repair: bool = False, *, deep: bool = True) -> CheckReport:
+        """Compare the references with the manifests, and (`deep`) verify every chunk. `repair` mends what can be."""
+        return check_store(self, repair, deep)
 
     def stats(self) -> StoreStats:
         """Counts and sizes, over all processes' committed chunks."""
@@ -565,7 +640,7 @@ class ChunkStore:
 
 
 def _insert(db: Connection, batch: _Batch) -> None:
-    db.executemany("INSERT OR IGNORE INTO chunks VALUES (?,?,?,?,?)", ((fp, *at) for fp, at in batch.pending.items()))
+    sql.enter(db, batch.pending.items(), time.time())
     for writer, tail in batch.tails:
         sql.set_tail(db, writer.pack.id, tail)
 
