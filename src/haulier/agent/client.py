@@ -17,6 +17,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -75,8 +76,12 @@ class Client:
     @staticmethod
     def local(site: Site) -> Client:
         """The agent of this site, through its unix socket."""
-        path = str(site.check_socket_path(site.socket))
-        return Client(f"the agent of site {site.name!r}", lambda timeout: _UnixConnection(path, timeout))
+        return Client.unix(site.check_socket_path(site.socket), f"the agent of site {site.name!r}")
+
+    @staticmethod
+    def unix(path: Path, where: str) -> Client:
+        """Whatever serves a control API at a unix socket, as its operator."""
+        return Client(where, lambda timeout: _UnixConnection(str(path), timeout))
 
     @staticmethod
     def peer(site: Site, row: SiteRow) -> Client:
@@ -88,6 +93,16 @@ class Client:
             f"site {row.name!r} at {row.control}",
             lambda timeout: _SiteConnection(host, port, timeout, context, name),
         )
+
+    @staticmethod
+    def at(site: Site, host: str, port: int, name: str, where: str) -> Client:
+        """Whatever serves this fleet's control API at an address, as `site`.
+
+        Its certificate must be that of site `name`, or, with "", one that names the IP address `host`.
+        """
+        context = authority.client_context(site)
+        expected = authority.server_name(name) if name else host
+        return Client(where, lambda timeout: _SiteConnection(host, port, timeout, context, expected))
 
     @staticmethod
     def joining(via: str, ca_pem: bytes | None, issuer: str | None) -> Client:

@@ -18,7 +18,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from aiohttp import web
 
@@ -29,8 +29,12 @@ from haulier.agent.handoffs import Handoffs
 from haulier.agent.images import Images
 from haulier.agent.notify import notify
 from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, peers, sites, upkeep
-from haulier.agent.site import Site
+from haulier.agent.site import Site, split_address
 from haulier.chunks.store import ChunkStore
+from haulier.coordinator import routes as coordinator_routes
+from haulier.coordinator.address import HERE
+from haulier.coordinator.host import Host
+from haulier.coordinator.reporter import REPORT_EVERY_S, Reporter
 from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
 from haulier.fetch import wire as chunk_wire
 from haulier.fetch.service import ChunkService
@@ -50,23 +54,69 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def route_table() -> tuple[Route, ...]:
-    """All routes of the control API."""
-    return (*sites.TABLE, *guests.TABLE, *images.TABLE, *handoffs.TABLE, *peers.TABLE, *upkeep.TABLE)
+    """All routes of the control API of an agent."""
+    own = (*sites.TABLE, *guests.TABLE, *images.TABLE, *handoffs.TABLE, *peers.TABLE, *upkeep.TABLE)
+    return (*own, *coordinator_routes.TABLE)
+
+
+class Daemon(Protocol):
+    """What `serve` serves: an agent, or a coordinator on its own. `what` names it in messages and file names."""
+
+    what: str
+    site: Site
+    core: Core
+
+    @property
+    def control(self) -> str:
+        """HOST:PORT to listen on."""
+        ...
+
+    @property
+    def socket(self) -> Path:
+        """Path of the local control socket."""
+        ...
+
+    def routes(self) -> tuple[Route, ...]: ...
+
+    def tidy(self) -> None:
+        """Before anybody can call. Blocking."""
+        ...
+
+    def recover(self) -> None:
+        """When both listeners accept. Blocking."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Agent:
     """The parts of one running agent, as handlers see them."""
 
+    what = "agent"
+
     def __init__(self, site: Site) -> None:
         self.site = site
+        self.coordinator = Host.of(site) if site.coordinator == HERE else None
         self.core = Core(site)
         self.journal = self.core.journal
         self.store = ChunkStore(site.store)
         self.guests = Guests(self.core, self.store)
         self.images = Images(self.core, self.store)
         self.handoffs = Handoffs(self.core)
+        self.reporter = Reporter(site, self.journal, self.store)
         self._stopping = threading.Event()
         self._loops: list[threading.Thread] = []
+
+    @property
+    def control(self) -> str:
+        return self.site.control
+
+    @property
+    def socket(self) -> Path:
+        return self.site.socket
+
+    def routes(self) -> tuple[Route, ...]:
+        return route_table()
 
     def tidy(self) -> None:
         """Before anybody can call: finishes what an earlier agent left half made or half removed here. Blocking."""
@@ -80,6 +130,7 @@ class Agent:
         for name, every_s, watch in (
             ("guests", GUESTS_EVERY_S, self.guests.supervise),
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
+            ("the coordinator", REPORT_EVERY_S, self.reporter.step),
         ):
             loop = threading.Thread(target=self._watch, args=(name, every_s, watch), name=f"watch {name}", daemon=True)
             self._loops.append(loop)
@@ -95,6 +146,8 @@ class Agent:
             loop.join(LOOP_END_S)
         self.handoffs.close(LOOP_END_S)
         STANDBY.close()
+        if self.coordinator is not None:
+            _try("the coordinator", self.coordinator.close)
         self.store.close()
         self.core.close()
 
@@ -117,7 +170,7 @@ def _failure(error: HaulierError, status: int | None = None) -> web.Response:
 
 def _http_failure(error: web.HTTPException, request: web.Request) -> web.Response:
     if error.status == 404:
-        return _failure(UnknownThing(f"there is no {request.method} {request.path[:200]} in this agent's API"), 404)
+        return _failure(UnknownThing(f"there is no {request.method} {request.path[:200]} in this control API"), 404)
     if error.status == 413:
         return _failure(NoRoom(f"the request is larger than {MAX_BODY >> 10} KiB"), 413)
     return _failure(UsageError(f"{request.method} {request.path[:200]}: {error.reason}"), error.status)
@@ -146,7 +199,7 @@ def _caller(request: web.Request) -> tuple[bool, str | None]:
     return False, authority.site_of(transport.get_extra_info("peercert"))
 
 
-def _authorize(agent: Agent, route: Route, operator: bool, name: str | None) -> str:
+def _authorize(agent: Daemon, route: Route, operator: bool, name: str | None) -> str:
     """The calling site's name, "" for the operator and for nobody. NotTrusted if the route is not for the caller."""
     if route.access is Access.ANYONE:
         return ""
@@ -166,7 +219,7 @@ def _authorize(agent: Agent, route: Route, operator: bool, name: str | None) -> 
     return site.name
 
 
-def _handler(agent: Agent, route: Route, pool: concurrent.futures.Executor) -> Handler:
+def _handler(agent: Daemon, route: Route, pool: concurrent.futures.Executor) -> Handler:
     def work(operator: bool, name: str | None, call: Callable[[str], Call]) -> str:
         return json.dumps(route.handler(agent, call(_authorize(agent, route, operator, name))))
 
@@ -200,22 +253,22 @@ def _chunk_handler(agent: Agent, service: ChunkService, pool: concurrent.futures
 
 
 @contextlib.contextmanager
-def _only_one(site: Site) -> Iterator[None]:
-    """Conflict if another agent serves this site. The lock ends with the process, however it ends."""
-    descriptor = os.open(site.run / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _only_one(site: Site, what: str) -> Iterator[None]:
+    """Conflict if another such daemon serves this site. The lock ends with the process, however it ends."""
+    descriptor = os.open(site.run / f"{what}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Conflict(f"an agent of site {site.name!r} runs already in {site.root}") from None
+            raise Conflict(f"an {what} of site {site.name!r} runs already in {site.root}") from None
         yield
     finally:
         os.close(descriptor)
 
 
-def _listener(site: Site) -> socket.socket:
+def _listener(site: Site, control: str) -> socket.socket:
     """Bound to the configured address and to nothing else."""
-    host, port = site.control_host, site.control_port
+    host, port = split_address(control)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -230,20 +283,20 @@ def _listener(site: Site) -> socket.socket:
             raise
     except OSError as error:
         raise HaulierError(
-            f"site {site.name!r} cannot listen on {site.control} ({error.strerror or error}): "
-            "is the address this host's, and the port free? It is 'control' in site.toml"
+            f"site {site.name!r} cannot listen on {control} ({error.strerror or error}): "
+            "is the address this host's, and the port free? An agent's is 'control' in site.toml"
         ) from None
     return listener
 
 
-async def serve(agent: Agent, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
+async def serve(agent: Daemon, stop: asyncio.Event, ready: Callable[[], None] = lambda: None) -> None:
     """Listens until `stop` is set. `ready` is called when both listeners accept."""
     site = agent.site
-    site.check_socket_path(site.socket)
+    local = site.check_socket_path(agent.socket)
     context = authority.server_context(site)
     app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY)
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="request") as pool:
-        for route in route_table():
+        for route in agent.routes():
             app.router.add_route(route.method, route.path, _handler(agent, route, pool))
         service = ChunkService(agent.store)
         app.router.add_get(chunk_wire.PATH, _chunk_handler(agent, service, pool))
@@ -251,40 +304,44 @@ async def serve(agent: Agent, stop: asyncio.Event, ready: Callable[[], None] = l
         await runner.setup()
         try:
             await asyncio.get_running_loop().run_in_executor(pool, agent.tidy)
-            await web.UnixSite(runner, str(site.socket)).start()
-            site.socket.chmod(0o600)
-            await web.SockSite(runner, _listener(site), ssl_context=context).start()
+            await web.UnixSite(runner, str(local)).start()
+            local.chmod(0o600)
+            await web.SockSite(runner, _listener(site, agent.control), ssl_context=context).start()
             await asyncio.get_running_loop().run_in_executor(pool, agent.recover)
             ready()
             await stop.wait()
         finally:
             await service.close()
             await runner.cleanup()
-            site.socket.unlink(missing_ok=True)
+            local.unlink(missing_ok=True)
 
 
-async def _main(agent: Agent) -> None:
+async def _main(agent: Daemon) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
     def ready() -> None:
-        log.info("site %s listens on %s and %s", agent.site.name, agent.site.control, agent.site.socket)
+        log.info("%s of site %s listens on %s and %s", agent.what, agent.site.name, agent.control, agent.socket)
         notify("READY=1")
 
     await serve(agent, stop, ready)
     notify("STOPPING=1")
-    log.info("site %s: the agent ends; guests go on", agent.site.name)
+    log.info("site %s: the %s ends; guests go on", agent.site.name, agent.what)
+
+
+def run_daemon(site: Site, what: str, make: Callable[[Site], Daemon]) -> None:
+    """Runs what `make` makes until SIGTERM or SIGINT. Conflict if one such runs already at this site."""
+    site.make_directories()
+    with _only_one(site, what):
+        daemon = make(site)
+        try:
+            asyncio.run(_main(daemon))
+        finally:
+            daemon.close()
 
 
 def run(root: Path) -> None:
     """Runs the agent of the site at `root` until SIGTERM or SIGINT. Guests and workers go on after it."""
-    site = Site.load(root)
-    site.make_directories()
-    with _only_one(site):
-        agent = Agent(site)
-        try:
-            asyncio.run(_main(agent))
-        finally:
-            agent.close()
+    run_daemon(Site.load(root), "agent", Agent)

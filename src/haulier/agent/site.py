@@ -27,6 +27,7 @@ from haulier.errors import Conflict, Corrupt, UnknownThing, UsageError
 DEFAULT_ROOT = Path("/var/lib/haulier")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_OPTIONAL = ("ram", "coordinator", "database")
 _SOCKET_LIMIT = 100
 """sun_path holds 108 bytes; a little is left for suffixes."""
 
@@ -113,6 +114,10 @@ class Site:
     """Where that object store answers, if not where S3 does."""
     origin_cost: int = 1
     """0 = ask it like a site; else only for what no site that answers holds."""
+    coordinator: str = ""
+    """Where the fleet's coordinator is (see coordinator.address): https://HOST:PORT, "here", or "" for none."""
+    database: str = field(default="", repr=False)
+    """Of a coordinator at this site: postgresql://..., or empty for a file of its own."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "site")
@@ -140,6 +145,7 @@ class Site:
             raise Corrupt(f"{path} is not valid TOML ({error}): mend it by hand") from None
         known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int, "ram": str}
         known |= {"origin": str, "origin_endpoint": str, "origin_cost": int}
+        known |= {"coordinator": str, "database": str}
         for key, value in data.items():
             if key not in known:
                 raise Corrupt(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
@@ -165,9 +171,19 @@ class Site:
             f"moved_hook = {json.dumps(self.moved_hook)}",
             f"store_budget = {self.store_budget}",
         ]
-        if self.ram:
-            lines.append(f"ram = {json.dumps(self.ram)}")
+        lines += [f"{key} = {json.dumps(getattr(self, key))}" for key in _OPTIONAL if getattr(self, key)]
         write_atomically(self.root / "site.toml", ("\n".join(lines) + "\n").encode())
+
+    def set(self, **changes: str) -> Site:
+        """This site with other settings, written to site.toml; whatever else stands there stays."""
+        path = self.root / "site.toml"
+        kept = [line for line in path.read_text().splitlines() if line.partition("=")[0].strip() not in changes]
+        # settings of the top level must stand before any table
+        lines = [*(f"{key} = {json.dumps(value)}" for key, value in changes.items() if value), *kept]
+        # the URL of a database may hold a password
+        mode = 0o600 if changes.get("database") else path.stat().st_mode & 0o777
+        write_atomically(path, ("\n".join(lines) + "\n").encode(), mode)
+        return Site.load(self.root)
 
     def make_directories(self) -> None:
         """Creates what is missing; everything is for root's eyes only."""

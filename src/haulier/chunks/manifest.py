@@ -146,6 +146,15 @@ class Manifest:
         return manifest
 
 
+HEADER: Final = _MANIFEST.size
+
+
+def peek(head: bytes) -> tuple[int, bytes]:
+    """(bytes of the disk, digest) from the first HEADER bytes of an encoded manifest, unchecked. Raises Corrupt."""
+    size, _, _, digest = _header(_MANIFEST, _MANIFEST_MAGIC, head, "manifest")
+    return int(size), bytes(digest)
+
+
 def chunks_of(size: int) -> int:
     """Number of chunks of a disk of `size` bytes."""
     return -(-size // CHUNK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from pathlib import Path
 
 from haulier.agent.site import default_root
 from haulier.cli.common import Root
@@ -17,10 +18,16 @@ def agent(*, root: Root = None) -> None:
 
     where = root or default_root()
     site = Site.load(where)
+    set_up_log(site.root / "agent.log")
+    server.run(where)
+
+
+def set_up_log(path: Path) -> None:
+    """A daemon's log goes to `path` and to stderr."""
     form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    file = logging.FileHandler(site.root / "agent.log")
+    file = logging.FileHandler(path)
     handlers: list[logging.Handler] = [file]
-    if not os.path.samestat((site.root / "agent.log").stat(), os.fstat(sys.stderr.fileno())):
+    if not os.path.samestat(path.stat(), os.fstat(sys.stderr.fileno())):
         # otherwise the caller has sent stderr to that file, and each line would stand in it twice
         handlers.append(logging.StreamHandler(sys.stderr))
     for handler in handlers:
@@ -28,4 +35,3 @@ def agent(*, root: Root = None) -> None:
     logging.basicConfig(level=logging.INFO, handlers=handlers)
     # every QMP command at INFO would bury what matters
     logging.getLogger("qemu").setLevel(logging.WARNING)
-    server.run(where)

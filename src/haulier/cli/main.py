@@ -25,6 +25,7 @@ app = App(
 
 VERBS: Final = {
     "agent": ("haulier.cli.agent:agent", "Run the daemon of this site."),
+    "coordinator": ("haulier.cli.coordinator:coordinator_app", "Run or ask the coordinator: who holds what."),
     "site": ("haulier.cli.site:site_app", "Make a site, join a fleet, list its sites."),
     "image": ("haulier.cli.image:image_app", "Import images and make golden snapshots of them."),
     "guest": ("haulier.cli.guest:guest_app", "Run, list, stop and remove guests."),

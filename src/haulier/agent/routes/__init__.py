@@ -8,14 +8,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from haulier.errors import UsageError
-
-if TYPE_CHECKING:
-    from haulier.agent.server import Agent
 
 _T = TypeVar("_T")
 
@@ -50,7 +47,8 @@ class Call:
             raise UsageError(f"the request does not make sense ({error})") from None
 
 
-Handler = Callable[["Agent", Call], dict[str, Any]]
+Handler = Callable[[Any, Call], dict[str, Any]]
+"""Its first argument is the daemon that serves the route."""
 
 
 @dataclass(frozen=True)
