@@ -76,6 +76,11 @@ class Daemon(Protocol):
         """Path of the local control socket."""
         ...
 
+    @property
+    def store(self) -> ChunkStore | None:
+        """Whose chunks it sends to other sites."""
+        ...
+
     def routes(self) -> tuple[Route, ...]: ...
 
     def tidy(self) -> None:
@@ -236,7 +241,7 @@ def _handler(agent: Daemon, route: Route, pool: concurrent.futures.Executor) -> 
     return handle
 
 
-def _chunk_handler(agent: Agent, service: ChunkService, pool: concurrent.futures.Executor) -> Handler:
+def _chunk_handler(agent: Daemon, service: ChunkService, pool: concurrent.futures.Executor) -> Handler:
     """Chunks for other sites of the fleet: the one route that is no request and answer."""
     route = Route("GET", chunk_wire.PATH, Access.SITE, lambda agent, call: {})
 
@@ -298,8 +303,9 @@ async def serve(agent: Daemon, stop: asyncio.Event, ready: Callable[[], None] = 
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="request") as pool:
         for route in agent.routes():
             app.router.add_route(route.method, route.path, _handler(agent, route, pool))
-        service = ChunkService(agent.store)
-        app.router.add_get(chunk_wire.PATH, _chunk_handler(agent, service, pool))
+        service = ChunkService(agent.store) if agent.store is not None else None
+        if service is not None:
+            app.router.add_get(chunk_wire.PATH, _chunk_handler(agent, service, pool))
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_GRACE_S)
         await runner.setup()
         try:
@@ -311,7 +317,8 @@ async def serve(agent: Daemon, stop: asyncio.Event, ready: Callable[[], None] = 
             ready()
             await stop.wait()
         finally:
-            await service.close()
+            if service is not None:
+                await service.close()
             await runner.cleanup()
             local.unlink(missing_ok=True)
 

@@ -12,6 +12,7 @@ from haulier.agent.core import Core
 from haulier.agent.routes import Route, sites
 from haulier.agent.server import run_daemon
 from haulier.agent.site import Site, split_address
+from haulier.chunks.store import ChunkStore
 from haulier.coordinator import routes
 from haulier.coordinator.host import Host
 from haulier.errors import HaulierError
@@ -23,6 +24,7 @@ class CoordinatorDaemon:
     """See agent.server.Daemon. `listen` is HOST:PORT, "" for the site's own control address."""
 
     what = "coordinator"
+    store: ChunkStore | None = None
 
     def __init__(self, site: Site, listen: str = "", database: str = "") -> None:
         self.site = site
