@@ -14,10 +14,13 @@ from typing import Any, Final
 
 import msgspec
 
+from haulier.agent import containers
 from haulier.agent.core import Core
 from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
 from haulier.chunks.store import ChunkStore
+from haulier.containers.bundle import LOG
+from haulier.containers.importing import is_container
 from haulier.disks.export import DiskExport
 from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.guests import launch
@@ -38,7 +41,7 @@ HIDDEN: Final = frozenset({State.ABSENT, State.REFUSED})
 
 class RunRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A guest to be made. `cold` boots it even where there is a golden snapshot; without `agent` it is booted, and
-    nobody waits for an agent inside or gives it an identity."""
+    nobody waits for an agent inside or gives it an identity. The last fields are for containers."""
 
     name: str
     image: str
@@ -49,6 +52,13 @@ class RunRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     mac: str = ""
     cold: bool = False
     agent: bool = True
+    kind: str = ""
+    """ "vm" or "container"; "" = what the image is of."""
+    command: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    user: str = ""
+    disk_bytes: int = 0
+    """Of a container: room for what it writes; 0 = the usual."""
 
 
 class Guests:
@@ -73,6 +83,9 @@ class Guests:
         row = self._known(name)
         paths = residence.guest_paths(self.site, name)
         facts = self._describe(row) | {"spec": row.spec, "root": str(paths.root), "serial_log": str(paths.serial_log)}
+        if spec_kind(row) == "container":
+            facts["root_files"] = str(residence.container_paths(self.site, name).rootfs)
+            facts["serial_log"] = str(residence.container_paths(self.site, name).rootfs) + LOG
         facts["handoffs"] = [h.id for h in self.journal.handoffs(guest=name)[:10]]
         with contextlib.suppress(HaulierError, OSError):
             facts["export"] = DiskExport.attach(paths.nbd_ctl).stats()
@@ -89,6 +102,7 @@ class Guests:
         spec = row.spec
         return {
             "name": row.name,
+            "kind": spec_kind(row),
             "state": row.state,
             "status": status,
             "site": row.owner or self.site.name,
@@ -104,6 +118,10 @@ class Guests:
             return f"at {row.owner}", 0, ""
         if row.wanted in ("creating", "removing"):
             return row.wanted, 0, ""
+        if spec_kind(row) == "container":
+            found = containers.status(self.site, row.name)
+            if found is not None:
+                return *found, "runc"
         qemu = residence.adopt(self.site, row.name)
         if qemu is None:
             stopped = row.wanted == "stopped" or row.state not in MAY_RUN
@@ -145,6 +163,15 @@ class Guests:
                 "'haulier image list' shows those there are"
             ) from None
         gateway = request.gateway or default_gateway(request.address)
+        meta = self.store.manifest_meta(name)
+        if request.kind not in ("", "vm", "container"):
+            raise UsageError(f"{request.kind[:40]!r} is no kind of guest: give vm or container")
+        if request.kind == "container" or (not request.kind and is_container(meta)):
+            spec = containers.spec_for(request, meta, image, gateway)
+            self.site.check_socket_path(residence.container_paths(self.site, spec.name).rootfs)
+            return spec, None, name
+        if is_container(meta):
+            raise UsageError(f"image {request.image!r} is one of containers: give --kind container, or name another")
         golden = None
         if request.agent and not request.cold:
             golden = find_golden(
@@ -195,7 +222,8 @@ class Guests:
         )
         try:
             # a name of its own, so that the image may be removed while its guests live
-            self.store.save_manifest(manifest, self.store.load_manifest(source))
+            image = self.store.load_manifest(source)
+            self.store.save_manifest(manifest, containers.first_manifest(spec, image) if spec.container else image)
             self._launch(spec, golden, agent, progress)
             self.journal.advance(spec.name, State.OWNER.value, State.OWNER.value, wanted="running")
         except BaseException:
@@ -204,8 +232,11 @@ class Guests:
 
     def _launch(self, spec: GuestSpec, golden: Golden | None, agent: bool, progress: Progress) -> None:
         paths = residence.guest_paths(self.site, spec.name)
-        tap = self._tap(spec)
         manifest = residence.manifest_name(spec.name)
+        if spec.container is not None:
+            containers.launch(self.site, self.store, spec, manifest, progress)
+            return
+        tap = self._tap(spec)
         if golden is None:
             qemu = launch.boot_cold(
                 spec, paths, store_dir=self.site.store, tap=tap, manifest=manifest, identity=agent, progress=progress
@@ -232,6 +263,10 @@ class Guests:
             with self.core.alone(name, "being started"):
                 row = self._owned(name, "start")
                 spec = residence.spec_of(row)
+                if spec.container is not None:
+                    containers.start_again(self.site, self.store, spec, row.manifest, progress)
+                    self.journal.advance(name, State.OWNER.value, State.OWNER.value, wanted="running")
+                    return self.show(name)
                 paths = residence.guest_paths(self.site, name)
                 Qemu.clear(paths)
                 self._stop_export(name)
@@ -267,6 +302,8 @@ class Guests:
 
     def _shut_down(self, name: str, deadline_s: float) -> bool:
         self.journal.advance(name, State.OWNER.value, State.OWNER.value, wanted="stopped")
+        if spec_kind(self.journal.guest(name)) == "container":
+            return containers.stop(self.site, name, deadline_s)
         clean = True
         qemu = residence.adopt(self.site, name)
         if qemu is not None:
@@ -338,6 +375,8 @@ class Guests:
                 log.error("disk export of guest %s: %s", row.name, error)
 
     def _mend_export(self, row: GuestRow) -> None:
+        if spec_kind(row) == "container":
+            return
         paths = residence.guest_paths(self.site, row.name)
         with contextlib.suppress(UnknownThing):
             DiskExport.attach(paths.nbd_ctl)
@@ -362,6 +401,8 @@ class Guests:
             DiskExport.attach(residence.guest_paths(self.site, name).nbd_ctl).stop()
 
     def _alive(self, name: str) -> bool:
+        if residence.adopt_container(self.site, name) is not None:
+            return True
         qemu = residence.adopt(self.site, name)
         if qemu is None:
             return False
@@ -381,6 +422,11 @@ class Guests:
                 f"wait for the end, or cancel with 'haulier cancel {row.handoff}'"
             )
         raise Conflict(f"guest {name!r} is {row.wanted}: wait until that has ended")
+
+
+def spec_kind(row: GuestRow) -> str:
+    """ "vm" or "container"."""
+    return "container" if row.spec.get("container") else "vm"
 
 
 def default_gateway(address: str) -> str:

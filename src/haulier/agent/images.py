@@ -14,6 +14,8 @@ from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
 from haulier.chunks.images import import_image
 from haulier.chunks.store import ChunkStore
+from haulier.containers.importing import import_container, is_container, looks_like_container
+from haulier.containers.model import ImageConfig
 from haulier.errors import Conflict, UnknownThing, UsageError
 from haulier.guests.accel import probe
 from haulier.guests.golden import (
@@ -27,13 +29,20 @@ from haulier.guests.golden import (
 
 
 class ImportRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """`file` is an absolute path on the agent's host, raw or qcow2. With `warm` a golden snapshot is made, too."""
+    """`file` is an absolute path on the agent's host: raw or qcow2, or for containers a directory, tar or OCI layout.
+
+    With `warm` a golden snapshot of a disk is made, too. `base` names the image that a container's layer lies on.
+    """
 
     file: str
     name: str
     warm: bool = True
     memory_mib: int = 512
     vcpus: int = 1
+    kind: str = ""
+    """ "vm" or "container"; "" = by what `file` is."""
+    base: str = ""
+    config: ImageConfig = ImageConfig()
 
 
 class WarmRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -62,6 +71,7 @@ class Images:
             found.append(
                 {
                     "name": image,
+                    "kind": "container" if is_container(self.store.manifest_meta(name)) else "vm",
                     "size": manifest.size,
                     "chunks": len(manifest.unique()),
                     "digest": manifest.digest.hex(),
@@ -86,9 +96,11 @@ class Images:
         file = Path(request.file)
         if not file.is_absolute():
             raise UsageError(f"image file {request.file[:200]!r}: give an absolute path on the agent's host")
-        if not file.is_file():
-            raise UnknownThing(f"no file {request.file[:200]!r} on the agent's host: check the path")
+        if not file.exists():
+            raise UnknownThing(f"no file or directory {request.file[:200]!r} on the agent's host: check the path")
         self._check_new(request.name)
+        if request.kind == "container" or (not request.kind and looks_like_container(file)):
+            return self._add_container(request, file)
         share = 0.4 if request.warm else 1.0
 
         def work(progress: Progress) -> dict[str, Any]:
@@ -111,6 +123,20 @@ class Images:
 
         return self.core.jobs.start("import", request.name, work)
 
+    def _add_container(self, request: ImportRequest, file: Path) -> Job:
+        if request.base:
+            self._known(request.base)
+
+        def work(progress: Progress) -> dict[str, Any]:
+            with self.core.alone(f"image {request.name}", "being imported"):
+                self._check_new(request.name)
+                import_container(
+                    self.store, request.name, file, base=request.base, config=request.config, progress=progress
+                )
+            return self._one(request.name)
+
+        return self.core.jobs.start("import", request.name, work)
+
     def _check_new(self, name: str) -> None:
         if IMAGE_PREFIX + name in self.store.manifest_names(IMAGE_PREFIX + name):
             raise Conflict(f"there is an image {name!r} already: remove it first, or choose another name")
@@ -118,6 +144,8 @@ class Images:
     def warm(self, name: str, request: WarmRequest) -> Job:
         """Makes a golden snapshot, unless there is one already of the image as it is now."""
         self._known(name)
+        if is_container(self.store.manifest_meta(IMAGE_PREFIX + name)):
+            raise UsageError(f"image {name!r} is one of containers, which start at once: there is nothing to warm")
 
         def work(progress: Progress) -> dict[str, Any]:
             with self.core.alone(f"image {name}", "being warmed"):

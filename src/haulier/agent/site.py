@@ -235,6 +235,11 @@ class Site:
         return self.root / "handoffs"
 
     @property
+    def layers(self) -> Path:
+        """Layers of containers' images, as directories."""
+        return self.root / "layers"
+
+    @property
     def retained(self) -> Path:
         return self.root / "retained"
 

@@ -19,7 +19,9 @@ from haulier.agent.client import Client
 from haulier.agent.core import Core
 from haulier.agent.jobs import Job, Progress
 from haulier.chunks.store import ChunkStore
-from haulier.errors import HaulierError
+from haulier.containers.criu import find_criu, self_test
+from haulier.containers.runc import runc_version
+from haulier.errors import HaulierError, Unsupported
 from haulier.guests.accel import probe, qemu_version
 from haulier.guests.tap import BRIDGE, check_bridge
 from haulier.handoff import residence
@@ -104,6 +106,7 @@ def examine(core: Core, store: ChunkStore) -> dict[str, Any]:
         _check("qemu", _qemu, "install QEMU >= 8.2 (Debian: qemu-system-x86)"),
         _check("accelerator", _accelerator, ""),
         _check("qemu-img", _qemu_img, "install qemu-utils"),
+        _check("containers", _containers, ""),
         _check("memory for guests", lambda: _tmpfs(core.site.ram_dir), "enlarge the tmpfs, or stop guests"),
         _check("disk", lambda: _disk(core.site.root), "run 'haulier gc', or give the site a larger disk"),
         _check("bridge", _bridge, f"make {BRIDGE} with the same MAC and address at every site (docs/sites.md)"),
@@ -138,6 +141,18 @@ def _accelerator() -> tuple[bool, str]:
 def _qemu_img() -> tuple[bool, str]:
     done = subprocess.run(["qemu-img", "--version"], capture_output=True, text=True, timeout=20, check=False)
     return done.returncode == 0, (done.stdout or done.stderr).splitlines()[0]
+
+
+def _containers() -> tuple[bool, str]:
+    """Says what is there; a host that has VMs only is in order without."""
+    try:
+        runc, criu = runc_version(), find_criu()
+    except Unsupported as error:
+        return True, f"cannot be run here: {error}"
+    problem = self_test(criu.path)
+    where = "its own, with libraries" if criu.private else "the system's"
+    found = f"runc {runc}, CRIU {criu.version} ({where}, {criu.path})"
+    return True, f"{found}: {f'cannot be handed over: {problem}' if problem else 'a dump and restore was tried'}"
 
 
 def _tmpfs(path: Path) -> tuple[bool, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -9,6 +10,7 @@ from cyclopts import App, Parameter
 from haulier.agent.client import path_segment
 from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table
 from haulier.cli.progress import wait
+from haulier.units import MIB
 
 guest_app = App(name="guest", help="Guests of this site.")
 
@@ -28,10 +30,15 @@ def run(
     agent: Annotated[
         bool, Parameter(name="--agent", help="Wait for the agent inside and give the guest its identity.")
     ] = True,
+    kind: Annotated[str, Parameter(help="vm or container [default: what the image is of].")] = "",
+    command: Annotated[str, Parameter(help="What a container runs, as one text [default: the image's].")] = "",
+    env: Annotated[list[str] | None, Parameter(help="NAME=VALUE for a container; may be given again.")] = None,
+    user: Annotated[str, Parameter(help="UID:GID of a container's command [default: the image's].")] = "",
+    disk: Annotated[str, Parameter(help="Room for what a container writes, for example 2G.")] = "",
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Run a new guest: from a golden snapshot where there is one for its image and memory, else by booting.
+    """Run a new guest: a container, or a VM (from a golden snapshot where there is one, else by booting).
 
     Parameters
     ----------
@@ -49,12 +56,18 @@ def run(
         "mac": mac,
         "cold": cold,
         "agent": agent,
+        "kind": kind,
+        "command": shlex.split(command),
+        "env": env or [],
+        "user": user,
+        "disk_bytes": parse_memory(disk) * MIB if disk else 0,
     }
     result = wait(caller, caller.post("/v1/guests", body), json)
     if json:
         print_json(result)
     else:
-        how = "from a golden snapshot" if result.get("golden") else "booted"
+        how = "a container" if result.get("kind") == "container" else "booted"
+        how = "from a golden snapshot" if result.get("golden") else how
         console.print(plain(f"guest {name} runs ({how}, {result['accel']}, pid {result['pid']})"), highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -26,15 +27,18 @@ def import_(
     warm: Annotated[bool, Parameter(help="Boot it once and keep a golden snapshot.")] = True,
     memory: Memory = "512M",
     vcpus: Vcpus = 1,
+    kind: Annotated[str, Parameter(help="vm or container [default: by what it is].")] = "",
+    base: Annotated[str, Parameter(help="Container image that this is a layer on top of.")] = "",
+    command: Annotated[str, Parameter(help="What a container runs, as one text.")] = "",
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Import an image file (raw or qcow2).
+    """Import an image: a disk (raw or qcow2), or for containers a root file system (directory, tar) or OCI layout.
 
     Parameters
     ----------
     file
-        The image file, on the agent's host.
+        The image, on the agent's host.
     """
     agent = client(root)
     body = {
@@ -43,6 +47,9 @@ def import_(
         "warm": warm,
         "memory_mib": parse_memory(memory),
         "vcpus": vcpus,
+        "kind": kind,
+        "base": base,
+        "config": {"command": shlex.split(command)},
     }
     result = wait(agent, agent.post("/v1/images", body), json)
     if json:
@@ -78,9 +85,15 @@ def listing(*, root: Root = None, json: Json = False) -> None:
         print_json({"images": images})
         return
     print_table(
-        ("IMAGE", "SIZE", "CHUNKS", "GOLDEN"),
+        ("IMAGE", "KIND", "SIZE", "CHUNKS", "GOLDEN"),
         [
-            (i["name"], size(i["size"]), i["chunks"], " ".join(f"{g['memory_mib']}M/{g['accel']}" for g in i["golden"]))
+            (
+                i["name"],
+                i.get("kind", "vm"),
+                size(i["size"]),
+                i["chunks"],
+                " ".join(f"{g['memory_mib']}M/{g['accel']}" for g in i["golden"]),
+            )
             for i in images
         ],
     )

@@ -14,8 +14,9 @@ from typing import Final
 
 import msgspec
 
+from haulier.containers.model import ContainerSpec
 from haulier.errors import UsageError
-from haulier.units import MIB
+from haulier.units import CHUNK, MIB
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 """Names of guests, images and sites."""
@@ -71,6 +72,8 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cpu: str = DEFAULT_CPU
     vmgenid: str
     free_page_hint: bool = False
+    container: ContainerSpec | None = None
+    """What makes it a container; None for a VM."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -84,6 +87,8 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         _check_range("disk_size", self.disk_size, 512, MAX_DISK)
         if self.disk_size % 512:
             raise UsageError(f"a disk of {self.disk_size} bytes is not whole sectors: make it a multiple of 512")
+        if self.container is not None and self.container.lower_chunks * CHUNK >= self.disk_size:
+            raise UsageError(f"a container on a disk of {self.disk_size} bytes has no room to write: give it more")
         _check_mac(self.mac)
         _check_address(self.address, self.gateway)
         if not _MACHINE.fullmatch(self.machine):
@@ -94,6 +99,11 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise UsageError(
                 f"CPU {self.cpu!r} differs from host to host: use a named model with a version such as {DEFAULT_CPU}"
             )
+
+    @property
+    def kind(self) -> str:
+        """ "vm" or "container"."""
+        return "vm" if self.container is None else "container"
 
     @property
     def memory_bytes(self) -> int:
@@ -115,6 +125,7 @@ def new_spec(
     machine: str = DEFAULT_MACHINE,
     cpu: str = DEFAULT_CPU,
     free_page_hint: bool = False,
+    container: ContainerSpec | None = None,
 ) -> GuestSpec:
     """A guest that never was before: fresh uuid, vmgenid and (unless given) MAC."""
     return GuestSpec(
@@ -132,6 +143,7 @@ def new_spec(
         cpu=cpu,
         vmgenid=str(uuids.uuid4()),
         free_page_hint=free_page_hint,
+        container=container,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from typing import Protocol
@@ -24,10 +25,12 @@ from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.ownership import Action, Event, State, step
 from haulier.handoff.residence import (
     adopt,
+    adopt_container,
     call_moved_hook,
     copy_alive,
     discard_copy,
     guest_paths,
+    images_dir,
     incoming_name,
     lease_of,
     manifest_name,
@@ -146,6 +149,10 @@ def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
                 call_moved_hook(site, spec_of(guest), row.peer)
         finally:
             qemu.close()
+    container = adopt_container(site, row.guest)
+    if container is not None and container.status() == "paused":
+        container.cont()
+        call_moved_hook(site, spec_of(guest), row.peer)
     name, incoming = manifest_name(row.guest), incoming_name(row.id)
     with ChunkStore(site.store) as store:
         if incoming in store.manifest_names(incoming):
@@ -234,6 +241,7 @@ def _ask(messenger: Callable[[str], Messenger], row: HandoffRow, event: Event, e
 
 
 def _forget(site: Site, row: HandoffRow) -> None:
+    shutil.rmtree(images_dir(site, row.id), ignore_errors=True)
     with ChunkStore(site.store) as store:
         with contextlib.suppress(HaulierError):
             store.drop_manifest(incoming_name(row.id))
@@ -242,6 +250,7 @@ def _forget(site: Site, row: HandoffRow) -> None:
 
 def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str) -> None:
     site.mirror(row.id).unlink(missing_ok=True)
+    shutil.rmtree(images_dir(site, row.id), ignore_errors=True)
     detail = dict(journal.handoff(row.id).detail)
     detail.setdefault("recovered", True)
     journal.end_handoff(row.id, outcome, detail=detail)

@@ -10,11 +10,14 @@ import contextlib
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import msgspec
 
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
+from haulier.containers import container as containers
+from haulier.containers.container import Container, ContainerPaths
 from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
 from haulier.errors import GuestError, HaulierError, UnknownThing
@@ -29,6 +32,15 @@ HOOK_S = 10.0
 
 def guest_paths(site: Site, guest: str) -> GuestPaths:
     return GuestPaths(site.guest_root(guest), site.ram_dir)
+
+
+def container_paths(site: Site, guest: str) -> ContainerPaths:
+    return ContainerPaths(site.guest_root(guest), site.run / "runc")
+
+
+def images_dir(site: Site, handoff: str) -> Path:
+    """Where a dump of a container's processes lies while it is handed over: in memory."""
+    return site.ram_dir / f"images-{handoff}"
 
 
 def spec_of(row: GuestRow) -> GuestSpec:
@@ -64,8 +76,20 @@ def adopt(site: Site, guest: str, *, worker: bool = False) -> Qemu | None:
         return None
 
 
+def adopt_container(site: Site, guest: str) -> Container | None:
+    """The guest's container, or None if none runs."""
+    try:
+        return Container.adopt(container_paths(site, guest))
+    except UnknownThing:
+        return None
+
+
 def resume_original(site: Site, guest: str) -> bool:
-    """Makes the owner's guest run on, whatever a handoff was doing with it. False if its QEMU is gone."""
+    """Makes the owner's guest run on, whatever a handoff was doing with it. False if it is gone."""
+    container = adopt_container(site, guest)
+    if container is not None:
+        container.thaw()
+        return True
     qemu = adopt(site, guest, worker=True)
     if qemu is None:
         return False
@@ -79,6 +103,9 @@ def resume_original(site: Site, guest: str) -> bool:
 
 def copy_alive(site: Site, guest: str) -> bool:
     """A complete, stopped copy is here."""
+    container = adopt_container(site, guest)
+    if container is not None:
+        return container.status() in {"paused", "running"}
     qemu = adopt(site, guest, worker=True)
     if qemu is None:
         return False
@@ -114,6 +141,7 @@ def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> float:
 def discard_copy(site: Site, guest: str, handoff: str) -> None:
     """Throws a copy away: QEMU, export, tap, files, the manifest that pinned its chunks, their lease."""
     clear(site, guest)
+    shutil.rmtree(images_dir(site, handoff), ignore_errors=True)
     with ChunkStore(site.store) as store:
         _drop(store, incoming_name(handoff))
         store.drop_lease(lease_of(handoff))
@@ -125,6 +153,7 @@ def retire(site: Site, guest: str, handoff: str) -> None:
     That is the disk as it was handed over, or, where a crash kept that from being noted, as it was before.
     """
     clear(site, guest)
+    shutil.rmtree(images_dir(site, handoff), ignore_errors=True)
     with ChunkStore(site.store) as store:
         for name in (incoming_name(handoff), manifest_name(guest)):
             if name in store.manifest_names(name):
@@ -152,6 +181,9 @@ def _end_strays(paths: GuestPaths) -> None:
 def clear(site: Site, guest: str) -> None:
     """Ends everything of a guest on this host and removes its files; manifests and the journal stay."""
     paths = guest_paths(site, guest)
+    if containers.is_container(container_paths(site, guest)):
+        containers.clear(container_paths(site, guest))
+        return
     qemu = adopt(site, guest, worker=True)
     if qemu is not None:
         qemu.kill()

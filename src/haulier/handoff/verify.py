@@ -14,7 +14,7 @@ from haulier.errors import Corrupt, HaulierError
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import Journal
 from haulier.handoff.ownership import MAY_RUN
-from haulier.handoff.residence import adopt, guest_paths
+from haulier.handoff.residence import adopt, adopt_container, guest_paths
 
 Progress = Callable[[float, str], None]
 
@@ -55,6 +55,11 @@ def verify_guest(site: Site, journal: Journal, guest: str, progress: Progress | 
             status = "does not answer"
         finally:
             qemu.close()
+        if record.state not in MAY_RUN and status == "running":
+            problems.append(f"guest {guest!r} runs here, but this site does not own it ({record.state.value!r})")
+    container = adopt_container(site, guest)
+    if container is not None:
+        status = container.status()
         if record.state not in MAY_RUN and status == "running":
             problems.append(f"guest {guest!r} runs here, but this site does not own it ({record.state.value!r})")
     overlay = _check_overlay(site, guest)

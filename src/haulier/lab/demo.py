@@ -221,6 +221,7 @@ class Demo:
 @contextlib.contextmanager
 def _stock_pair(lab: Scenario) -> Iterator[tuple[Qemu, Qemu]]:
     """The same clone as haulier's guest at oslo, and a QEMU that waits for it at lisbon; no agents."""
+    assert isinstance(lab.template, Template)
     golden = lab.template.golden
     spec = golden.spec(GUEST, address=GUEST_ADDRESS, gateway="10.77.0.1", mac="52:54:00:77:00:10")
     tap = tap_name(GUEST)

@@ -16,16 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import haulier
 from haulier.agent.client import Client
 from haulier.agent.site import Site
 from haulier.chunks.images import import_image
 from haulier.chunks.store import ChunkStore
+from haulier.containers.container import clear, is_container
 from haulier.errors import GuestError, HaulierError
 from haulier.guests.accel import probe, qemu_version
 from haulier.guests.golden import Golden, list_goldens, make_golden
+from haulier.handoff.residence import container_paths
 from haulier.lab.image import cached_image
 from haulier.lab.lab import Lab
 
@@ -63,6 +65,12 @@ def wan(rate: str, delay: str) -> str:
 
 
 # -- the image and its golden snapshot, made once -----------------------------------------------------------------
+
+
+class Filled(Protocol):
+    """What sites of a scenario start from."""
+
+    def copy_to(self, root: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,7 @@ class Scenario:
     lab: Lab
     work: Path
     sites: dict[str, LabSite]
-    template: Template
+    template: Filled
 
     @property
     def oslo(self) -> LabSite:
@@ -246,7 +254,7 @@ def hook_script(lab: Lab) -> str:
 
 @contextmanager
 def scenario(
-    name: str, made: Template, links: list[str], *, keep: bool = False, agents: bool = True
+    name: str, made: Filled, links: list[str], *, keep: bool = False, agents: bool = True
 ) -> Iterator[Scenario]:
     """Brings the lab up, makes the two sites a fleet, starts their agents; takes everything down at the end."""
     work = WORK / name
@@ -267,6 +275,9 @@ def scenario(
         for site in sites.values():
             with contextlib.suppress(Exception):
                 site.kill_agent(signal.SIGTERM)
+        for site in sites.values():
+            with contextlib.suppress(HaulierError, OSError):
+                _end_containers(site.site)
         # Ends whatever still runs inside the sites: guests, exports, workers.
         lab.down()
         for site in sites.values():
@@ -274,6 +285,14 @@ def scenario(
                 shutil.rmtree(site.site.ram_dir, ignore_errors=True)
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _end_containers(site: Site) -> None:
+    """Their processes are in namespaces of their own, where the lab does not look."""
+    for guest in site.guests.iterdir() if site.guests.is_dir() else ():
+        paths = container_paths(site, guest.name)
+        if is_container(paths):
+            clear(paths)
 
 
 def _make_fleet(lab: Lab, sites: dict[str, LabSite], hook: Path) -> None:

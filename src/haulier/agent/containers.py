@@ -1,0 +1,125 @@
+"""What the agent does differently for a guest that is a container: made, started again, ended, described."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from haulier.chunks.fingerprint import ZERO
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.containers import container as containers
+from haulier.containers.container import Container
+from haulier.containers.files import region_reader, write_tree
+from haulier.containers.importing import is_container, layers_of
+from haulier.containers.layers import make_layers, sync_files
+from haulier.containers.model import DEFAULT_DISK, DEFAULT_PATH, ContainerSpec, ImageConfig, parse_user
+from haulier.containers.runc import runc_binary
+from haulier.containers.tree import Tree
+from haulier.errors import UsageError
+from haulier.guests.model import GuestSpec, new_spec
+from haulier.handoff import residence
+from haulier.units import BLOCKS_PER_CHUNK, CHUNK
+
+if TYPE_CHECKING:
+    from haulier.agent.guests import RunRequest
+    from haulier.agent.jobs import Progress
+    from haulier.agent.site import Site
+
+
+def spec_for(request: RunRequest, meta: dict[str, Any], image: Manifest, gateway: str) -> GuestSpec:
+    """The spec of a container that is to be made from an image with these notes. UsageError, Unsupported."""
+    if not is_container(meta):
+        raise UsageError(f"image {request.image!r} is a disk of a VM: leave out --kind container, or name another")
+    runc_binary()
+    found = layers_of(meta)
+    config = ImageConfig(command=request.command, env=request.env, user=request.user).over(found.config)
+    uid, gid = parse_user(config.user)
+    env = config.env if any(word.startswith("PATH=") for word in config.env) else (DEFAULT_PATH, *config.env)
+    container = ContainerSpec(
+        layers=found.layers, command=config.command, env=env, cwd=config.cwd or "/", uid=uid, gid=gid
+    )
+    return new_spec(
+        request.name,
+        request.image,
+        memory_mib=request.memory_mib,
+        vcpus=request.vcpus,
+        disk_size=container.disk_size(request.disk_bytes or DEFAULT_DISK),
+        mac=request.mac,
+        address=request.address,
+        gateway=gateway,
+        container=container,
+    )
+
+
+def first_manifest(spec: GuestSpec, image: Manifest) -> Manifest:
+    """The disk of a container that has written nothing yet: its image's layers, then nothing."""
+    count = spec.disk_size // CHUNK - len(image)
+    return Manifest(spec.disk_size, image.fingerprints + ZERO * count)
+
+
+def launch(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, progress: Progress) -> None:
+    """Makes what is missing of its layers and starts it. What fails leaves nothing running."""
+    assert spec.container is not None
+    paths = residence.container_paths(site, spec.name)
+    lower = make_layers(site.layers, store, spec.container, store.load_manifest(manifest), progress)
+    progress(0.9, "starting")
+    try:
+        Container.prepare(spec, paths, lower, "run").run()
+    except BaseException:
+        containers.clear_runtime(paths)
+        raise
+
+
+def start_again(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, progress: Progress) -> None:
+    """Starts a stopped one on what it wrote. A copy that a power cut kept from being synced is made anew first."""
+    assert spec.container is not None
+    paths = residence.container_paths(site, spec.name)
+    containers.clear_runtime(paths)
+    if arriving(paths).exists():
+        shutil.rmtree(paths.upper, ignore_errors=True)
+        write_upper(store, spec, store.load_manifest(manifest), paths)
+        arriving(paths).unlink(missing_ok=True)
+    launch(site, store, spec, manifest, progress)
+
+
+def arriving(paths: containers.ContainerPaths) -> Any:
+    """A mark: what lies in `upper` came from elsewhere and is not on disk yet, but all of it is in the store."""
+    return paths.root / "arriving"
+
+
+def write_upper(store: ChunkStore, spec: GuestSpec, manifest: Manifest, paths: containers.ContainerPaths) -> None:
+    """Writes what a container had written, as `manifest` has it, into an empty `upper`."""
+    assert spec.container is not None
+    lower = spec.container.lower_chunks
+
+    def get(chunk: int) -> bytes:
+        return store.get(manifest[lower + chunk])
+
+    blocks = (len(manifest) - lower) * BLOCKS_PER_CHUNK
+    write_tree(paths.upper, Tree.read(region_reader(get), blocks), get)
+    sync_files(paths.upper)
+
+
+def stop(site: Site, name: str, deadline_s: float) -> bool:
+    """True if it ended by itself, or was not running."""
+    paths = residence.container_paths(site, name)
+    container = residence.adopt_container(site, name)
+    if container is None:
+        containers.clear_runtime(paths)
+        return True
+    if deadline_s > 0:
+        return container.shutdown(deadline_s)
+    container.kill()
+    return False
+
+
+def status(site: Site, name: str) -> tuple[str, int] | None:
+    """(status, first process) of a container that runs; None if none does."""
+    container = residence.adopt_container(site, name)
+    if container is None:
+        return None
+    with contextlib.suppress(OSError):
+        return container.status(), container.pid
+    return "running", container.pid

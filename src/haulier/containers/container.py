@@ -1,0 +1,362 @@
+"""One container of this host: started, found again, frozen, dumped, restored, ended.
+
+A `Container` is a handle, as `Qemu` is one: dropping it changes nothing for the guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import psutil
+
+from haulier.containers import bundle, network
+from haulier.containers.criu import last_error
+from haulier.containers.runc import Runc
+from haulier.errors import Conflict, GuestError, UnknownThing
+from haulier.guests.model import GuestSpec
+from haulier.guests.process import ProcessId
+from haulier.guests.tap import tap_name
+
+_POLL_S: Final = 0.01
+
+
+@dataclass(frozen=True)
+class ContainerPaths:
+    """The directory of a guest that is a container, and the site's directory of runc states."""
+
+    root: Path
+    states: Path
+
+    @property
+    def record(self) -> Path:
+        """What `Container.adopt` needs (JSON)."""
+        return self.root / "container.json"
+
+    @property
+    def spec_file(self) -> Path:
+        return self.root / "spec.json"
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "bundle"
+
+    @property
+    def rootfs(self) -> Path:
+        """Where the overlay is mounted."""
+        return self.bundle / "rootfs"
+
+    @property
+    def upper(self) -> Path:
+        """What the container wrote."""
+        return self.root / "upper"
+
+    @property
+    def overlay_work(self) -> Path:
+        return self.root / "work"
+
+    @property
+    def signatures(self) -> Path:
+        """What the files of `upper` were like when it was last equal to its manifest."""
+        return self.root / "upper.signatures"
+
+    @property
+    def criu_options(self) -> Path:
+        return self.root / "criu.conf"
+
+    @property
+    def pid_file(self) -> Path:
+        return self.root / "pid"
+
+    @property
+    def log_dir(self) -> Path:
+        """Logs of the last dump and restore."""
+        return self.root / "criu"
+
+    @property
+    def id(self) -> str:
+        """The container's name for runc and its control group: no other site of this host has it."""
+        digest = hashlib.blake2b(str(self.root.absolute()).encode(), digest_size=5).hexdigest()
+        return f"haulier-{self.root.name}-{digest}"
+
+
+class Container:
+    """Made by `prepare`, `run` or `adopt`."""
+
+    def __init__(self, spec: GuestSpec, paths: ContainerPaths, record: dict[str, Any]) -> None:
+        self.spec = spec
+        self.paths = paths
+        self.record = record
+        self.runc = Runc(paths.states)
+
+    # -- made ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def prepare(cls, spec: GuestSpec, paths: ContainerPaths, lower: list[Path], attempt: str) -> Container:
+        """Makes everything but its processes: namespace, mounted root, config. `lower` are its layers, lowest first.
+
+        What it wrote is in `paths.upper`, or nothing. Conflict if it runs already.
+        """
+        if running(paths) is not None:
+            raise Conflict(f"container {spec.name} runs already in {paths.root}: stop it first")
+        assert spec.container is not None
+        clear_runtime(paths)
+        for path in (paths.rootfs, paths.upper, paths.overlay_work, paths.log_dir):
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        paths.states.mkdir(mode=0o700, parents=True, exist_ok=True)
+        name = network.namespace_name(paths.root, attempt)
+        cable = tap_name(spec.name) if spec.address else ""
+        record = {"netns": name, "cable": cable, "pid": 0, "ticks": 0, "boot": ""}
+        container = cls(spec, paths, record)
+        _write(paths.spec_file, msgspec.json.encode(spec))
+        # Before there is anything to be found again.
+        container._save()
+        network.create(name, cable, mac=spec.mac, address=spec.address, gateway=spec.gateway)
+        mount(paths, lower)
+        shell = any(os.path.lexists(paths.rootfs / place) for place in ("bin/sh", "usr/bin/sh"))
+        made = bundle.config(
+            spec.container,
+            hostname=spec.name,
+            memory_mib=spec.memory_mib,
+            vcpus=spec.vcpus,
+            netns=str(network.RUN / name),
+            cgroup="/" + paths.id,
+            criu=str(paths.criu_options),
+            shell=shell,
+        )
+        (paths.bundle / "config.json").write_text(json.dumps(made, indent=1))
+        paths.criu_options.write_text(bundle.criu_options(restoring=False))
+        return container
+
+    def run(self) -> None:
+        """Starts its command; it is on the network when this returns."""
+        self._started(self.runc.run(self.paths.id, self.paths.bundle, self.paths.pid_file))
+        self.plug()
+
+    def restore(self, images: Path) -> None:
+        """Restores its processes; they stay stopped, and unplugged. GuestError says what CRIU said."""
+        paths = self.paths
+        paths.criu_options.write_text(bundle.criu_options(restoring=True))
+        try:
+            pid = self.runc.restore(paths.id, paths.bundle, images, paths.log_dir, paths.pid_file)
+        finally:
+            paths.criu_options.write_text(bundle.criu_options(restoring=False))
+        self._started(pid)
+
+    @classmethod
+    def adopt(cls, paths: ContainerPaths) -> Container:
+        """A handle on one that an earlier process made. UnknownThing if it does not run (any more)."""
+        record = running(paths)
+        if record is None:
+            raise UnknownThing(f"no container runs in {paths.root}: its guest was stopped, or the host restarted")
+        try:
+            spec = msgspec.json.decode(paths.spec_file.read_bytes(), type=GuestSpec)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise UnknownThing(f"{paths.spec_file} does not describe a guest: {error}") from error
+        return cls(spec, paths, record)
+
+    def _started(self, pid: int) -> None:
+        process = ProcessId.of(pid)
+        if process is None:
+            raise GuestError(f"the container of {self.spec.name} ended at once: see {bundle.LOG} in it")
+        self.record |= {"pid": process.pid, "ticks": process.ticks, "boot": process.boot}
+        self._save()
+
+    def _save(self) -> None:
+        _write(self.paths.record, json.dumps(self.record).encode())
+
+    # -- seen ------------------------------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int:
+        return int(self.record["pid"])
+
+    @property
+    def netns(self) -> str:
+        return str(self.record["netns"])
+
+    @property
+    def cable(self) -> str:
+        return str(self.record["cable"])
+
+    def alive(self) -> bool:
+        return ProcessId.from_dict(self.record).alive()
+
+    def status(self) -> str:
+        """ "running" or "paused"; "stopped" when its first process has ended."""
+        if not self.alive():
+            return "stopped"
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state in "Tt":
+                return "paused"
+        found = self.runc.state(self.paths.id)
+        return "paused" if found is not None and found.get("status") == "paused" else "running"
+
+    def pids(self) -> list[int]:
+        """All its processes, the first one first."""
+        try:
+            first = psutil.Process(self.pid)
+            return [self.pid, *(process.pid for process in first.children(recursive=True))]
+        except psutil.Error:
+            return []
+
+    # -- told ------------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """Stops all its processes between two instructions; repeated, it changes nothing."""
+        if self.status() != "paused":
+            self.runc.pause(self.paths.id)
+
+    def thaw(self) -> None:
+        """Lets them run on, and plugs it in again. Only the guest's owner may do this."""
+        if self.status() == "paused":
+            found = self.runc.state(self.paths.id)
+            if found is not None and found.get("status") == "paused":
+                self.runc.resume(self.paths.id)
+            self._signal(signal.SIGCONT)
+        self.plug()
+
+    def cont(self) -> float:
+        """Sets restored processes going, and plugs the cable in; when (Unix seconds). Only for the guest's owner."""
+        self._signal(signal.SIGCONT)
+        at = time.time()
+        self.plug()
+        return at
+
+    def plug(self) -> None:
+        if self.cable:
+            network.plug(self.cable)
+
+    def unplug(self) -> None:
+        if self.cable:
+            network.unplug(self.cable)
+
+    def dump(self, images: Path) -> None:
+        """Writes its state to `images`; it goes on running, or stays frozen. GuestError says why it cannot be."""
+        images.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.paths.log_dir.mkdir(parents=True, exist_ok=True)
+        self.runc.checkpoint(self.paths.id, images, self.paths.log_dir)
+
+    def dump_error(self) -> str:
+        return last_error(self.paths.log_dir / "dump.log", 4)
+
+    def shutdown(self, timeout: float) -> bool:
+        """Asks its first process to end, and waits; False if it had to be killed."""
+        self._signal(signal.SIGTERM, first_only=True)
+        # The first process of a namespace does not hear what it has no handler for.
+        deadline = time.monotonic() + (timeout if _catches(self.pid, signal.SIGTERM) else 0.0)
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        clean = not self.alive()
+        self.kill()
+        return clean
+
+    def kill(self) -> None:
+        """Ends it at once, without a word to its clients, and removes all but its files."""
+        clear_runtime(self.paths)
+
+    def _signal(self, number: signal.Signals, first_only: bool = False) -> None:
+        for pid in self.pids()[: 1 if first_only else None]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in text.splitlines() if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def running(paths: ContainerPaths) -> dict[str, Any] | None:
+    """The record of the container that runs there; None if none does."""
+    try:
+        record = json.loads(paths.record.read_bytes())
+        process = ProcessId.from_dict(record)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if process.pid and process.alive() else None
+
+
+def is_container(paths: ContainerPaths) -> bool:
+    """There is, or was, a container of that guest here."""
+    return paths.bundle.exists()
+
+
+def clear_runtime(paths: ContainerPaths) -> None:
+    """Ends its processes and removes namespace, cable, mounts and control group; what it wrote stays.
+
+    The cable goes first, so that no client hears of the end of processes that live on at another site. May be repeated.
+    """
+    try:
+        record = json.loads(paths.record.read_bytes())
+    except (OSError, ValueError):
+        record = {}
+    name, cable = str(record.get("netns", "")), str(record.get("cable", ""))
+    if cable:
+        network.delete("", cable)
+    runc = Runc(paths.states)
+    found = running(paths)
+    if found is not None:
+        with contextlib.suppress(psutil.Error):
+            first = psutil.Process(int(found["pid"]))
+            for process in [*first.children(recursive=True), first]:
+                process.kill()
+        # Frozen ones die when they are thawed, before they do anything else.
+        with contextlib.suppress(GuestError):
+            runc.resume(paths.id)
+        ProcessId.from_dict(found).wait_gone(10)
+    if record:
+        with contextlib.suppress(GuestError):
+            runc.delete(paths.id)
+    unmount(paths)
+    network.delete(name, cable)
+    paths.record.unlink(missing_ok=True)
+    paths.pid_file.unlink(missing_ok=True)
+
+
+def mount(paths: ContainerPaths, lower: list[Path]) -> None:
+    """Mounts the layers and what is written on top; GuestError when the host refuses."""
+    unmount(paths)
+    options = f"lowerdir={':'.join(str(path) for path in reversed(lower))}"
+    options += f",upperdir={paths.upper},workdir={paths.overlay_work}"
+    command = ["mount", "-t", "overlay", "overlay", "-o", options, str(paths.rootfs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode:
+        raise GuestError(f"the files of container {paths.root.name} cannot be mounted: {done.stderr.strip()[-300:]}")
+
+
+def unmount(paths: ContainerPaths) -> None:
+    """Takes the overlay away; no error if it is not there."""
+    while os.path.ismount(paths.rootfs):
+        done = subprocess.run(["umount", "--lazy", str(paths.rootfs)], capture_output=True, timeout=30, check=False)
+        if done.returncode:
+            return
+
+
+def clear(paths: ContainerPaths) -> None:
+    """Ends it and removes all of its files."""
+    clear_runtime(paths)
+    shutil.rmtree(paths.root, ignore_errors=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(".new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,101 @@
+"""Layers of images as directories of a site, made from chunks when a container needs them and kept for the next one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.containers.files import region_reader, write_tree
+from haulier.containers.model import ContainerSpec
+from haulier.containers.tree import Tree
+from haulier.errors import UsageError
+from haulier.units import BLOCKS_PER_CHUNK, CHUNK, FINGERPRINT
+
+
+def regions(spec: ContainerSpec, manifest: Manifest) -> list[Manifest]:
+    """Each layer's own manifest, lowest first. UsageError when the disk is shorter than its layers."""
+    if spec.lower_chunks > len(manifest):
+        raise UsageError(f"a disk of {len(manifest)} chunks cannot hold {spec.lower_chunks} chunks of layers")
+    found, at = [], 0
+    for count in spec.layers:
+        raw = manifest.fingerprints[at * FINGERPRINT : (at + count) * FINGERPRINT]
+        found.append(Manifest(count * CHUNK, raw))
+        at += count
+    return found
+
+
+def layer_id(region: Manifest) -> str:
+    """The name of a layer's directory; short, for all of them go into one mount option."""
+    return region.digest.hex()[:24]
+
+
+def make_layers(
+    root: Path,
+    store: ChunkStore,
+    spec: ContainerSpec,
+    manifest: Manifest,
+    progress: Callable[[float, str], None] | None = None,
+) -> list[Path]:
+    """The directories of the layers, lowest first, made where they are not there yet. Safe beside others that do so."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = []
+    for number, region in enumerate(regions(spec, manifest)):
+        place = root / layer_id(region)
+        if not place.is_dir():
+            if progress is not None:
+                progress(number / len(spec.layers), f"unpacking layer {number + 1} of {len(spec.layers)}")
+            _make(root, place, store, region)
+        found.append(place)
+    return found
+
+
+def _make(root: Path, place: Path, store: ChunkStore, region: Manifest) -> None:
+    lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if place.is_dir():
+            return
+        fresh = root / f"{place.name}.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+
+        def get(chunk: int) -> bytes:
+            return store.get(region[chunk])
+
+        write_tree(fresh, Tree.read(region_reader(get), len(region) * BLOCKS_PER_CHUNK), get)
+        # A power cut must not leave a layer with empty files under its name.
+        _sync(fresh)
+        fresh.rename(place)
+    finally:
+        os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _syncfs(fd)
+    finally:
+        os.close(fd)
+
+
+def _syncfs(fd: int) -> None:
+    import ctypes
+
+    if ctypes.CDLL(None, use_errno=True).syncfs(fd) != 0:
+        raise OSError(ctypes.get_errno(), "syncfs")
+
+
+def sync_files(folder: Path) -> None:
+    """Everything written on the file system of `folder` is on its disk when this returns."""
+    _sync(folder)
+
+
+def unused(root: Path, wanted: set[str]) -> list[Path]:
+    """Directories of layers that are not among `wanted`."""
+    if not root.is_dir():
+        return []
+    return [path for path in sorted(root.iterdir()) if path.name not in wanted]

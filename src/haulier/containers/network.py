@@ -1,0 +1,103 @@
+"""A container's network namespace and its cable to the site's bridge.
+
+A namespace serves one attempt only: what a handoff that failed leaves in one can never meet a later one. The cable is
+plugged into the bridge last, when the container runs: until then its interface is up and nothing comes in, so nobody
+is told that a connection does not exist before it has been restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import subprocess
+from pathlib import Path
+from typing import Final
+
+from haulier.errors import GuestError, UnknownThing
+from haulier.guests.tap import BRIDGE, exists
+
+RUN: Final = Path("/run/netns")
+
+
+def namespace_name(root: Path, attempt: str) -> str:
+    """The namespace of one attempt: of the guest's directory, and of a handoff or run."""
+    return "hc-" + hashlib.blake2b(f"{root.absolute()}\0{attempt}".encode(), digest_size=8).hexdigest()
+
+
+def create(name: str, cable: str, *, mac: str, address: str, gateway: str) -> None:
+    """Makes the namespace; with an address also the interface eth0 in it and `cable`, its end out here, unplugged.
+
+    What is left of an earlier one of these names is replaced. GuestError when the host refuses.
+    """
+    delete(name, cable)
+    if address and not exists(BRIDGE):
+        raise UnknownThing(f"no bridge {BRIDGE} here: make it, or start the agent in its site's network namespace")
+    _run(["ip", "netns", "add", name])
+    try:
+        lines = ["link set lo up"]
+        if address:
+            # Its own name first: eth0 may be taken out here.
+            inner = "hi-" + name[3:15]
+            out_here = [
+                f"link add {cable} type veth peer name {inner}",
+                f"link set dev {cable} addrgenmode none",
+                f"link set dev {inner} addrgenmode none",
+                f"link set dev {inner} address {mac}",
+                f"link set dev {inner} netns {name}",
+                f"link set dev {cable} up",
+            ]
+            _run(["ip", "-batch", "-"], "\n".join(out_here))
+            lines += [f"link set dev {inner} name eth0", f"addr add {address} dev eth0", "link set dev eth0 up"]
+            if gateway:
+                lines.append(f"route add default via {gateway}")
+        _run(inside(name, ["ip", "-batch", "-"]), "\n".join(lines))
+    except BaseException:
+        delete(name, cable)
+        raise
+
+
+def plug(cable: str) -> None:
+    """From now on packets come and go."""
+    _run(["ip", "link", "set", "dev", cable, "master", BRIDGE])
+
+
+def unplug(cable: str) -> None:
+    """From now on none do; the container's interface stays up."""
+    _run(["ip", "link", "set", "dev", cable, "nomaster"])
+
+
+def announce(name: str, address: str, gateway: str) -> None:
+    """Has the container's bridge and neighbours learn where it is now: one packet to its gateway."""
+    if not gateway:
+        return
+    _quietly(inside(name, ["ip", "neigh", "flush", "dev", "eth0"]))
+    host = str(ipaddress.ip_interface(address).ip)
+    _quietly(inside(name, ["ip", "route", "get", gateway, "from", host]))
+
+
+def delete(name: str, cable: str) -> None:
+    """Removes both; no error if they are not there. The namespace lives on while processes are in it."""
+    if cable and exists(cable):
+        _quietly(["ip", "link", "del", "dev", cable])
+    if name and (RUN / name).exists():
+        _quietly(["ip", "netns", "delete", name])
+
+
+def inside(name: str, command: list[str]) -> list[str]:
+    # Not `ip netns exec`: it makes a mount namespace too, which fails where / is no mount point (a chroot).
+    return ["nsenter", f"--net={RUN / name}", "--", *command]
+
+
+def _run(command: list[str], given: str | None = None) -> None:
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=30, check=False, env=_plain())
+    if done.returncode:
+        raise GuestError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
+
+
+def _quietly(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, timeout=30, check=False, stdin=subprocess.DEVNULL, env=_plain())
+
+
+def _plain() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
