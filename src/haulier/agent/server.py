@@ -27,6 +27,7 @@ from haulier.agent.core import Core
 from haulier.agent.guests import Guests
 from haulier.agent.handoffs import Handoffs
 from haulier.agent.images import Images
+from haulier.agent.layers import Layers
 from haulier.agent.notify import notify
 from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, peers, sites, upkeep
 from haulier.agent.site import Site, split_address
@@ -107,6 +108,7 @@ class Agent:
         self.store = ChunkStore(site.store)
         self.guests = Guests(self.core, self.store)
         self.images = Images(self.core, self.store)
+        self.layers = Layers(self.core, self.store, self.images)
         self.handoffs = Handoffs(self.core)
         self.reporter = Reporter(site, self.journal, self.store)
         self._stopping = threading.Event()
@@ -125,7 +127,11 @@ class Agent:
 
     def tidy(self) -> None:
         """Before anybody can call: finishes what an earlier agent left half made or half removed here. Blocking."""
-        for what, adopt in (("golden snapshots", self.images.adopt), ("guests", self.guests.adopt)):
+        for what, adopt in (
+            ("golden snapshots", self.images.adopt),
+            ("layers", self.layers.adopt),
+            ("guests", self.guests.adopt),
+        ):
             _try(what, adopt)
 
     def recover(self) -> None:

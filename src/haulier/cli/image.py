@@ -1,18 +1,18 @@
-"""`haulier image`: import, warm, list, remove."""
+"""`haulier image`: import, commit, warm, list, show, tree, remove."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from haulier.agent.client import path_segment
-from haulier.cli.common import Json, Root, client, console, parse_memory, print_json, print_table, size
+from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table, size
 from haulier.cli.progress import wait
 
-image_app = App(name="image", help="Images of this site and their golden snapshots.")
+image_app = App(name="image", help="Images of this site, their layers and golden snapshots.")
 
 Memory = Annotated[str, Parameter(name="--memory", help="Memory of the snapshot's guests, for example 512M.")]
 Vcpus = Annotated[int, Parameter(name="--vcpus", help="Processors of the snapshot's guests.")]
@@ -77,6 +77,30 @@ def warm(name: str, /, *, memory: Memory = "512M", vcpus: Vcpus = 1, root: Root 
             console.print(f"golden {golden['id'][:12]}: {golden['memory_mib']} MiB, {golden['accel']}", highlight=False)
 
 
+@image_app.command
+def commit(guest: str, name: str, /, *, root: Root = None, json: Json = False) -> None:
+    """Make an image out of a guest: a layer of what it has written, on top of the image it was made from.
+
+    The guest may run on meanwhile; its agent freezes the file systems for the end of it.
+
+    Parameters
+    ----------
+    guest
+        Name of the guest.
+    name
+        Name of the new image.
+    """
+    agent = client(root)
+    result = wait(agent, agent.post("/v1/image-commits", {"guest": guest, "name": name}), json)
+    if json:
+        print_json(result)
+        return
+    how = "its file systems were at rest" if result["quiesced"] else "as after a power cut, for it has no agent"
+    console.print(
+        plain(f"image {name} on {result['parent']}: {size(result['own_bytes'])} of its own ({how})"), highlight=False
+    )
+
+
 @image_app.command(name="list")
 def listing(*, root: Root = None, json: Json = False) -> None:
     """List the images of this site."""
@@ -85,13 +109,16 @@ def listing(*, root: Root = None, json: Json = False) -> None:
         print_json({"images": images})
         return
     print_table(
-        ("IMAGE", "KIND", "SIZE", "CHUNKS", "GOLDEN"),
+        ("IMAGE", "KIND", "LAYER", "ON", "SIZE", "CHUNKS", "OWN", "GOLDEN"),
         [
             (
                 i["name"],
                 i.get("kind", "vm"),
+                i["layer"],
+                i["parent"] or "-",
                 size(i["size"]),
                 i["chunks"],
+                size(i["own_bytes"]),
                 " ".join(f"{g['memory_mib']}M/{g['accel']}" for g in i["golden"]),
             )
             for i in images
@@ -100,8 +127,55 @@ def listing(*, root: Root = None, json: Json = False) -> None:
 
 
 @image_app.command
+def show(name: str, /, *, root: Root = None, json: Json = False) -> None:
+    """Show all about an image: what it consists of, and what lies on it.
+
+    Parameters
+    ----------
+    name
+        Name of the image.
+    """
+    facts = client(root).get(f"/v1/images/{path_segment(name)}")
+    if json:
+        print_json(facts)
+        return
+    rows: list[tuple[str, object]] = [(key, facts[key]) for key in ("name", "layer", "parent", "digest")]
+    rows += [("disk", size(facts["size"])), ("chunks", f"{facts['chunks']}, {size(facts['bytes'])}")]
+    rows += [(f"  {each['layer']} {each['name']}", size(each["bytes"])) for each in facts["layers"]]
+    if facts["guest"]:
+        rows.append(
+            ("committed from", facts["guest"] + (", at rest" if facts["quiesced"] else ", as after a power cut"))
+        )
+    rows += [("golden", f"{g['memory_mib']} MiB, {g['vcpus']} vcpus, {g['accel']}") for g in facts["golden"]]
+    rows += [("layers on it", " ".join(facts["children"]) or "-"), ("guests", " ".join(facts["guests"]) or "-")]
+    print_table(("", ""), rows)
+
+
+@image_app.command
+def tree(*, root: Root = None, json: Json = False) -> None:
+    """Show which image lies on which, with the guests made from each, and what each layer takes."""
+    images = client(root).get("/v1/image-tree")["images"]
+    if json:
+        print_json({"images": images})
+        return
+    rows: list[tuple[object, ...]] = []
+    for each in images:
+        _branch(each, 0, rows)
+    print_table(("NAME", "LAYER", "BYTES"), rows)
+
+
+def _branch(image: dict[str, Any], depth: int, rows: list[tuple[object, ...]]) -> None:
+    rows.append(("  " * depth + image["name"], image["layer"], size(image["bytes"])))
+    for guest in image["guests"]:
+        taken = guest.get("bytes", 0) + guest.get("overlay_bytes", 0)
+        rows.append(("  " * (depth + 1) + guest["name"], guest["layer"], size(taken)))
+    for child in image["children"]:
+        _branch(child, depth + 1, rows)
+
+
+@image_app.command
 def remove(name: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Remove an image and its golden snapshots. Guests made from it keep their disks.
+    """Remove an image and its golden snapshots. Refused while a guest or another layer needs it.
 
     Parameters
     ----------

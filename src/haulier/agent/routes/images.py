@@ -1,4 +1,4 @@
-"""Images: import, warm, list, remove."""
+"""Images: import, warm, list, remove, commit, show, tree."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from haulier.agent.images import ImportRequest, WarmRequest
+from haulier.agent.layers import CommitRequest
 from haulier.agent.routes import Access, Call, Route
 
 if TYPE_CHECKING:
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
 
 
 def listing(agent: Agent, call: Call) -> dict[str, Any]:
-    return {"images": agent.images.list()}
+    return {"images": [each | agent.layers.facts(each["name"]) for each in agent.images.list()]}
+
+
+def show(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.layers.show(call.names["name"])
+
+
+def tree(agent: Agent, call: Call) -> dict[str, Any]:
+    return {"images": agent.layers.tree()}
 
 
 def add(agent: Agent, call: Call) -> dict[str, Any]:
@@ -25,13 +34,20 @@ def warm(agent: Agent, call: Call) -> dict[str, Any]:
     return dict(msgspec.to_builtins(agent.images.warm(call.names["name"], call.read(WarmRequest))))
 
 
+def commit(agent: Agent, call: Call) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(agent.layers.commit(call.read(CommitRequest))))
+
+
 def remove(agent: Agent, call: Call) -> dict[str, Any]:
-    return agent.images.remove(call.names["name"])
+    return agent.layers.remove(call.names["name"])
 
 
 TABLE = (
     Route("GET", "/v1/images", Access.FLEET, listing),
     Route("POST", "/v1/images", Access.OPERATOR, add),
+    Route("GET", "/v1/images/{name}", Access.FLEET, show),
     Route("POST", "/v1/images/{name}/warm", Access.OPERATOR, warm),
     Route("DELETE", "/v1/images/{name}", Access.OPERATOR, remove),
+    Route("GET", "/v1/image-tree", Access.FLEET, tree),
+    Route("POST", "/v1/image-commits", Access.OPERATOR, commit),
 )

@@ -1,0 +1,177 @@
+"""Images in layers, as the agent serves them: committed from guests, shown, removed, pushed to other sites."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import msgspec
+
+from haulier.agent.core import Core
+from haulier.agent.images import Images
+from haulier.agent.jobs import Job, Progress
+from haulier.agent.site import check_name
+from haulier.chunks.store import ChunkStore
+from haulier.errors import Conflict, HaulierError, UnknownThing, Unsupported
+from haulier.guests.golden import IMAGE_PREFIX, list_goldens
+from haulier.handoff import residence
+from haulier.handoff.journal import GuestRow
+from haulier.handoff.ownership import MAY_RUN, State
+from haulier.images import commit, layers
+
+log = logging.getLogger(__name__)
+
+
+class CommitRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Make the image `name` out of what `guest` has written."""
+
+    guest: str
+    name: str
+
+
+class Layers:
+    """Which image lies on which, and which guests lie on them."""
+
+    def __init__(self, core: Core, store: ChunkStore, images: Images) -> None:
+        self.core = core
+        self.site = core.site
+        self.store = store
+        self.images = images
+
+    def adopt(self) -> None:
+        """At the agent's start: lets guests run on that stood still for a commit when the agent was killed."""
+        for row in self.core.journal.guests():
+            if row.state in MAY_RUN:
+                try:
+                    commit.release(residence.guest_paths(self.site, row.name))
+                except HaulierError as error:
+                    log.error("guest %s may still stand still for a commit: %s", row.name, error)
+
+    # -- seen ----------------------------------------------------------------------------------------------------
+
+    def show(self, name: str) -> dict[str, Any]:
+        """All about an image: its layers, the base first, what lies on it, and how large it is."""
+        self._known(name)
+        facts = self.facts(name)
+        facts["layers"] = [
+            {"name": each.name, "layer": each.layer, "bytes": each.own_bytes if number else each.bytes}
+            for number, each in enumerate(layers.facts(self.store, part) for part in layers.chain(self.store, name))
+        ]
+        facts["golden"] = [
+            {"id": g.id, "memory_mib": g.meta.memory_mib, "vcpus": g.meta.vcpus, "accel": g.meta.accel}
+            for g in list_goldens(self.site.golden)
+            if g.meta.image == name
+        ]
+        return facts
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """An image's own figures, and what lies on it."""
+        found: dict[str, Any] = msgspec.to_builtins(layers.facts(self.store, name))
+        found["children"] = layers.children(self.store, name)
+        found["guests"] = [row.name for row in self._guests_of(name)]
+        return found
+
+    def tree(self) -> list[dict[str, Any]]:
+        """The images that lie on none, each with its `children` and `guests`, nested."""
+        names = [name.removeprefix(IMAGE_PREFIX) for name in self.store.manifest_names(IMAGE_PREFIX)]
+        known = {name: layers.facts(self.store, name) for name in names}
+        return [self._branch(name, known) for name, each in known.items() if each.parent not in known]
+
+    def _branch(self, name: str, known: dict[str, layers.ImageFacts]) -> dict[str, Any]:
+        mine = known[name]
+        return {
+            "name": name,
+            "layer": mine.layer,
+            "bytes": mine.own_bytes if mine.parent in known else mine.bytes,
+            "guests": [self._instance(row) for row in self._guests_of(name)],
+            "children": [self._branch(child, known) for child, each in known.items() if each.parent == name],
+        }
+
+    def _instance(self, row: GuestRow) -> dict[str, Any]:
+        """A guest as a leaf: what its disk has beyond its application layer, but for its overlay."""
+        found: dict[str, Any] = {"name": row.name, "layer": layers.INSTANCE}
+        with contextlib.suppress(HaulierError):
+            spec = residence.spec_of(row)
+            split = layers.split_of(self.store, spec.image, spec.golden, spec.uuid)
+            found["bytes"] = split.sizes(self.store.load_manifest(row.manifest).unique())[layers.INSTANCE]
+            with contextlib.suppress(OSError):
+                found["overlay_bytes"] = residence.guest_paths(self.site, row.name).overlay.stat().st_blocks * 512
+        return found
+
+    def _guests_of(self, image: str) -> list[GuestRow]:
+        return [row for row in self.core.journal.guests() if row.state in MAY_RUN and row.spec.get("image") == image]
+
+    # -- committed and removed -----------------------------------------------------------------------------------
+
+    def commit(self, request: CommitRequest) -> Job:
+        """Makes an application layer out of a guest of this site, which may run."""
+        check_name(request.name, "image")
+        row = self._mine(request.guest)
+        self._check_new(request.name)
+        parent = str(row.spec.get("image", ""))
+        if IMAGE_PREFIX + parent not in self.store.manifest_names(IMAGE_PREFIX + parent):
+            raise UnknownThing(
+                f"image {parent!r}, which guest {row.name!r} was made from, is not at this site: push it here first"
+            )
+
+        def work(progress: Progress) -> dict[str, Any]:
+            with (
+                self.core.alone(row.name, f"being committed as image {request.name}"),
+                self.core.alone(f"image {request.name}", "being committed"),
+            ):
+                self._check_new(request.name)
+                return self._commit(self._mine(request.guest), request.name, parent, progress)
+
+        return self.core.jobs.start("commit", request.name, work)
+
+    def _commit(self, row: GuestRow, name: str, parent: str, progress: Progress) -> dict[str, Any]:
+        paths = residence.guest_paths(self.site, row.name)
+        below = self.store.load_manifest(row.manifest)
+        # Of its own, so that a commit that fails holds on to nothing.
+        with self.store.sibling() as own:
+            qemu = residence.adopt(self.site, row.name, worker=True)
+            if qemu is None:
+                overlay = commit.read_stopped(paths.overlay, own, progress)
+            else:
+                try:
+                    overlay = commit.read_running(qemu, own, progress)
+                finally:
+                    qemu.close()
+            progress(0.95, "keeping the layer")
+            commit.save_layer(own, name, parent, below, overlay, guest=row.name, uuid=row.spec.get("uuid", ""))
+        return self.show(name) | {"still_ms": round(overlay.still_s * 1000, 1)}
+
+    def remove(self, name: str) -> dict[str, Any]:
+        """Removes an image that nothing needs, with its golden snapshots. Conflict where something does."""
+        self._known(name)
+        lying = layers.children(self.store, name)
+        if lying:
+            raise Conflict(f"image {lying[0]!r} is a layer on image {name!r}: remove it first")
+        guests = self._guests_of(name)
+        if guests:
+            raise Conflict(f"guest {guests[0].name!r} was made from image {name!r}: remove the guest first")
+        return self.images.remove(name)
+
+    # -- inside
+
+    def _mine(self, guest: str) -> GuestRow:
+        row = self.core.journal.guest(check_name(guest, "guest"))
+        if row.state in (State.ABSENT, State.REFUSED):
+            raise UnknownThing(f"no guest {guest!r} at this site: 'haulier guest list' shows those there are")
+        if row.state == State.AWAY:
+            raise Conflict(f"guest {guest!r} is at site {row.owner!r}: commit it there")
+        if residence.spec_of(row).kind != "vm":
+            raise Unsupported(f"guest {guest!r} is a container: import its application layer with --base instead")
+        if row.state != State.OWNER or row.wanted not in ("running", "stopped"):
+            raise Conflict(f"guest {guest!r} is {row.wanted or row.state}: wait until that has ended")
+        return row
+
+    def _check_new(self, name: str) -> None:
+        if IMAGE_PREFIX + name in self.store.manifest_names(IMAGE_PREFIX + name):
+            raise Conflict(f"there is an image {name!r} already: remove it first, or choose another name")
+
+    def _known(self, name: str) -> None:
+        check_name(name, "image")
+        if IMAGE_PREFIX + name not in self.store.manifest_names(IMAGE_PREFIX + name):
+            raise UnknownThing(f"no image {name!r} at this site: 'haulier image list' shows those there are")

@@ -1,0 +1,175 @@
+"""An application layer out of a guest: what its overlay holds, read from the running QEMU or from its stopped file.
+
+A running guest is read twice: all that the overlay holds while it runs on, then, its file systems frozen by the guest
+agent, what changed meanwhile. It stands still for the second reading only. Without an agent it is paused for that, and
+the layer is what the disk would be after a power cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from haulier.chunks.fingerprint import ZERO
+from haulier.chunks.images import PREFIX as IMAGE_PREFIX
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.packs import disk_error
+from haulier.chunks.store import ChunkStore
+from haulier.disks.rounds import ZEROS, DiskRounds, Round, clean_up
+from haulier.errors import Corrupt, GuestError, HaulierError, UnknownThing
+from haulier.guests.agent import GuestAgent
+from haulier.guests.qemu import GuestPaths, Qemu
+from haulier.units import CHUNK
+
+Progress = Callable[[float, str], None]
+
+AGENT_S: Final = 5.0
+TOOL_S: Final = 3600.0
+
+
+@dataclass
+class Overlay:
+    """What a guest's overlay holds: fingerprints by chunk index; all chunks are in the store it was read into."""
+
+    changes: dict[int, bytes] = field(default_factory=dict)
+    quiesced: bool = False
+    """The guest's file systems were frozen, or it was shut down."""
+    still_s: float = 0.0
+    """For so long the guest, or its file systems, stood still."""
+
+
+def save_layer(store: ChunkStore, name: str, parent: str, below: Manifest, overlay: Overlay, **meta: Any) -> Manifest:
+    """Makes `image/<name>`: the disk `below` with what `overlay` holds. Durable on return."""
+    manifest = below.replace(overlay.changes)
+    facts = {"parent": parent, "created": time.time(), "quiesced": overlay.quiesced, **meta}
+    store.save_manifest(IMAGE_PREFIX + name, manifest, facts)
+    return manifest
+
+
+def read_running(qemu: Qemu, store: ChunkStore, progress: Progress) -> Overlay:
+    """Reads a running guest's overlay. Raises GuestError if it does not run on afterwards, or QEMU refuses."""
+    found = Overlay()
+    rounds = DiskRounds(qemu.qmp, "disk0", qemu.paths.rounds_sock)
+    agent = _agent(qemu)
+    try:
+        if agent is not None:
+            progress(0.02, "giving free blocks back")
+            with contextlib.suppress(GuestError):
+                agent.fstrim()
+        with rounds.begin() as current:
+            _take(found, current, store, lambda share: progress(0.05 + 0.8 * share, "reading what the guest wrote"))
+        # A second round while it runs makes the one that it has to wait for short.
+        with rounds.next(hold_back=False) as current:
+            _take(found, current, store)
+        progress(0.9, "reading what changed meanwhile")
+        with _still(qemu, agent, found), rounds.next(hold_back=False) as current:
+            _take(found, current, store)
+    finally:
+        if agent is not None:
+            agent.close()
+        with contextlib.suppress(HaulierError):
+            rounds.abort()
+    return found
+
+
+def release(paths: GuestPaths) -> None:
+    """Lets a guest run on that stood still for a commit when its process was killed. Nothing if there is none such."""
+    if not _marker(paths).exists():
+        return
+    with contextlib.suppress(UnknownThing):
+        qemu = Qemu.adopt(paths, worker=True)
+        try:
+            clean_up(qemu.qmp)
+            if qemu.status() == "paused":
+                qemu.cont()
+            with contextlib.suppress(GuestError), qemu.guest_agent(AGENT_S) as agent:
+                agent.fsthaw()
+        finally:
+            qemu.close()
+    _marker(paths).unlink(missing_ok=True)
+
+
+def _marker(paths: GuestPaths) -> Path:
+    """There while the guest is made to stand still."""
+    return paths.root / "still"
+
+
+def _agent(qemu: Qemu) -> GuestAgent | None:
+    try:
+        return qemu.guest_agent(AGENT_S)
+    except GuestError:
+        return None
+
+
+@contextlib.contextmanager
+def _still(qemu: Qemu, agent: GuestAgent | None, found: Overlay) -> Iterator[None]:
+    """The guest's file systems stand still meanwhile; where its agent cannot do that, all of it does."""
+    began = time.monotonic()
+    marker = _marker(qemu.paths)
+    marker.touch()
+    try:
+        if agent is not None:
+            with contextlib.suppress(GuestError):
+                found.quiesced = agent.fsfreeze() > 0
+        if not found.quiesced:
+            qemu.stop()
+        yield
+    finally:
+        if found.quiesced and agent is not None:
+            agent.fsthaw()
+        else:
+            qemu.cont()
+        found.still_s = time.monotonic() - began
+        marker.unlink(missing_ok=True)
+
+
+def _take(
+    found: Overlay, current: Round, store: ChunkStore, progress: Callable[[float], None] = lambda share: None
+) -> None:
+    total = max(1, len(current.chunks))
+    for number, (index, data) in enumerate(current.items()):
+        found.changes[index] = ZERO if data is ZEROS else store.put(data)
+        if number % 256 == 0:
+            progress(number / total)
+
+
+def read_stopped(overlay: Path, store: ChunkStore, progress: Progress) -> Overlay:
+    """Reads the overlay file of a guest that does not run. Raises Corrupt for one that cannot be read."""
+    alone = "json:" + json.dumps(
+        {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(overlay)}}
+    )
+    ranges = json.loads(_tool(["qemu-img", "map", "--output=json", alone]))
+    held = [(int(r["start"]), int(r["length"])) for r in ranges if r["present"]]
+    found = Overlay(quiesced=True)
+    total = max(1, sum(length for _, length in held))
+    done = 0
+    try:
+        with tempfile.NamedTemporaryFile(dir=overlay.parent) as flat:
+            _tool(["qemu-img", "convert", "-O", "raw", alone, flat.name])
+            with open(flat.name, "rb") as file:
+                for start, length in held:
+                    for index in range(start // CHUNK, -(-(start + length) // CHUNK)):
+                        if index not in found.changes:
+                            data = os.pread(file.fileno(), CHUNK, index * CHUNK)
+                            found.changes[index] = store.put(data.ljust(CHUNK, b"\0"))
+                    done += length
+                    progress(0.1 + 0.8 * done / total, "reading what the guest wrote")
+    except OSError as error:
+        raise disk_error(error, overlay) from error
+    return found
+
+
+def _tool(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TOOL_S, check=False)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:300]
+        raise Corrupt(f"the guest's overlay cannot be read ({said}): run 'haulier verify' for it")
+    return done.stdout
