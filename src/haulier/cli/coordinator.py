@@ -124,5 +124,24 @@ def forget(site: str, /, *, root: Root = None, json: Json = False) -> None:
         print_json({"site": site})
 
 
+@coordinator_app.command
+def spread(
+    *,
+    database: Annotated[str, Parameter(help="postgresql://... of the coordinator; it must hold no chunks yet.")],
+    shard: Annotated[list[str], Parameter(negative="", help="postgresql://... of an empty database; once for each.")],
+    json: Json = False,
+) -> None:
+    """Spread the chunk dictionary over several PostgreSQL servers, once, before the coordinator is first used."""
+    from haulier.coordinator.host import needs_psycopg
+    from haulier.coordinator.shards import spread as work
+
+    needs_psycopg()
+    names = work(database, shard)
+    if json:
+        print_json({"servers": names})
+    else:
+        console.print(f"the chunk dictionary is spread over {' '.join(names)}", highlight=False)
+
+
 def _client(root: Root) -> CoordinatorClient:
     return CoordinatorClient.near(load_site(root))

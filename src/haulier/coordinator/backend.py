@@ -38,7 +38,7 @@ TABLES: Final = (
 
 
 class TakenOver(Conflict):
-    """Another coordinator has worked on this database since: what is in memory must be loaded again."""
+    """The database was out of reach for a while: what is in memory must be loaded again."""
 
 
 class Rows(Protocol):

@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import logging
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
+import psycopg
+from psycopg import errors as pg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
 from haulier.coordinator.backend import SCHEMA_VERSION, TABLES, Rows, T, TakenOver, Value, aligned
 from haulier.coordinator.bitmaps import Ids
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, PeerError, Unsupported
-
-try:
-    import psycopg
-    from psycopg import errors as pg
-    from psycopg.conninfo import conninfo_to_dict, make_conninfo
-except ImportError:
-    raise Unsupported("PostgreSQL needs psycopg: install haulier with its extra, 'haulier[postgres]'") from None
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +36,8 @@ _LOCK: Final = 0x6861756C
 """Key of the advisory lock ("haul")."""
 _LOOKUP: Final = 16384
 _INSERT: Final = 16384
+_SKIP: Final = 1 << 20
+"""Ids passed over after a standby was promoted."""
 _SERVER: Final = re.compile(r'server "([^"]{1,63})"')
 
 
@@ -73,17 +71,17 @@ class PostgresBackend:
         self._retry_s = retry_s
         try:
             words = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as error:
-            raise Unsupported(
-                f"the database's URL cannot be read ({error}): write postgresql://USER@HOST:PORT/NAME"
-            ) from None
+        except psycopg.ProgrammingError:
+            # libpq's own words repeat the URL, in which there may be a password
+            raise UsageError("the database's URL cannot be read: write postgresql://USER@HOST:PORT/NAME") from None
         hosts, ports = str(words.get("host") or "localhost").split(","), str(words.get("port") or 5432).split(",")
         ports = ports * len(hosts) if len(ports) == 1 else ports
         self._servers = ", ".join(f"{host}:{port}" for host, port in zip(hosts, ports, strict=False))
         self.where = f"PostgreSQL database {words.get('dbname') or words.get('user') or ''!s} at {self._servers}"
         self._lock = threading.RLock()
         self._db: psycopg.Connection[Any] | None = None
-        self._holder = ""
+        self._connected = False
+        self._down_since: float | None = None
         self.run(lambda rows: None)
 
     # -- the connection
@@ -104,17 +102,22 @@ class PostgresBackend:
 
     def _take(self, db: psycopg.Connection[Any]) -> None:
         if not _one(db, "SELECT pg_try_advisory_lock(%s)", (_LOCK,)):
-            raise Conflict(f"another coordinator works on {self.where}: this one waits, and takes over when that ends")
+            raise Conflict(f"another coordinator works on {self.where}: this one takes over when that one ends")
         self._make_tables(db)
         with db.transaction():
-            holder = _one(db, "SELECT value FROM meta WHERE name = 'holder'")
-            if self._holder and holder != self._holder:
-                raise TakenOver(f"another coordinator has worked on {self.where} meanwhile: loading anew")
-            self._holder = self._holder or secrets.token_hex(8)
-            db.execute(
-                "INSERT INTO meta VALUES ('holder', %s) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                (self._holder,),
-            )
+            # a standby that was promoted may lack the last ids that its primary gave, while shards have them
+            timeline = _one(db, "SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)")
+            known = _one(db, "SELECT value FROM meta WHERE name = 'timeline'")
+            if timeline != known:
+                put = "INSERT INTO meta VALUES ('timeline', %s) ON CONFLICT (name) DO UPDATE SET value=excluded.value"
+                db.execute(put.encode(), (timeline,))
+                if known is not None:
+                    db.execute("UPDATE counters SET value = value + %s WHERE name = 'id'", (_SKIP,))
+        db.execute("SET enable_partition_pruning = off")  # it would look at each of 16384 fingerprints first
+        if self._connected:
+            # somebody else may have written meanwhile, or a standby may lack the last that was written
+            raise TakenOver(f"the connection to {self.where} was lost: loading anew")
+        self._connected = True
 
     def _make_tables(self, db: psycopg.Connection[Any]) -> None:
         with db.transaction():
@@ -131,25 +134,34 @@ class PostgresBackend:
 
     def _with(self, work: Callable[[psycopg.Connection[Any]], T]) -> T:
         """Runs `work` with a connection; again, with a new one, where the old one or a server behind it broke."""
-        end = time.monotonic() + self._retry_s
-        with self._lock:
+        if not self._lock.acquire(timeout=2 * self._retry_s):
+            raise PeerError(f"{self.where} is busy or does not answer: try again later")
+        try:
+            # whoever comes after a wait that was in vain does not wait as long once more
+            end = (self._down_since or time.monotonic()) + self._retry_s
             while True:
                 try:
                     if self._db is None:
                         self._db = self._connect()
-                    return work(self._db)
+                    found = work(self._db)
                 except TakenOver:
                     raise
                 except (psycopg.OperationalError, pg.ReadOnlySqlTransaction, Conflict) as error:
-                    # a Conflict is the session of our own broken connection, which the server has not noticed yet
-                    if self._db is not None and (self._db.broken or not _is_remote(error)):
+                    # a Conflict may be the session of our own lost connection, which the server has not noticed yet
+                    if self._db is not None and not (_is_remote(error) and not self._db.broken):
                         self._db.close()
                         self._db = None
                     if isinstance(error, pg.DiskFull) or time.monotonic() > end:
+                        self._down_since = self._down_since or time.monotonic() - self._retry_s
                         raise self._error(error) from error
                 except psycopg.Error as error:
                     raise self._error(error) from error
+                else:
+                    self._down_since = None
+                    return found
                 time.sleep(_PAUSE_S)
+        finally:
+            self._lock.release()
 
     def _error(self, error: Exception) -> HaulierError:
         if isinstance(error, HaulierError):
