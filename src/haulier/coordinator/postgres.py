@@ -24,7 +24,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from haulier.coordinator.backend import SCHEMA_VERSION, TABLES, Rows, T, TakenOver, Value, aligned
 from haulier.coordinator.bitmaps import Ids
-from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, PeerError, Unsupported
+from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, PeerError, UsageError
 
 log = logging.getLogger(__name__)
 
