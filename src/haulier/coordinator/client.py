@@ -36,7 +36,8 @@ _A = TypeVar("_A")
 class Source:
     """A site that has some of the chunks asked for, as far as the coordinator knows.
 
-    `control` is its host:port, `bulk` its addresses. `positions` are ascending indexes into the request. `rate_bps`
+    `control` is its host:port, `bulk` its addresses. `positions` are ascending indexes into the request, `held` their
+    number. `rate_bps`
     (bits per second) and `rtt_s` are of the link from it to the asking site, a guess unless `measured` (Unix seconds).
     `cost_s` is the time that all its positions would take over that link; `seen` is when it last reported.
     """
@@ -48,8 +49,28 @@ class Source:
     rtt_s: float
     measured: float
     seen: float
+    held: int
     cost_s: float
     positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Positions that the asking site lacks, how many of all nobody else has, and who has which, cheapest first."""
+
+    lacking: list[int]
+    unheld: int
+    sources: list[Source]
+
+
+@dataclass(frozen=True)
+class ImageSurvey:
+    """Chunks of a manifest, how many of them the site lacks, how many nobody else has, and who has how many."""
+
+    chunks: int
+    lacking: int
+    unheld: int
+    sources: list[Source]
 
 
 @dataclass(frozen=True)
@@ -110,33 +131,54 @@ class CoordinatorClient:
 
         `for_site` itself and the sites in `exclude` are left out. Each call counts as one request for each chunk.
         """
+        return self.survey(fingerprints, for_site, limit=limit, exclude=exclude).sources
+
+    def survey(
+        self, fingerprints: Sequence[bytes], for_site: str, *, limit: int = 16, exclude: Sequence[str] = ()
+    ) -> Survey:
+        """`lacking` and `holders` in one question."""
         parts: dict[str, list[tuple[m.SourceAnswer, NDArray[np.int64]]]] = {}
+        lacking: list[int] = []
+        unheld = 0
         for start, batch in _batches(fingerprints):
             query = m.HoldersQuery(fingerprints=m.join(batch), site=for_site, limit=limit, exclude=list(exclude))
-            for source in self._ask("/holders", query, m.HoldersAnswer).sources:
+            answer = self._ask("/holders", query, m.HoldersAnswer)
+            for source in answer.sources:
                 places = start + self._positions(source.positions, len(batch))
                 parts.setdefault(source.site, []).append((source, places))
-        found = []
-        for site, each in parts.items():
-            first = each[0][0]
-            places = np.concatenate([positions for _, positions in each])
-            if first.rate_bps <= 0 or first.rtt_s < 0:
-                raise PeerError(f"{self.where} names an impossible link from {site!r}: run the same haulier there")
-            cost = len(places) * CHUNK * 8 / first.rate_bps + first.rtt_s
-            found.append(
-                Source(
-                    site,
-                    first.control,
-                    tuple(first.bulk),
-                    first.rate_bps,
-                    first.rtt_s,
-                    first.measured,
-                    first.seen,
-                    cost,
-                    places,
-                )
-            )
-        return sorted(found, key=lambda source: (source.cost_s / max(len(source.positions), 1), source.site))
+            lacking += (start + self._positions(answer.lacking, len(batch))).tolist()
+            unheld += answer.unheld
+        found = [
+            self._source(each[0][0], np.concatenate([positions for _, positions in each])) for each in parts.values()
+        ]
+        found.sort(key=lambda source: (source.cost_s / max(source.held, 1), source.site))
+        return Survey(lacking, unheld, found)
+
+    def image_holders(self, digest: bytes, for_site: str, *, limit: int = 16) -> ImageSurvey:
+        """The same for all chunks of a manifest, by its digest: a small question with a small answer, no positions.
+
+        UnknownThing if no site has reported that manifest.
+        """
+        answer = self._ask("/image-holders", m.ImageQuery(digest=digest, site=for_site, limit=limit), m.ImageAnswer)
+        sources = [self._source(each, None) for each in answer.sources]
+        return ImageSurvey(answer.chunks, answer.lacking, answer.unheld, sources)
+
+    def _source(self, answer: m.SourceAnswer, places: NDArray[np.int64] | None) -> Source:
+        if not answer.rate_bps > 0 or not answer.rtt_s >= 0:
+            raise PeerError(f"{self.where} names an impossible link from {answer.site!r}: run the same haulier there")
+        held = answer.held if places is None else len(places)
+        return Source(
+            site=answer.site,
+            control=answer.control,
+            bulk=tuple(answer.bulk),
+            rate_bps=answer.rate_bps,
+            rtt_s=answer.rtt_s,
+            measured=answer.measured,
+            seen=answer.seen,
+            held=held,
+            cost_s=held * CHUNK * 8 / answer.rate_bps + answer.rtt_s,
+            positions=np.empty(0, dtype=np.int64) if places is None else places,
+        )
 
     def facts(self, fingerprints: Sequence[bytes], for_site: str = "") -> list[ChunkFacts]:
         """What a cache has to know of each chunk, aligned with the request."""

@@ -7,7 +7,7 @@ Reference counts are derived from manifests and not kept a chunk at a time, so t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -41,13 +41,13 @@ UNMEASURED: Final = Link()
 
 @dataclass(frozen=True)
 class Holder:
-    """A site that has some of the chunks asked for. `mask` is aligned with the request."""
+    """A site that has some of the chunks asked for. `mask` is aligned with the request (empty if there was none)."""
 
     site: str
     held: int
     cost_s: float
     link: Link
-    mask: NDArray[np.bool_]
+    mask: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=np.bool_))
 
 
 @dataclass
@@ -80,7 +80,14 @@ class ChunkIndex:
         `links[site]` leads from that site to the one that asks. First come those that together have all that anybody
         has, then others as further sources, at most `limit`. The cost is that of all the chunks that the site has.
         """
-        wanted = bitmaps.of_ids(ids)
+        found, unheld = self.holders_of(bitmaps.of_ids(ids), links, exclude, limit)
+        masked = [replace(each, mask=bitmaps.members(ids, self.holdings[each.site])) for each in found]
+        return masked, unheld + int(np.count_nonzero(ids < 0))
+
+    def holders_of(
+        self, wanted: Bits, links: Mapping[str, Link], exclude: Iterable[str] = (), limit: int = 16
+    ) -> tuple[list[Holder], int]:
+        """As `holders`, for a set of ids, and without saying who has which."""
         left_out = set(exclude)
         offers: list[tuple[float, str, int, Link]] = []
         for site, bits in self.holdings.items():
@@ -102,11 +109,7 @@ class ChunkIndex:
             if not len(rest) and len(chosen) + len(spare) >= limit:
                 break
         chosen = sorted(chosen + spare[: limit - len(chosen)], key=lambda offer: offer[:2])
-        found = [
-            Holder(site, count, link.seconds(count), link, bitmaps.members(ids, self.holdings[site]))
-            for _, site, count, link in chosen
-        ]
-        return found, int(np.count_nonzero(ids < 0)) + len(rest)
+        return [Holder(site, count, link.seconds(count), link) for _, site, count, link in chosen], len(rest)
 
     def copies(self, ids: Ids) -> NDArray[np.int64]:
         """For each of `ids`, how many sites hold it."""

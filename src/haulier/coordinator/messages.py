@@ -74,10 +74,29 @@ class SourceAnswer(_Answer, frozen=True, kw_only=True):
 
 
 class HoldersAnswer(_Answer, frozen=True, kw_only=True):
-    """Cheapest a chunk first. `unheld` of the chunks nobody has, as far as known."""
+    """Cheapest a chunk first. `lacking` is a bit set of what the asking site itself lacks; `unheld` of the chunks
+    nobody else has, as far as known."""
 
+    lacking: bytes
     sources: Annotated[list[SourceAnswer], msgspec.Meta(max_length=MAX_SOURCES)]
     unheld: Count = 0
+
+
+class ImageQuery(Message, frozen=True, kw_only=True):
+    """`site` wants all chunks of a manifest."""
+
+    digest: Digest
+    site: Text
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_SOURCES)] = 16
+
+
+class ImageAnswer(_Answer, frozen=True, kw_only=True):
+    """`chunks` of the manifest, `lacking` of them at the site, `unheld` nowhere else; sources without positions."""
+
+    chunks: Count
+    lacking: Count
+    unheld: Count
+    sources: Annotated[list[SourceAnswer], msgspec.Meta(max_length=MAX_SOURCES)]
 
 
 class FactsQuery(Message, frozen=True, kw_only=True):

@@ -51,6 +51,11 @@ def holders(daemon: Daemon, call: Call) -> dict[str, Any]:
     return _answer(_use(daemon, lambda c: c.holders(query)))
 
 
+def image_holders(daemon: Daemon, call: Call) -> dict[str, Any]:
+    query = call.read(m.ImageQuery)
+    return _answer(_use(daemon, lambda c: c.image_holders(query)))
+
+
 def facts(daemon: Daemon, call: Call) -> dict[str, Any]:
     query = call.read(m.FactsQuery)
     return _answer(_use(daemon, lambda c: c.facts(query)))
@@ -138,6 +143,7 @@ TABLE = (
     Route("GET", f"{PREFIX}/unreferenced", Access.FLEET, unreferenced),
     Route("POST", f"{PREFIX}/lacking", Access.FLEET, lacking),
     Route("POST", f"{PREFIX}/holders", Access.FLEET, holders),
+    Route("POST", f"{PREFIX}/image-holders", Access.FLEET, image_holders),
     Route("POST", f"{PREFIX}/facts", Access.FLEET, facts),
     Route("POST", f"{PREFIX}/hello", Access.FLEET, hello),
     Route("POST", f"{PREFIX}/holdings", Access.FLEET, holdings),

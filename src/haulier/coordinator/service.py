@@ -23,7 +23,7 @@ from haulier.coordinator import messages as m
 from haulier.coordinator.backend import Backend, Rows, intern
 from haulier.coordinator.bitmaps import Bits
 from haulier.coordinator.fleet import Fleet, SiteRecord
-from haulier.coordinator.index import UNMEASURED, ChunkIndex, Link
+from haulier.coordinator.index import UNMEASURED, ChunkIndex, Holder, Link
 from haulier.coordinator.popularity import Popularity
 from haulier.coordinator.uploads import Uploads
 from haulier.errors import Conflict, Corrupt
@@ -89,7 +89,7 @@ class Coordinator:
         return m.LackingAnswer(lacking=bitmaps.pack(mask))
 
     def holders(self, query: m.HoldersQuery) -> m.HoldersAnswer:
-        """Who holds which of these chunks, and at what cost to the asking site. Counts as demand for them."""
+        """Which of these the site lacks, who holds which, and at what cost to the site. Counts as demand for them."""
         ids = self.backend.lookup(m.split(query.fingerprints))
         now = self._clock()
         with self._memory:
@@ -97,22 +97,24 @@ class Coordinator:
             found, unheld = self.index.holders(ids, links, {query.site, *query.exclude}, query.limit)
             self.popularity.bump(ids, now)
             records = {each.site: self.fleet.sites.get(each.site, SiteRecord(each.site)) for each in found}
-        sources = [
-            m.SourceAnswer(
-                site=each.site,
-                control=records[each.site].control,
-                bulk=list(records[each.site].bulk),
-                rate_bps=each.link.rate_bps,
-                rtt_s=each.link.rtt_s,
-                measured=each.link.measured,
-                seen=records[each.site].seen,
-                held=each.held,
-                cost_s=each.cost_s,
-                positions=bitmaps.pack(each.mask),
-            )
-            for each in found
-        ]
-        return m.HoldersAnswer(sources=sources, unheld=unheld)
+            lacking = self.index.lacking(query.site, ids)
+        sources = [_source(each, records[each.site], bitmaps.pack(each.mask)) for each in found]
+        return m.HoldersAnswer(lacking=bitmaps.pack(lacking), sources=sources, unheld=unheld)
+
+    def image_holders(self, query: m.ImageQuery) -> m.ImageAnswer:
+        """The same for all chunks of a manifest, without a word about each. UnknownThing if it is not known here."""
+        with self._memory:
+            wanted = self.index.manifest(query.digest)
+            links = self.fleet.links.get(query.site, {})
+            found, unheld = self.index.holders_of(wanted, links, {query.site}, query.limit)
+            records = {each.site: self.fleet.sites.get(each.site, SiteRecord(each.site)) for each in found}
+            lacking = wanted.difference_cardinality(self.index.of_site(query.site))
+        return m.ImageAnswer(
+            chunks=len(wanted),
+            lacking=lacking,
+            unheld=unheld,
+            sources=[_source(each, records[each.site], b"") for each in found],
+        )
 
     def facts(self, query: m.FactsQuery) -> m.FactsAnswer:
         """What a cache has to know of each chunk: references, copies, popularity, cost of fetching it again."""
@@ -373,6 +375,21 @@ class Coordinator:
                         packed,
                     )
                 )
+
+
+def _source(holder: Holder, record: SiteRecord, positions: bytes) -> m.SourceAnswer:
+    return m.SourceAnswer(
+        site=holder.site,
+        control=record.control,
+        bulk=list(record.bulk),
+        rate_bps=holder.link.rate_bps,
+        rtt_s=holder.link.rtt_s,
+        measured=holder.link.measured,
+        seen=record.seen,
+        held=holder.held,
+        cost_s=holder.cost_s,
+        positions=positions,
+    )
 
 
 def ordered(manifest: Manifest) -> list[bytes]:
