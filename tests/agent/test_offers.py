@@ -81,7 +81,7 @@ def test_too_little_memory(fleet: Fleet) -> None:
 
 
 def test_too_little_disk(fleet: Fleet) -> None:
-    refused(fleet, NoRoom, "free, up to", disk_bytes=1 << 49)
+    refused(fleet, NoRoom, "MiB free and 0 MiB in the cache, up to", disk_bytes=1 << 49)
 
 
 def test_a_machine_type_that_is_not_there(fleet: Fleet) -> None:
@@ -212,3 +212,55 @@ def test_what_is_there_already_is_found(fleet: Fleet) -> None:
 def test_the_link_is_measured(fleet: Fleet) -> None:
     rate, rtt = fleet.to_lisbon().measure()
     assert rate > 1e6 and 0 < rtt < 1
+
+
+ROOM = CHUNK + 64
+
+
+def cached(fleet: Fleet, chunks: int) -> list[bytes]:
+    """Chunks at lisbon that nothing refers to."""
+    store = fleet.at_lisbon.store
+    fps = [store.put(os.urandom(CHUNK)) for _ in range(chunks)]
+    store.save_manifest("past", Manifest(chunks * CHUNK, b"".join(fps)))
+    store.drop_manifest("past")
+    return fps
+
+
+def free(monkeypatch: pytest.MonkeyPatch, amount: int) -> None:
+    real = offers.shutil.disk_usage
+    monkeypatch.setattr(offers.shutil, "disk_usage", lambda path: real(path)._replace(free=amount))
+
+
+def test_a_store_that_is_in_use_up_to_its_budget(fleet: Fleet) -> None:
+    store = fleet.at_lisbon.store
+    fps = [store.put(os.urandom(CHUNK)) for _ in range(8)]
+    store.save_manifest("guest/other", Manifest(8 * CHUNK, b"".join(fps)))
+    fleet.at_lisbon.cache.budget = 10 * ROOM
+    refused(fleet, NoRoom, "store's budget of 0 MiB leaves 0 MiB beside what is in use", disk_bytes=3 * CHUNK)
+    assert fleet.to_lisbon().look(make_offer(disk_bytes=2 * CHUNK))["reasons"] == []
+
+
+def test_the_cache_counts_as_free(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached(fleet, 8)
+    fleet.at_lisbon.cache.budget = 10 * ROOM
+    assert fleet.to_lisbon().look(make_offer(disk_bytes=9 * CHUNK))["reasons"] == []
+    need = (64 << 20) + offers._SLACK
+    free(monkeypatch, need - 4 * CHUNK)
+    assert fleet.to_lisbon().look(make_offer(disk_bytes=3 * CHUNK))["reasons"] == []
+    refused(fleet, NoRoom, "MiB free and 0 MiB in the cache", disk_bytes=5 * CHUNK)
+
+
+def test_an_offer_that_is_taken_makes_the_cache_give_way(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not what the guest itself will need."""
+    fps = cached(fleet, 8)
+    store = fleet.at_lisbon.store
+    mine = Manifest(2 * CHUNK, fps[0] + fps[1])
+    store.save_manifest("retained/web1", mine, pinned=False)
+    with store.index.write() as db:
+        db.executemany("UPDATE chunks SET used=1 WHERE fp=?", ((fp,) for fp in fps[:2]))
+    fleet.at_lisbon.cache.policy = "lru"
+    free(monkeypatch, (64 << 20) + offers._SLACK - 3 * CHUNK)
+    monkeypatch.setattr(offers.spawning, "accept", lambda *args, **kwargs: (_ for _ in ()).throw(Conflict("enough")))
+    with pytest.raises(Conflict, match="enough"):
+        fleet.to_lisbon().offer(make_offer(manifest=mine.digest.hex()))
+    assert len(store.missing(fps)) == 3 and store.missing(fps[:2]) == []

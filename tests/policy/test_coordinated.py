@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haulier.policy.coordinated import SHARED, Coordinated, Fleet, place
+from haulier.policy.coordinated import ONCE, SHARED, Coordinated, Fleet, place
 from haulier.policy.model import Item
 from haulier.policy.replay import replay_fleet
 from haulier.policy.traces import accesses, catalogue
@@ -29,8 +29,10 @@ def total(fleet: Fleet, keys: list[str], demand: dict[tuple[int, str], float]) -
     for site, key in itertools.product(range(len(fleet.costs)), keys):
         if site in fleet.holders[key]:
             continue
+        times = sum(uses for (_, k), uses in demand.items() if k == key)
+        again = max(times - ONCE, 0.0) / times if times else 0.0
         shared = SHARED / len(fleet.costs) * sum(uses for (_, k), uses in demand.items() if k == key)
-        seconds += (demand.get((site, key), 0.0) + shared) * fleet.nearest(site, key)
+        seconds += again * (demand.get((site, key), 0.0) + shared) * fleet.nearest(site, key)
     return seconds
 
 

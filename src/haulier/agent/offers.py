@@ -12,9 +12,11 @@ from typing import Any, Final
 
 import msgspec
 
+from haulier.agent.cache import Cache
 from haulier.agent.core import Core
 from haulier.agent.handoffs import MAX_EPOCH
 from haulier.agent.site import check_name
+from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, NotTrusted, UnknownThing, Unsupported, UsageError
 from haulier.guests.accel import probe, qemu_info, qemu_version
@@ -69,26 +71,32 @@ class Found:
 
 def find_here(core: Core, store: ChunkStore, offer: Offer, spec: GuestSpec) -> Found:
     """Looks for what need not be sent. Reads only."""
-    wanted = bytes.fromhex(offer.manifest)
-    missing, known = offer.disk_bytes, False
-    for name in store.manifest_names():
-        with contextlib.suppress(Corrupt, UnknownThing):
-            manifest = store.load_manifest(name)
-            if manifest.digest == wanted:
-                missing, known = len(store.missing(manifest.unique())) * CHUNK, True
-                break
+    manifest = find_manifest(store, offer)
+    known = manifest is not None
+    missing = len(store.missing(manifest.unique())) * CHUNK if manifest is not None else offer.disk_bytes
     here = retained.candidates(core.site, spec.name, spec.uuid, spec.golden)
     base = next((picture for picture in offer.memory_bases if picture in here), "")
     return Found(spec, known, base, missing)
 
 
-def look(core: Core, store: ChunkStore, body: Any, caller: str) -> dict[str, Any]:
+def find_manifest(store: ChunkStore, offer: Offer) -> Manifest | None:
+    """The offered disk's base, if its manifest is here under any name."""
+    wanted = bytes.fromhex(offer.manifest)
+    for name in store.manifest_names():
+        with contextlib.suppress(Corrupt, UnknownThing):
+            manifest = store.load_manifest(name)
+            if manifest.digest == wanted:
+                return manifest
+    return None
+
+
+def look(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) -> dict[str, Any]:
     """What stands against an offer ({"reasons": [[exit code, text], ...]}), and what is here already."""
     offer, spec = read_offer(body, caller)
     found = find_here(core, store, offer, spec)
     return {
         "site": core.site.name,
-        "reasons": [[kind.exit_code, text] for kind, text in reasons(core, offer, found)],
+        "reasons": [[kind.exit_code, text] for kind, text in reasons(core, cache, offer, found)],
         "manifest": found.manifest,
         "memory_base": found.memory_base,
         "missing_bytes": found.missing_bytes,
@@ -97,7 +105,7 @@ def look(core: Core, store: ChunkStore, body: Any, caller: str) -> dict[str, Any
     }
 
 
-def take(core: Core, store: ChunkStore, body: Any, caller: str) -> dict[str, Any]:
+def take(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) -> dict[str, Any]:
     """Takes an offer, or raises all that stands against it. An offer that is repeated is answered as before."""
     offer, spec = read_offer(body, caller)
     with core.alone(spec.name, f"being offered by site {caller!r}"):
@@ -105,11 +113,12 @@ def take(core: Core, store: ChunkStore, body: Any, caller: str) -> dict[str, Any
         if again is not None:
             return again
         found = find_here(core, store, offer, spec)
-        against = reasons(core, offer, found)
+        against = reasons(core, cache, offer, found)
         if against:
             kind, _ = against[0]
             text = "; ".join(text for _, text in against)
             raise kind(f"site {core.site.name!r} cannot take guest {spec.name!r}: {text}")
+        _make_room(core, store, cache, offer, found)
         accept, process = spawning.accept(
             core.site, core.journal, offer, manifest=found.manifest, memory_base=found.memory_base
         )
@@ -132,7 +141,7 @@ def lacking(store: ChunkStore, request: Lacking) -> dict[str, Any]:
     return {"lacking": [i for i, fp in enumerate(fps) if fp in missing]}
 
 
-def reasons(core: Core, offer: Offer, here: Found) -> list[tuple[type[HaulierError], str]]:
+def reasons(core: Core, cache: Cache, offer: Offer, here: Found) -> list[tuple[type[HaulierError], str]]:
     """All that stands against an offer here: which kind of error, and what to do about it."""
     spec = here.spec
     found: list[tuple[type[HaulierError], str]] = []
@@ -148,11 +157,22 @@ def reasons(core: Core, offer: Offer, here: Found) -> list[tuple[type[HaulierErr
         found.append((NoRoom, f"{text} (stop another guest there)"))
     need = here.missing_bytes + spec.memory_bytes + _SLACK
     free = shutil.disk_usage(core.site.root).free
-    if free < need:
+    room = cache.room() if free < need or cache.budget else None
+    if room is not None and free + room.cached < need:
         found.append(
             (
                 NoRoom,
-                f"{core.site.root} has {free // MIB} MiB free, up to {need // MIB} MiB are needed (run 'haulier gc')",
+                f"{core.site.root} has {free // MIB} MiB free and {room.cached // MIB} MiB in the cache, up to "
+                f"{need // MIB} MiB are needed (remove guests or images there, or enlarge the disk)",
+            )
+        )
+    if room is not None and cache.budget and room.used - room.cached + here.missing_bytes > cache.budget:
+        left = max(0, cache.budget - room.used + room.cached)
+        found.append(
+            (
+                NoRoom,
+                f"its store's budget of {cache.budget // MIB} MiB leaves {left // MIB} MiB beside what is in use, up "
+                f"to {here.missing_bytes // MIB} MiB are needed ('haulier cache budget' there raises it)",
             )
         )
     if spec.address and not exists(BRIDGE):
@@ -163,6 +183,14 @@ def reasons(core: Core, offer: Offer, here: Found) -> list[tuple[type[HaulierErr
     except UsageError as error:
         found.append((Unsupported, str(error)))
     return found
+
+
+def _make_room(core: Core, store: ChunkStore, cache: Cache, offer: Offer, here: Found) -> None:
+    """Lets the cache give way where the disk would be full otherwise; the budget is seen to as chunks come."""
+    lacking = here.missing_bytes + here.spec.memory_bytes + _SLACK - shutil.disk_usage(core.site.root).free
+    if lacking > 0:
+        wanted = find_manifest(store, offer)
+        cache.evict(lacking, wanted.unique() if wanted is not None else ())
 
 
 def _name_taken(core: Core, offer: Offer, spec: GuestSpec) -> str:

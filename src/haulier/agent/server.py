@@ -23,6 +23,7 @@ from typing import Final, Protocol
 from aiohttp import web
 
 from haulier.agent import authority
+from haulier.agent.cache import Cache
 from haulier.agent.core import Core
 from haulier.agent.guests import Guests
 from haulier.agent.handoffs import Handoffs
@@ -48,6 +49,7 @@ _THREADS: Final = 32
 _GRACE_S: Final = 3.0
 GUESTS_EVERY_S: Final = 2.0
 HANDOFFS_EVERY_S: Final = 0.5
+CACHE_EVERY_S: Final = 5.0
 LOOP_END_S: Final = 10.0
 _STATUS: Final = {2: 400, 3: 404, 4: 409, 5: 422, 6: 507, 7: 422, 8: 502, 9: 403, 10: 500, 11: 409, 12: 500}
 
@@ -106,6 +108,7 @@ class Agent:
         self.core = Core(site)
         self.journal = self.core.journal
         self.store = ChunkStore(site.store)
+        self.cache = Cache(self.core, self.store)
         self.guests = Guests(self.core, self.store)
         self.images = Images(self.core, self.store)
         self.layers = Layers(self.core, self.store, self.images)
@@ -142,6 +145,7 @@ class Agent:
             ("guests", GUESTS_EVERY_S, self.guests.supervise),
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
             ("the coordinator", REPORT_EVERY_S, self.reporter.step),
+            ("the cache", CACHE_EVERY_S, self.cache.tick),
         ):
             loop = threading.Thread(target=self._watch, args=(name, every_s, watch), name=f"watch {name}", daemon=True)
             self._loops.append(loop)

@@ -1,6 +1,6 @@
 """A site's directory: what lies where, and the settings in ``site.toml``.
 
-site.toml      name, control address, bulk addresses, moved_hook, store budget
+site.toml      name, control address, bulk addresses, moved_hook, store budget, cache policy
 tls/           ca.pem, site.pem, site.key; ca.key only at the site that made the fleet
 journal.sqlite who owns which guest, handoffs, known sites
 store/         chunks and manifests
@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from haulier.errors import Conflict, Corrupt, UnknownThing, UsageError
+from haulier.policy.model import check_policy
 
 DEFAULT_ROOT = Path("/var/lib/haulier")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
-_OPTIONAL = ("ram", "coordinator", "database")
+_OPTIONAL = ("ram", "coordinator", "database", "cache_policy")
 _SOCKET_LIMIT = 100
 """sun_path holds 108 bytes; a little is left for suffixes."""
 
@@ -118,6 +119,8 @@ class Site:
     """Where the fleet's coordinator is (see coordinator.address): https://HOST:PORT, "here", or "" for none."""
     database: str = field(default="", repr=False)
     """Of a coordinator at this site: postgresql://..., or empty for a file of its own."""
+    cache_policy: str = ""
+    """Of haulier.policy; empty = the default."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "site")
@@ -126,6 +129,8 @@ class Site:
             object.__setattr__(self, "bulk", (host,))
         for address in self.bulk:
             check_host(address, "bulk address")
+        if self.cache_policy:
+            check_policy(self.cache_policy)
 
     # -- configuration
 
@@ -143,7 +148,8 @@ class Site:
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise Corrupt(f"{path} is not valid TOML ({error}): mend it by hand") from None
-        known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int, "ram": str}
+        known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int}
+        known |= {"ram": str, "cache_policy": str}
         known |= {"origin": str, "origin_endpoint": str, "origin_cost": int}
         known |= {"coordinator": str, "database": str}
         for key, value in data.items():
@@ -174,7 +180,7 @@ class Site:
         lines += [f"{key} = {json.dumps(getattr(self, key))}" for key in _OPTIONAL if getattr(self, key)]
         write_atomically(self.root / "site.toml", ("\n".join(lines) + "\n").encode())
 
-    def set(self, **changes: str) -> Site:
+    def set(self, **changes: str | int) -> Site:
         """This site with other settings, written to site.toml; whatever else stands there stays."""
         path = self.root / "site.toml"
         kept = [line for line in path.read_text().splitlines() if line.partition("=")[0].strip() not in changes]

@@ -15,6 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.agent import authority
+from haulier.agent.cache import Cache
 from haulier.agent.client import Client
 from haulier.agent.core import Core
 from haulier.agent.jobs import Job, Progress
@@ -36,38 +37,45 @@ KEEP_HANDOFF_S: Final = 30 * 86400.0
 
 
 class GcRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """`everything`: all that nothing refers to, whatever the budget has room for."""
+
     dry_run: bool = False
+    everything: bool = False
 
 
-def collect(core: Core, store: ChunkStore, dry_run: bool) -> Job:
-    """Frees chunks that nothing refers to, leases and mirrors of handoffs that are over, and old handoffs' files."""
+def collect(core: Core, store: ChunkStore, cache: Cache, request: GcRequest) -> Job:
+    """Frees chunks that are neither referred to nor worth their room, and what handoffs that are over left."""
 
     def work(progress: Progress) -> dict[str, Any]:
         with core.alone("the store", "being collected"):
             progress(0.1, "handoffs that are over")
-            over = _over(core, store, dry_run)
+            leases, manifests = _over(core, store)
+            files = _old_files(core, request.dry_run)
             progress(0.2, "chunks")
-            report = store.gc(dry_run=dry_run)
-        return {"dry_run": dry_run, "handoffs": over, "store": msgspec.to_builtins(report)}
+            report = cache.collect(request.dry_run, request.everything, leases, manifests)
+        over = [*leases, *manifests, *files]
+        return {"dry_run": request.dry_run, "handoffs": over, "store": msgspec.to_builtins(report)}
 
     return core.jobs.start("gc", core.site.name, work)
 
 
-def _over(core: Core, store: ChunkStore, dry_run: bool) -> list[str]:
+def _over(core: Core, store: ChunkStore) -> tuple[list[str], list[str]]:
+    """Leases and manifests of handoffs that are over."""
+    live = {row.id for row in core.journal.handoffs(live=True)}
+    leases = [name for name in store.leases() if name.startswith("handoff/") and name[8:] not in live]
+    using = {row.manifest for row in core.journal.guests()}
+    manifests = [
+        name
+        for name in store.manifest_names("incoming/")
+        if name.removeprefix("incoming/") not in live and name not in using and not _served(core, name)
+    ]
+    return leases, manifests
+
+
+def _old_files(core: Core, dry_run: bool) -> list[str]:
+    """Mirrors and directories of handoffs that are over; removed unless it is a dry run."""
     live = {row.id for row in core.journal.handoffs(live=True)}
     found = []
-    for lease in store.leases():
-        handoff = lease.removeprefix("handoff/")
-        if handoff != lease and handoff not in live:
-            found.append(lease)
-            if not dry_run:
-                store.drop_lease(lease)
-    using = {row.manifest for row in core.journal.guests()}
-    for name in store.manifest_names("incoming/"):
-        if name.removeprefix("incoming/") not in live and name not in using and not _served(core, name):
-            found.append(name)
-            if not dry_run:
-                store.drop_manifest(name)
     for path in core.site.handoffs.iterdir() if core.site.handoffs.is_dir() else ():
         if path.name in live:
             continue

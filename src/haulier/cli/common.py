@@ -76,3 +76,21 @@ def parse_memory(text: str) -> int:
     if not digits.isascii() or not digits.isdigit() or not 0 < int(digits) <= 1 << 24:
         raise UsageError(f"bad amount of memory {text!r}: write for example 512M or 2G")
     return int(digits) * (factor or 1)
+
+
+def parse_size(text: str) -> int:
+    """ "40G", "500M", "0" as bytes (powers of ten, as `size` shows them; KiB, MiB, GiB are powers of two)."""
+    from haulier.errors import UsageError
+
+    scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+    scale["ti"] = 1 << 40
+    body = text.strip().lower().removesuffix("b")
+    unit = body.lstrip("0123456789.")
+    number = body.removesuffix(unit)
+    try:
+        amount = float(number) * scale[unit]
+    except (ValueError, KeyError):
+        raise UsageError(f"bad amount {text!r}: write for example 40G, 500M or 0") from None
+    if amount > 1 << 60:
+        raise UsageError(f"bad amount {text!r}: that is more than there is")
+    return int(amount)

@@ -13,12 +13,16 @@ from haulier.cli.progress import wait
 def gc(
     *,
     dry_run: Annotated[bool, Parameter(negative="", help="Only say what would be freed.")] = False,
+    everything: Annotated[bool, Parameter(name="--all", negative="", help="Also what the cache has room for.")] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Free chunks that no guest, image or handoff refers to."""
+    """Free chunks that no guest, image or handoff refers to, and that are not worth their room.
+
+    With a store budget that is what is beyond it, and what was not used for a month; without one, all of it.
+    """
     agent = client(root)
-    found = wait(agent, agent.post("/v1/gc", {"dry_run": dry_run}), json)
+    found = wait(agent, agent.post("/v1/gc", {"dry_run": dry_run, "everything": everything}), json)
     if json:
         print_json(found)
         return

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from haulier.agent.client import path_segment
+from haulier.cli import cache
 from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table, size
 from haulier.cli.progress import wait
 
@@ -187,3 +188,34 @@ def remove(name: str, /, *, root: Root = None, json: Json = False) -> None:
         print_json(result)
     else:
         console.print(f"image {name} removed; 'haulier gc' frees its space", highlight=False)
+
+
+@image_app.command
+def pin(name: str, /, *, root: Root = None, json: Json = False) -> None:
+    """Keep all of an image, however full the store is (as of the moment it was imported).
+
+    Parameters
+    ----------
+    name
+        Name of the image.
+    """
+    cache.pin(name, True, False, root, json)
+
+
+@image_app.command
+def unpin(
+    name: str,
+    /,
+    *,
+    force: Annotated[bool, Parameter(negative="", help="Even if no other site has all of it.")] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Let the cache's policy evict what only this image refers to, when room is needed.
+
+    Parameters
+    ----------
+    name
+        Name of the image.
+    """
+    cache.pin(name, False, force, root, json)

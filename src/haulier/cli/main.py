@@ -34,7 +34,8 @@ VERBS: Final = {
     "status": ("haulier.cli.status:status", "Show handoffs, running and past."),
     "cancel": ("haulier.cli.cancel:cancel", "Cancel a handoff; the guest runs on where it is."),
     "verify": ("haulier.cli.verify:verify", "Check a guest's disk, chunk by chunk."),
-    "gc": ("haulier.cli.gc:gc", "Free what no guest and no image refers to."),
+    "cache": ("haulier.cli.cache:cache_app", "The cache's budget and policy, and what is in it."),
+    "gc": ("haulier.cli.gc:gc", "Free what nothing refers to and the cache has no room for."),
     "doctor": ("haulier.cli.doctor:doctor", "Say what this host can do, and what is wrong."),
     "lab": ("haulier.cli.lab:lab_app", "Sites as network namespaces with shaped links, on this machine."),
 }

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from haulier.policy.model import COORDINATED_NAME, Item, Key
@@ -25,6 +26,8 @@ from haulier.policy.ranked import Ranked
 
 SHARED: Final = 0.5
 """Of the demand at an average site, how much is expected at each."""
+ONCE: Final = 0.8
+"""Of the first use: how little it says that there will be another. Most of what is read once is never read again."""
 _STALE: Final = 1.02
 _FLAT: Final = 600.0
 """Exponents are kept below this, and scaled down when they reach it."""
@@ -46,6 +49,7 @@ class Fleet:
         ]
         self.holders: defaultdict[Key, set[int]] = defaultdict(set)
         self._demand: defaultdict[Key, dict[int, float]] = defaultdict(dict)
+        self._times: defaultdict[Key, float] = defaultdict(float)
         self._decay = math.log(2) / half_life
         self._base = 0.0
         self._mean = SHARED / max(len(costs), 1)
@@ -62,6 +66,7 @@ class Fleet:
                 for who in wants:
                     wants[who] *= scale
             self._base = now
+        self._times[key] += uses
         wants = self._demand[key]
         wants[site] = wants.get(site, 0.0) + uses * math.exp((now - self._base) * self._decay)
 
@@ -90,7 +95,8 @@ class Fleet:
             instead = self.nearest(other, key, without=site)
             if instead > here:
                 lost += (wants.get(other, 0.0) + shared) * (instead - here)
-        return lost
+        times = self._times[key]
+        return lost * max(times - ONCE, 0.0) / times
 
 
 class Coordinated:
@@ -132,6 +138,70 @@ class Coordinated:
 
     def restore(self, items: Iterable[Item]) -> None:
         for item in items:
+            self.insert(item)
+
+    def memory(self) -> dict[str, Any]:
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a fleet knows of a thing: seconds a byte to fetch it again from the nearest other holder, other holders,
+    and how often it was wanted lately anywhere (decayed)."""
+
+    refetch_s: float = 8 / 20e6
+    copies: int = 0
+    popularity: float = 0.0
+
+
+LOCAL_HALF_LIFE_S: Final = 86_400.0
+
+
+class Informed:
+    """The coordinated policy of a site that is told facts by a coordinator, instead of the whole fleet's books.
+
+    The demand of others is taken to be spread evenly over the sites, and to be served evenly by those that hold a
+    copy: so each copy but the last is worth its share of what everybody saves.
+    """
+
+    name: ClassVar[str] = COORDINATED_NAME
+
+    def __init__(self, facts: Callable[[Key], Facts], sites: int, now: float) -> None:
+        self._facts = facts
+        self._sites = max(sites, 1)
+        self._now = now
+        self._ranked = Ranked()
+        self._uses: dict[Key, float] = {}
+
+    def _rank(self, key: Key) -> None:
+        known = self._facts(key)
+        others = max(self._sites - 1 - known.copies, 0) / self._sites * known.popularity / (known.copies + 1)
+        here = self._uses[key] + SHARED * known.popularity / self._sites
+        self._ranked.set(key, (here + others) * known.refetch_s)
+
+    def insert(self, item: Item) -> None:
+        age = max(self._now - item.used, 0.0)
+        self._uses[item.key] = (1 + item.hits) * 0.5 ** min(age / LOCAL_HALF_LIFE_S, _FLAT)
+        self._rank(item.key)
+
+    def hit(self, key: Key, cost: float | None = None) -> None:
+        self._uses[key] += 1
+        self._rank(key)
+
+    def remove(self, key: Key) -> None:
+        self._ranked.discard(key)
+        self._uses.pop(key, None)
+
+    def victim(self) -> Key:
+        key, _ = self._ranked.pop()
+        del self._uses[key]
+        return key
+
+    def restore(self, items: Iterable[Item]) -> None:
+        for item in sorted(items, key=lambda item: item.used):
             self.insert(item)
 
     def memory(self) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class S3Fifo:
         self._main = _Queue(capacity - int(capacity * SMALL))
         self._ghost = _Queue(int(capacity * GHOST))
         self._full = False
+        self.moved: dict[Key, int] = {}
+        """What went to the main queue or got another round there, with its frequency from then on."""
 
     def insert(self, item: Item) -> None:
         if self._ghost.drop(item.key):
@@ -84,6 +86,7 @@ class S3Fifo:
             key, size, frequency = self._small.oldest()
             if frequency >= THRESHOLD:
                 self._main.add(key, size)
+                self.moved[key] = 0
                 continue
             self._remember(key, size)
             return key
@@ -95,6 +98,7 @@ class S3Fifo:
             if frequency == 0:
                 return key
             self._main.add(key, size, frequency - 1)
+            self.moved[key] = frequency - 1
 
     def _remember(self, key: Key, size: int) -> None:
         if size > self._ghost.most:

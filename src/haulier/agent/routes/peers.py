@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def offer(agent: Agent, call: Call) -> dict[str, Any]:
-    return offers.take(agent.core, agent.store, call.read(dict[str, Any]), call.site)
+    return offers.take(agent.core, agent.store, agent.cache, call.read(dict[str, Any]), call.site)
 
 
 def look(agent: Agent, call: Call) -> dict[str, Any]:
-    return offers.look(agent.core, agent.store, call.read(dict[str, Any]), call.site)
+    return offers.look(agent.core, agent.store, agent.cache, call.read(dict[str, Any]), call.site)
 
 
 def probe(agent: Agent, call: Call) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Jobs, garbage collection, and the examination of the host."""
+"""Jobs, the cache, garbage collection, and the examination of the host."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from haulier.agent import upkeep
+from haulier.agent.cache import Change, PinRequest
 from haulier.agent.routes import Access, Call, Route
 
 if TYPE_CHECKING:
@@ -23,7 +24,19 @@ def job(agent: Agent, call: Call) -> dict[str, Any]:
 
 def gc(agent: Agent, call: Call) -> dict[str, Any]:
     request = call.read(upkeep.GcRequest)
-    return dict(msgspec.to_builtins(upkeep.collect(agent.core, agent.store, request.dry_run)))
+    return dict(msgspec.to_builtins(upkeep.collect(agent.core, agent.store, agent.cache, request)))
+
+
+def cache(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.cache.facts()
+
+
+def change_cache(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.cache.change(call.read(Change))
+
+
+def pin(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.cache.pin(call.names["name"], call.read(PinRequest))
 
 
 def doctor(agent: Agent, call: Call) -> dict[str, Any]:
@@ -34,5 +47,8 @@ TABLE = (
     Route("GET", "/v1/jobs", Access.OPERATOR, jobs),
     Route("GET", "/v1/jobs/{id}", Access.OPERATOR, job),
     Route("POST", "/v1/gc", Access.OPERATOR, gc),
+    Route("GET", "/v1/cache", Access.OPERATOR, cache),
+    Route("POST", "/v1/cache", Access.OPERATOR, change_cache),
+    Route("POST", "/v1/images/{name}/pin", Access.OPERATOR, pin),
     Route("GET", "/v1/doctor", Access.OPERATOR, doctor),
 )
