@@ -13,6 +13,7 @@ FLEET: Final = (
     "docs/sites.md",
     "docs/guests.md",
     "docs/handoff.md",
+    "docs/caches.md",
 )
 """One after the other on the same two sites, which have no haulier before the first page."""
 LAB: Final = ("docs/lab.md",)
