@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from haulier.errors import HaulierError, UnknownThing
+from haulier.errors import Cancelled, HaulierError, UnknownThing
 from haulier.handoff.journal import new_handoff_id
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Jobs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._cancelled: set[str] = set()
 
     def start(self, kind: str, about: str, work: Callable[[Progress], dict[str, Any]]) -> Job:
         """Runs `work` in a thread of its own; it is given a function to report progress with."""
@@ -70,8 +71,17 @@ class Jobs:
         with self._lock:
             return list(self._jobs.values())
 
+    def cancel(self, name: str) -> Job:
+        """Has the job end at its next word of progress; one that is over stays as it is. UnknownThing."""
+        job = self.get(name)
+        if job.state == "running":
+            self._cancelled.add(job.id)
+        return job
+
     def _run(self, job: Job, work: Callable[[Progress], dict[str, Any]]) -> None:
         def progress(fraction: float, message: str) -> None:
+            if job.id in self._cancelled:
+                raise Cancelled(f"{job.kind} of {job.about} was cancelled")
             job.progress = min(1.0, max(0.0, fraction))
             job.message = message
 
@@ -88,3 +98,4 @@ class Jobs:
             job.code, job.state = HaulierError.exit_code, "failed"
         finally:
             job.ended = time.time()
+            self._cancelled.discard(job.id)

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
+from haulier.agent.client import Client
 from haulier.agent.core import Core
 from haulier.agent.images import Images
 from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, HaulierError, UnknownThing, Unsupported
+from haulier.errors import Conflict, HaulierError, PeerError, UnknownThing, Unsupported, UsageError
 from haulier.guests.golden import IMAGE_PREFIX, list_goldens
 from haulier.handoff import residence
 from haulier.handoff.journal import GuestRow
 from haulier.handoff.ownership import MAY_RUN, State
-from haulier.images import commit, layers
+from haulier.images import arrival, commit, layers
+from haulier.images.messages import PushAccept, PushOffer
+from haulier.images.push import Push
+from haulier.session import Session, TlsConfig
 
 log = logging.getLogger(__name__)
+
+PUSH_OFFER_S: Final = 120.0
 
 
 class CommitRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -28,6 +34,28 @@ class CommitRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     guest: str
     name: str
+
+
+class PushRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Bring image `name` to the site `to`; with `warm` its golden snapshots, too."""
+
+    name: str
+    to: str
+    warm: bool = True
+
+
+class _PushPeer:
+    """The other site's agent, as a push needs it."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def offer_push(self, offer: PushOffer) -> PushAccept:
+        answer = self._client.post("/v1/peer/pushes", msgspec.to_builtins(offer), timeout=PUSH_OFFER_S)
+        try:
+            return msgspec.convert(answer, PushAccept)
+        except msgspec.ValidationError as error:
+            raise PeerError(f"{self._client.where} answered a push in a way that makes no sense: {error}") from None
 
 
 class Layers:
@@ -41,6 +69,9 @@ class Layers:
 
     def adopt(self) -> None:
         """At the agent's start: lets guests run on that stood still for a commit when the agent was killed."""
+        for lease in self.store.leases():
+            if lease.startswith(arrival.LEASE):
+                self.store.drop_lease(lease)
         for row in self.core.journal.guests():
             if row.state in MAY_RUN:
                 try:
@@ -152,6 +183,47 @@ class Layers:
         if guests:
             raise Conflict(f"guest {guests[0].name!r} was made from image {name!r}: remove the guest first")
         return self.images.remove(name)
+
+    # -- pushed --------------------------------------------------------------------------------------------------
+
+    def push(self, request: PushRequest) -> Job:
+        """Brings an image, its layers and golden snapshots to another site; its job may be cancelled and repeated."""
+        self._known(request.name)
+        peer = self.core.other_site(request.to)
+        client = self.core.peer(peer.name)
+
+        def work(progress: Progress) -> dict[str, Any]:
+            with self.core.alone(f"push of {request.name} to {peer.name}", "under way"), self.store.sibling() as own:
+                pushing = Push(own, self.site.golden, self._tls(peer.name), request.name, progress, warm=request.warm)
+                return pushing.run(_PushPeer(client)) | {"source": self.site.name, "target": peer.name}
+
+        return self.core.jobs.start("push", request.name, work)
+
+    def take(self, offer: PushOffer, caller: str) -> PushAccept:
+        """Another site's push: says what is here, and listens for the rest."""
+        check_name(offer.push, "push")
+        if len(offer.secret) != 64 or set(offer.secret) - set("0123456789abcdef"):
+            raise UsageError("the offer's secret is not 64 hexadecimal digits: run the same haulier at both sites")
+        accept = arrival.look(self.store, self.site.golden, offer)
+        if arrival.complete(offer, accept):
+            return accept
+        session = Session.listen(self._tls(caller), bytes.fromhex(offer.secret), bind=self.site.bulk)
+
+        def work(progress: Progress) -> dict[str, Any]:
+            try:
+                with self.store.sibling() as own:
+                    arrival.Arrival(
+                        own, self.site.golden, session, caller, offer.push, lambda text: progress(0.5, text)
+                    ).run()
+            finally:
+                session.close(linger_s=3)
+            return {"images": [name for name, _ in offer.images]}
+
+        self.core.jobs.start("arrival", offer.images[-1][0], work)
+        return msgspec.structs.replace(accept, port=session.port, bulk=self.site.bulk)
+
+    def _tls(self, peer: str) -> TlsConfig:
+        return TlsConfig(self.site.certificate, self.site.key, self.site.ca_certificate, peer)
 
     # -- inside
 

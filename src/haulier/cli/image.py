@@ -1,4 +1,4 @@
-"""`haulier image`: import, commit, warm, list, show, tree, remove."""
+"""`haulier image`: import, commit, push, warm, list, show, tree, remove."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from haulier.agent.client import path_segment
 from haulier.cli import cache
 from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table, size
 from haulier.cli.progress import wait
+from haulier.units import CHUNK
 
 image_app = App(name="image", help="Images of this site, their layers and golden snapshots.")
 
@@ -99,6 +100,41 @@ def commit(guest: str, name: str, /, *, root: Root = None, json: Json = False) -
     how = "its file systems were at rest" if result["quiesced"] else "as after a power cut, for it has no agent"
     console.print(
         plain(f"image {name} on {result['parent']}: {size(result['own_bytes'])} of its own ({how})"), highlight=False
+    )
+
+
+@image_app.command
+def push(
+    name: str,
+    /,
+    *,
+    to: Annotated[str, Parameter(help="The site that it is brought to.")],
+    warm: Annotated[bool, Parameter(help="Bring its golden snapshots, too.")] = True,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Bring an image and the layers below it to another site, ahead of need. Ctrl-C cancels; what arrived stays there.
+
+    Parameters
+    ----------
+    name
+        Name of the image.
+    """
+    agent = client(root)
+    job = agent.post("/v1/image-pushes", {"name": name, "to": to, "warm": warm})
+    try:
+        result = wait(agent, job, json)
+    except KeyboardInterrupt:
+        agent.post(f"/v1/jobs/{path_segment(str(job['id']))}/cancel")
+        result = wait(agent, job, json)
+    if json:
+        print_json(result)
+        return
+    whole = sum(item["bytes"] for item in result["items"])
+    lacking = sum(item["lacking"] for item in result["items"]) * CHUNK
+    text = f"{size(result['wire_bytes'])} sent for {size(lacking)} that it lacked of {size(whole)}"
+    console.print(
+        plain(f"image {name} is at {to}: {text if result['items'] else 'it was there already'}"), highlight=False
     )
 
 

@@ -55,9 +55,11 @@ def _show(found: dict[str, Any]) -> None:
     rows: list[tuple[str, object]] = [
         ("disk", size(amount["disk"])),
         ("  changed chunks", amount["disk_chunks"]),
-        ("  of the base, missing there", size(amount["missing_at_target"])),
-        ("memory", size(amount["memory"])),
     ]
+    for name, layer in found.get("layers", {}).items():
+        text = f"{size(layer['bytes'])}, {size(layer['missing'])} missing there, about {size(layer['wire'])} to send"
+        rows.append((f"  layer {name}", text))
+    rows.append(("memory", size(amount["memory"])))
     rows += [(f"  pages {kind}", count) for kind, count in amount["memory_pages"].items()]
     rows += [
         ("link", f"{found['rate_bps'] / 1e6:.1f} Mbit/s, round trip {found['rtt_s'] * 1000:.0f} ms"),

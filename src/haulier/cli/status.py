@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from haulier.cli.common import Json, Root, client, print_json, print_table
+from haulier.cli.common import Json, Root, client, print_json, print_table, size
 from haulier.cli.handoff import summary
 
 
@@ -58,7 +58,22 @@ def _one(facts: dict[str, object]) -> None:
     if facts["state"] != "ended" and isinstance(state, dict):
         rows += [(key, state[key]) for key in ("phase", "message", "progress", "eta_s", "wire_bytes") if key in state]
     report = facts.get("report")
+    layers = report.get("layers") if isinstance(report, dict) else None
+    if not layers and isinstance(state, dict):
+        layers = state.get("layers")
+    rows += layer_rows(layers or {})
     if isinstance(report, dict):
         for phase in report.get("phases", []):
             rows.append((f"phase {phase.get('name')}", f"{phase.get('seconds')} s, {phase.get('wire_bytes')} bytes"))
     print_table(("", ""), rows)
+
+
+def layer_rows(layers: dict[str, dict[str, int]]) -> list[tuple[str, object]]:
+    """What was sent of each layer of the disk."""
+    rows: list[tuple[str, object]] = []
+    for name, each in layers.items():
+        text = f"{size(each['wire_bytes'])} for {each['chunks']} chunks, {each['at_target']} were there"
+        if each.get("memory_wire_bytes"):
+            text += f"; {size(each['memory_wire_bytes'])} of memory"
+        rows.append((f"layer {name}", text))
+    return rows

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Final, TypeVar
 
@@ -82,6 +82,15 @@ RoundReport = DiskCounters
 """What one round did: the same figures."""
 
 
+@dataclass
+class LayerCounters:
+    """What was sent of one layer of the disk; `wire_bytes` is its share of the batches that it travelled in."""
+
+    chunks: int = 0
+    at_target: int = 0
+    wire_bytes: int = 0
+
+
 class DiskSender:
     """Brings the target from `base`, which it may have only in part, to each new manifest.
 
@@ -101,8 +110,15 @@ class DiskSender:
         level: int = 3,
         window_log: int = DEFAULT_WINDOW_LOG,
         patience_s: float = PATIENCE_S,
+        layer_of: Callable[[bytes], str] | None = None,
+        order: Sequence[str] = (),
     ) -> None:
+        """`layer_of` says what a chunk belongs to; `order` in which order layers of the base manifest go."""
         self._store = store
+        self._layer_of = layer_of or (lambda fp: "")
+        self._order = {layer: number for number, layer in enumerate(order)}
+        self._batch_layers: dict[str, int] = {}
+        self.layers: dict[str, LayerCounters] = {layer: LayerCounters() for layer in order}
         self._send_message = send
         self._lease = lease
         self._patience_s = patience_s
@@ -125,6 +141,8 @@ class DiskSender:
         self.held_back: set[int] = set()
         """Chunks that were given but not sent, and must come again before the final commit."""
         self.counters = DiskCounters()
+        self.lacking_chunks = 0
+        """Of the base manifest, once the target has said so."""
         self.committed_chunks: list[bytes] = []
         """Chunks appended to the block space by commits, in that order; the same at both ends."""
 
@@ -159,6 +177,11 @@ class DiskSender:
         wanted = [fp for fp, flag in zip(order, lacking.base, strict=True) if flag]
         self._at_target = set(order) - set(wanted)
         self.counters.chunks_at_target += len(self._at_target)
+        for fp in self._at_target:
+            self._layer(self._layer_of(fp)).at_target += 1
+        # Stable: within a layer in the order of the disk.
+        wanted.sort(key=lambda fp: self._order.get(self._layer_of(fp), len(self._order)))
+        self.lacking_chunks = len(wanted)
         for fp in wanted:
             self._add(fp, self._store.get(fp), None)
             self._sent.add(fp)
@@ -332,6 +355,7 @@ class DiskSender:
                     self._at_target.add(fp)
                     self._shared.present(fp)
                     self.counters.chunks_at_target += 1
+                    self._layer(self._layer_of(fp)).at_target += 1
 
     def _add(self, fp: bytes, data: bytes, index: int | None, whole: bool = False) -> None:
         """Put a chunk into the batch, in the form that takes the fewest bytes."""
@@ -350,8 +374,14 @@ class DiskSender:
             self.counters.chunks_sent += 1
             self.counters.sent_raw_bytes += CHUNK
         self._batched.append(fp)
+        layer = self._layer_of(fp)
+        self._layer(layer).chunks += 1
+        self._batch_layers[layer] = self._batch_layers.get(layer, 0) + len(entry.data)
         if self._writer.add(entry):
             self._flush()
+
+    def _layer(self, name: str) -> LayerCounters:
+        return self.layers.setdefault(name, LayerCounters())
 
     def _patched(self, entry: wire.Entry, data: bytes, index: int | None) -> wire.Entry:
         """The patch on what the target has at that place, where that is shorter than `entry`."""
@@ -378,6 +408,10 @@ class DiskSender:
         self.counters.patch_bytes += by_kind[wire.PATCH]
         self.counters.sent_bytes += by_kind[wire.LITERAL]
         self._post(message)
+        raw = sum(self._batch_layers.values())
+        for layer, share in self._batch_layers.items():
+            self._layer(layer).wire_bytes += round(len(message) * share / raw)
+        self._batch_layers = {}
         # Not earlier: within a batch the target takes the entries in another order.
         for fp in self._batched:
             self._shared.present(fp)

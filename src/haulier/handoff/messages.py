@@ -118,6 +118,8 @@ class Status(msgspec.Struct, kw_only=True):
     port: int = 0
     """At the target: where its session listens."""
     paths: list[dict[str, Any]] = []
+    layers: dict[str, dict[str, int]] = {}
+    """At the source: chunks and wire bytes of the disk by layer (base, application, instance)."""
 
 
 # -- control messages ---------------------------------------------------------------------------------------------

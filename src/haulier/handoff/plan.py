@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ from haulier.handoff.messages import Offer
 from haulier.handoff.ownership import State
 from haulier.handoff.residence import guest_paths, spec_of
 from haulier.handoff.shared import block_index, block_space, golden_manifest
+from haulier.images.layers import INSTANCE, Split, split_of
 from haulier.memory.base import MemoryBase
 from haulier.units import CHUNK, PAGE
 
@@ -36,6 +38,9 @@ SAMPLE_RUN = 32
 """Pages in a row: neighbours compress together, as they will on the wire."""
 SAMPLE_RUNS = 160
 SAMPLE_CHUNKS = 48
+SAMPLE_LACKING = 4096
+MISSING_SHARE = 0.4
+"""Of a missing chunk's bytes goes over the wire, compressed or as a recipe."""
 DEFAULT_RATE_BPS = 10e6
 FIXED_S = 2.0
 """Offer, connection, start of the target's QEMU, switchover: what does not depend on bytes."""
@@ -46,6 +51,7 @@ class PlanPeer(Protocol):
 
     def look(self, offer: Offer) -> dict[str, Any]: ...
     def measure(self) -> tuple[float, float]: ...
+    def lacking(self, fingerprints: Sequence[bytes]) -> list[int]: ...
 
 
 def make_plan(site: Site, journal: Journal, guest: str, to: str, peer: PlanPeer) -> dict[str, Any]:
@@ -82,10 +88,20 @@ def make_plan(site: Site, journal: Journal, guest: str, to: str, peer: PlanPeer)
             memory = _sample_memory(guest_paths(site, guest).ram, base, finder)
             disk = _sample_disk(qemu, guest_paths(site, guest).rounds_sock)
             missing = int(found.get("missing_bytes", 0 if found.get("manifest") else offer.disk_bytes))
+            split = split_of(store, spec.image, spec.golden, spec.uuid)
+            layers = _layers(split, manifest.unique(), missing, peer)
+            missing = sum(layer["missing"] for layer in layers.values())
             dirty_bps = _dirty_rate(qemu)
     finally:
         qemu.close()
-    return _forecast(spec.memory_bytes, memory, disk, missing, dirty_bps, rate or DEFAULT_RATE_BPS, rtt) | {
+    forecast = _forecast(spec.memory_bytes, memory, disk, missing, dirty_bps, rate or DEFAULT_RATE_BPS, rtt)
+    for name, layer in layers.items():
+        layer["wire"] = round(layer["missing"] * MISSING_SHARE)
+        if name == INSTANCE:
+            layer["wire"] += round(disk["chunks"] * disk["wire_per_chunk"])
+            layer["memory_wire"] = forecast["bytes"]["memory"]
+    return forecast | {
+        "layers": layers,
         "guest": guest,
         "source": site.name,
         "target": to,
@@ -93,6 +109,18 @@ def make_plan(site: Site, journal: Journal, guest: str, to: str, peer: PlanPeer)
         "manifest_at_target": bool(found.get("manifest")),
         "memory_base": found.get("memory_base", ""),
     }
+
+
+def _layers(split: Split, chunks: frozenset[bytes], missing: int, peer: PlanPeer) -> dict[str, dict[str, int]]:
+    """Bytes of the disk by layer, and of those that the target lacks: by a sample where there are many."""
+    found = {}
+    for name, mine in split.sort(chunks).items():
+        lacking = 0.0
+        if missing and mine:
+            asked = mine if len(mine) <= SAMPLE_LACKING else random.Random(1).sample(mine, SAMPLE_LACKING)
+            lacking = len(peer.lacking(asked)) / len(asked)
+        found[name] = {"bytes": len(mine) * CHUNK, "missing": round(lacking * len(mine)) * CHUNK}
+    return found
 
 
 def _sample_memory(ram: Path, base: MemoryBase | None, finder: StoreBlockFinder) -> dict[str, float]:
@@ -177,7 +205,7 @@ def _forecast(
     sent_pages = (memory["xor"] + memory["literal"]) * pages
     first = sent_pages * memory["wire_per_sent_page"] + pages * 0.05
     ratio = memory["wire_per_sent_page"] / PAGE if memory["wire_per_sent_page"] else 0.25
-    disk_wire = disk["chunks"] * disk["wire_per_chunk"] + missing * 0.4
+    disk_wire = disk["chunks"] * disk["wire_per_chunk"] + missing * MISSING_SHARE
     # Rounds form a geometric series: what gets dirty while a round is sent is the next round.
     growth = min(0.8, dirty_bps * ratio / rate_bps)
     wire = disk_wire + first / (1 - growth)

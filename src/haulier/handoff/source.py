@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +60,7 @@ from haulier.handoff.ownership import Action, Event
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import guest_paths, incoming_name, lease_of, retire, spec_of
 from haulier.handoff.shared import block_index, block_space, golden_manifest
+from haulier.images.layers import INSTANCE, LAYERS, split_of
 from haulier.memory.proxy import SourceProxy
 from haulier.session import PathAddress, Session, TlsConfig
 from haulier.units import PAGE
@@ -199,6 +201,8 @@ class SourceHandoff:
         status.rate_bps = self._rate = self._rates.add(time.monotonic(), session.rate_bps())
         status.rtt_s = session.rtt_s()
         status.paths = [msgspec.to_builtins(path) for path in session.paths()]
+        if self._sender is not None:
+            status.layers = {name: asdict(layer) for name, layer in list(self._sender.layers.items())}
 
     def _watch(self) -> None:
         """Runs beside the engine: keeps the status fresh, and wakes a disk sender that waits when all is over."""
@@ -280,7 +284,7 @@ class SourceHandoff:
         """What the target lacks of the base, then rounds until they are small. First, for memory is full of it."""
         session = self._session
         assert session is not None and self._control is not None
-        self.progress.phase("disk", "sending what the disk has and the target lacks")
+        self.progress.phase("disk", "sending the base and application layers that the target lacks")
         self._store.add_lease(lease_of(self.job.handoff))
         golden = golden_manifest(self._store, self.spec.golden) if accept.golden else None
         ready = self.site.golden / self.spec.golden / "blocks.idx"
@@ -288,6 +292,7 @@ class SourceHandoff:
             self._store, self._manifest, golden, BlockIndex.load(ready) if golden and ready.exists() else None
         )
         space = block_space(self._store, self._manifest, golden)
+        self._split = split_of(self._store, self.spec.image, self.spec.golden, self.spec.uuid)
         sender = self._sender = DiskSender(
             self._store,
             self._manifest,
@@ -296,11 +301,15 @@ class SourceHandoff:
             lambda data: session.send(Channel.DISK, data),
             lease_of(self.job.handoff),
             level=9 if self._rate < SLOW_LINK_BPS else FAST_LEVEL,
+            layer_of=self._split.of,
+            order=LAYERS,
         )
         self._finder = StoreBlockFinder(sender.index, space)
         session.on(Channel.DISK, sender.handle)
         if sender.offer_manifest().wire_bytes > QUIET_DISK:
             sender.commit()
+        # From here on the guest is touched: QEMU notes what it writes.
+        self.progress.status.message = "sending what the disk has beyond its layers"
         self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
         report = self._send_round(self._rounds.begin())
         for _ in range(4):
@@ -653,7 +662,16 @@ class SourceHandoff:
             },
             "timeline": self._timeline,
             "disk": {"rounds": self._disk_rounds, "origin": self._sender.counters.as_dict()},
+            "layers": self._by_layer(self._sender),
         }
+
+    def _by_layer(self, sender: DiskSender) -> dict[str, dict[str, int]]:
+        """What each layer of the disk is large and what was sent of it; the guest's state counts as instance."""
+        assert self._pump is not None
+        sizes = self._split.sizes(sender.manifest.unique())
+        found = {name: {"bytes": size, **asdict(sender.layers[name])} for name, size in sizes.items()}
+        found[INSTANCE]["memory_wire_bytes"] = self._pump.wire
+        return found
 
     def _back_out(self, error: BaseException) -> None:
         """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""

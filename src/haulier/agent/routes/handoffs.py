@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,6 +33,9 @@ class _Peer:
 
     def measure(self) -> tuple[float, float]:
         return self._client.measure()
+
+    def lacking(self, fingerprints: Sequence[bytes]) -> list[int]:
+        return self._client.lacking(fingerprints)
 
 
 def plan(agent: Agent, call: Call) -> dict[str, Any]:

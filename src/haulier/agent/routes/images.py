@@ -1,4 +1,4 @@
-"""Images: import, warm, list, remove, commit, show, tree."""
+"""Images: import, warm, list, remove, commit, push, show, tree."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from haulier.agent.images import ImportRequest, WarmRequest
-from haulier.agent.layers import CommitRequest
+from haulier.agent.layers import CommitRequest, PushRequest
 from haulier.agent.routes import Access, Call, Route
+from haulier.images.messages import PushOffer
 
 if TYPE_CHECKING:
     from haulier.agent.server import Agent
@@ -38,6 +39,14 @@ def commit(agent: Agent, call: Call) -> dict[str, Any]:
     return dict(msgspec.to_builtins(agent.layers.commit(call.read(CommitRequest))))
 
 
+def push(agent: Agent, call: Call) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(agent.layers.push(call.read(PushRequest))))
+
+
+def take(agent: Agent, call: Call) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(agent.layers.take(call.read(PushOffer), call.site)))
+
+
 def remove(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.layers.remove(call.names["name"])
 
@@ -50,4 +59,6 @@ TABLE = (
     Route("DELETE", "/v1/images/{name}", Access.OPERATOR, remove),
     Route("GET", "/v1/image-tree", Access.FLEET, tree),
     Route("POST", "/v1/image-commits", Access.OPERATOR, commit),
+    Route("POST", "/v1/image-pushes", Access.OPERATOR, push),
+    Route("POST", "/v1/peer/pushes", Access.SITE, take),
 )

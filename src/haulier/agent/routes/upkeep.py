@@ -22,6 +22,10 @@ def job(agent: Agent, call: Call) -> dict[str, Any]:
     return dict(msgspec.to_builtins(agent.core.jobs.get(call.names["id"])))
 
 
+def cancel(agent: Agent, call: Call) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(agent.core.jobs.cancel(call.names["id"])))
+
+
 def gc(agent: Agent, call: Call) -> dict[str, Any]:
     request = call.read(upkeep.GcRequest)
     return dict(msgspec.to_builtins(upkeep.collect(agent.core, agent.store, agent.cache, request)))
@@ -46,6 +50,7 @@ def doctor(agent: Agent, call: Call) -> dict[str, Any]:
 TABLE = (
     Route("GET", "/v1/jobs", Access.OPERATOR, jobs),
     Route("GET", "/v1/jobs/{id}", Access.OPERATOR, job),
+    Route("POST", "/v1/jobs/{id}/cancel", Access.OPERATOR, cancel),
     Route("POST", "/v1/gc", Access.OPERATOR, gc),
     Route("GET", "/v1/cache", Access.OPERATOR, cache),
     Route("POST", "/v1/cache", Access.OPERATOR, change_cache),
