@@ -18,6 +18,7 @@ from haulier.agent.handoffs import MAX_EPOCH
 from haulier.agent.site import check_name
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
+from haulier.containers.preflight import differences
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, NotTrusted, UnknownThing, Unsupported, UsageError
 from haulier.guests.accel import probe, qemu_info, qemu_version
 from haulier.guests.model import GuestSpec
@@ -148,11 +149,10 @@ def reasons(core: Core, cache: Cache, offer: Offer, here: Found) -> list[tuple[t
     taken = _name_taken(core, offer, spec)
     if taken:
         found.append((Conflict, taken))
-    try:
-        for text in refuse_reasons(spec, qemu_info(), source_accel=offer.accelerator or None):
-            found.append((Unsupported, f"{text} (install the same QEMU at both sites, or choose another site)"))
-    except HaulierError as error:
-        found.append((Unsupported, str(error)))
+    if spec.container is not None:
+        found += [(Unsupported, text) for text in differences(offer.host)]
+    else:
+        found += _qemu_reasons(offer, spec)
     for text in memory_reasons(spec, core.site.ram_dir):
         found.append((NoRoom, f"{text} (stop another guest there)"))
     need = here.missing_bytes + spec.memory_bytes + _SLACK
@@ -191,6 +191,14 @@ def _make_room(core: Core, store: ChunkStore, cache: Cache, offer: Offer, here: 
     if lacking > 0:
         wanted = find_manifest(store, offer)
         cache.evict(lacking, wanted.unique() if wanted is not None else ())
+
+
+def _qemu_reasons(offer: Offer, spec: GuestSpec) -> list[tuple[type[HaulierError], str]]:
+    try:
+        texts = refuse_reasons(spec, qemu_info(), source_accel=offer.accelerator or None)
+    except HaulierError as error:
+        return [(Unsupported, str(error))]
+    return [(Unsupported, f"{text} (install the same QEMU at both sites, or choose another site)") for text in texts]
 
 
 def _name_taken(core: Core, offer: Offer, spec: GuestSpec) -> str:

@@ -102,10 +102,10 @@ class Container:
     # -- made ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def prepare(cls, spec: GuestSpec, paths: ContainerPaths, lower: list[Path], attempt: str) -> Container:
+    def prepare(cls, spec: GuestSpec, paths: ContainerPaths, lower: list[Path] | None, attempt: str) -> Container:
         """Makes everything but its processes: namespace, mounted root, config. `lower` are its layers, lowest first.
 
-        What it wrote is in `paths.upper`, or nothing. Conflict if it runs already.
+        None leaves the mounting for later. What it wrote is in `paths.upper`, or nothing. Conflict if it runs already.
         """
         if running(paths) is not None:
             raise Conflict(f"container {spec.name} runs already in {paths.root}: stop it first")
@@ -122,7 +122,8 @@ class Container:
         # Before there is anything to be found again.
         container._save()
         network.create(name, cable, mac=spec.mac, address=spec.address, gateway=spec.gateway)
-        mount(paths, lower)
+        if lower is not None:
+            mount(paths, lower)
         shell = any(os.path.lexists(paths.rootfs / place) for place in ("bin/sh", "usr/bin/sh"))
         made = bundle.config(
             spec.container,

@@ -24,6 +24,8 @@ class Channel(enum.IntEnum):
     """What the target QEMU says back to the source QEMU, verbatim."""
     PROBE = 5
     """Random bytes that measure the link when the disk gave no occasion to."""
+    CHECKPOINT = 6
+    """Of a container: the files of its final dump (docs/formats/checkpoints.md)."""
     DELIVERED = 4
     """Raw bytes that the target QEMU has taken so far (8 bytes, big endian)."""
 
@@ -61,6 +63,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """Pictures of memory that the source could start its mirror from, best first."""
     qemu: str = ""
     accelerator: str = ""
+    host: dict[str, str] = {}
+    """Of a container: what its processes rely on ("kernel", "criu", "cpu": its flags)."""
     options: Options = Options()
 
 
@@ -149,6 +153,10 @@ class MemoryReady(Message, frozen=True, tag="memory-ready"):
     """T>S: the stream may come."""
 
 
+class Prepared(Message, frozen=True, tag="prepared"):
+    """T>S: all that a container needs to be restored is there but for the final dump."""
+
+
 class Clock(Message, frozen=True, tag="clock"):
     """Either way: for comparing the two hosts' clocks. `sent` is echoed, `seen` is the peer's own time."""
 
@@ -190,6 +198,8 @@ class Finish(Message, frozen=True, tag="finish"):
     """S>T: the source is done with it; keep the mirror under this name for the way back."""
 
     memory_id: str
+    places: bytes = b""
+    """Of a container: where its pages lie in that picture."""
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -199,7 +209,9 @@ class Failed(Message, frozen=True, tag="failed"):
     code: int = 12
 
 
-AnyMessage = Base | BaseReady | PrepareMemory | MemoryReady | Clock | Arrived | Own | Running | Finish | Failed
+AnyMessage = (
+    Base | BaseReady | PrepareMemory | MemoryReady | Prepared | Clock | Arrived | Own | Running | Finish | Failed
+)
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(AnyMessage)

@@ -64,6 +64,18 @@ def _copy_sparse(source: Path, target: Path) -> None:
                 at += os.sendfile(write.fileno(), read.fileno(), at, min(end - at, 8 << 20))
 
 
+def keep_places(site: Site, guest: str, places: bytes) -> None:
+    """Beside the picture of a container: where each page lies in it."""
+    write_atomically(_directory(site, guest) / "places", places)
+
+
+def places(site: Site, guest: str) -> bytes:
+    """What `keep_places` kept with the picture; empty if nothing was."""
+    with contextlib.suppress(OSError):
+        return (_directory(site, guest) / "places").read_bytes()
+    return b""
+
+
 def find(site: Site, guest: str, uuid: str) -> Retained | None:
     """The picture kept for that very guest, if there is one."""
     try:

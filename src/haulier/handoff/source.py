@@ -141,7 +141,7 @@ class SourceHandoff:
 
     def run(self) -> dict[str, Any]:
         """Hands the guest over. On any failure before the token the guest runs on here and nothing is left behind."""
-        self.qemu = Qemu.adopt(self.paths, worker=True)
+        self._adopt()
         try:
             self._hand_over()
         except BaseException as error:
@@ -152,6 +152,16 @@ class SourceHandoff:
         finally:
             self._close()
         return self.report
+
+    def _adopt(self) -> None:
+        self.qemu = Qemu.adopt(self.paths, worker=True)
+
+    def _accelerator(self) -> str:
+        return self.qemu.accel
+
+    def _host(self) -> dict[str, str]:
+        """What the target has to know of this host; nothing where QEMU stands between."""
+        return {}
 
     def _hand_over(self) -> None:
         self._marks["begin"] = time.time()
@@ -249,7 +259,8 @@ class SourceHandoff:
             manifest=manifest.digest.hex(),
             disk_bytes=len(manifest.unique()) * 65536,
             memory_bases=tuple(retained.candidates(self.site, self.spec.name, self.spec.uuid, self.spec.golden)),
-            accelerator=self.qemu.accel,
+            accelerator=self._accelerator(),
+            host=self._host(),
             options=self.job.options,
         )
         self._manifest = manifest
@@ -282,6 +293,19 @@ class SourceHandoff:
 
     def _first_disk(self, accept: Accept) -> None:
         """What the target lacks of the base, then rounds until they are small. First, for memory is full of it."""
+        sender = self._make_sender(accept)
+        if sender.offer_manifest().wire_bytes > QUIET_DISK:
+            sender.commit()
+        # From here on the guest is touched: QEMU notes what it writes.
+        self.progress.status.message = "sending what the disk has beyond its layers"
+        self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
+        report = self._send_round(self._rounds.begin())
+        for _ in range(4):
+            if report["wire_bytes"] <= max(QUIET_DISK, self._rate / 8 * 0.5):
+                break
+            report = self._send_round(self._rounds.next())
+
+    def _make_sender(self, accept: Accept) -> DiskSender:
         session = self._session
         assert session is not None and self._control is not None
         self.progress.phase("disk", "sending the base and application layers that the target lacks")
@@ -306,16 +330,7 @@ class SourceHandoff:
         )
         self._finder = StoreBlockFinder(sender.index, space)
         session.on(Channel.DISK, sender.handle)
-        if sender.offer_manifest().wire_bytes > QUIET_DISK:
-            sender.commit()
-        # From here on the guest is touched: QEMU notes what it writes.
-        self.progress.status.message = "sending what the disk has beyond its layers"
-        self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
-        report = self._send_round(self._rounds.begin())
-        for _ in range(4):
-            if report["wire_bytes"] <= max(QUIET_DISK, self._rate / 8 * 0.5):
-                break
-            report = self._send_round(self._rounds.next())
+        return sender
 
     def _send_round(self, current: Round, *, last: bool = False) -> dict[str, Any]:
         """Sends one disk round and waits until it is durable there. It is cut short when the guest stops."""
@@ -673,10 +688,8 @@ class SourceHandoff:
         found[INSTANCE]["memory_wire_bytes"] = self._pump.wire
         return found
 
-    def _back_out(self, error: BaseException) -> None:
-        """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""
-        log.warning("handoff %s of %s: %s", self.job.handoff, self.job.guest, error)
-        self.progress.phase("back out", str(error))
+    def _resume(self) -> None:
+        """Makes the guest run on, whatever was being done with it."""
         if self._pump is not None:
             # First: a QEMU that writes its devices' state into a stream that nobody reads answers to nothing.
             self._pump.hang_up()
@@ -687,6 +700,18 @@ class SourceHandoff:
                 self._rounds.abort()
         if self.qemu.alive():
             self.qemu.resume_source()
+
+    def _drop_memory(self) -> None:
+        """Lets go of what was made for sending memory."""
+        if self._pump is not None:
+            self._pump.close()
+            self._pump.proxy.close()
+
+    def _back_out(self, error: BaseException) -> None:
+        """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""
+        log.warning("handoff %s of %s: %s", self.job.handoff, self.job.guest, error)
+        self.progress.phase("back out", str(error))
+        self._resume()
         if self._began and not self._refused:
             happened = happen(self.journal, self.job.guest, Event.FAIL)
             if self._control is not None:
@@ -698,9 +723,7 @@ class SourceHandoff:
             with contextlib.suppress(HaulierError):
                 # Also by way of the agents: the worker there may not have been reached.
                 self.peer.own(self.job.guest, Event.ABORT.value, self._epoch, self.job.handoff)
-        if self._pump is not None:
-            self._pump.close()
-            self._pump.proxy.close()
+        self._drop_memory()
         self.site.mirror(self.job.handoff).unlink(missing_ok=True)
         with contextlib.suppress(HaulierError):
             self._store.drop_manifest(incoming_name(self.job.handoff))
@@ -712,6 +735,9 @@ class SourceHandoff:
         self.report["phases"] = self.progress.phases
         if self._session is not None:
             self._session.close(linger_s=3)
-        self.qemu.close()
+        self._let_go()
         self._store.close()
         self.progress.write(force=True)
+
+    def _let_go(self) -> None:
+        self.qemu.close()

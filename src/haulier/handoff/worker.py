@@ -22,12 +22,15 @@ import msgspec
 from haulier.agent.client import Client
 from haulier.agent.site import Site
 from haulier.errors import Cancelled, Conflict, Corrupt, HandoffFailed, HaulierError, PeerError
+from haulier.handoff.container_source import ContainerSource
+from haulier.handoff.container_target import ContainerTarget
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import Journal
 from haulier.handoff.messages import Accept, Job, Offer
 from haulier.handoff.ownership import State
 from haulier.handoff.progress import write_report
 from haulier.handoff.recovery import LEFT_ALONE
+from haulier.handoff.residence import spec_of
 from haulier.handoff.source import SourceHandoff
 from haulier.handoff.spawning import accept, spawn, start_source
 from haulier.handoff.target import TargetHandoff
@@ -107,7 +110,8 @@ def _log_to(path: Path) -> None:
 
 
 def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:
-    handoff = SourceHandoff(site, journal, job, peer_of(site, journal, job.peer), cancelled)
+    kind = ContainerSource if spec_of(journal.guest(job.guest)).container is not None else SourceHandoff
+    handoff = kind(site, journal, job, peer_of(site, journal, job.peer), cancelled)
     signal.signal(LEFT_ALONE, lambda *_: handoff.left_alone.set())
     directory = site.handoff_root(job.handoff)
     try:
@@ -130,7 +134,8 @@ def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Eve
 
 
 def _run_target(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:
-    handoff = TargetHandoff(site, journal, job, cancelled)
+    kind = ContainerTarget if spec_of(journal.guest(job.guest)).container is not None else TargetHandoff
+    handoff = kind(site, journal, job, cancelled)
     signal.signal(LEFT_ALONE, lambda *_: handoff.left_alone.set())
     outcome = handoff.run()
     write_report(site.handoff_root(job.handoff), handoff.report())

@@ -1,0 +1,430 @@
+"""The source's side of a container's handoff: what `SourceHandoff` does with a QEMU, done with processes.
+
+Files and memory go in rounds while the container runs. Then it is frozen and its cable pulled, and only what is new
+since the last round travels, while CRIU writes down the rest. It stays frozen here until the token has moved; any
+failure before that thaws it and plugs the cable in again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from haulier.containers.checkpoint import CheckpointSender, digest_of
+from haulier.containers.container import Container
+from haulier.containers.convergence import Round, Rounds
+from haulier.containers.files import region_reader
+from haulier.containers.images import pages_of
+from haulier.containers.memory import Places, picture_pages, read_processes
+from haulier.containers.preflight import explain, host_facts, scan
+from haulier.containers.tree import Tree
+from haulier.containers.upper import UpperRounds, load_signatures, mapped_for_writing
+from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError, Unsupported
+from haulier.handoff import retained
+from haulier.handoff.messages import Accept, Arrived, Channel, Finish, MemoryReady, Prepared, Running
+from haulier.handoff.residence import container_paths, images_dir, incoming_name, retire
+from haulier.handoff.source import FAST_LEVEL, SLOW_LINK_BPS, SourceHandoff
+from haulier.memory.picture import PictureSource
+from haulier.units import BLOCKS_PER_CHUNK, PAGE
+
+log = logging.getLogger(__name__)
+GATHER: Final = 2048
+"""Pages gathered before they are compared and sent."""
+MARKS: Final = ("frozen", "files-sent", "pages-sent", "dumped", "sent", "disk-durable", "memory-loaded", "arrived")
+
+
+class ContainerSource(SourceHandoff):
+    """One handoff of a container at its source."""
+
+    _picture: PictureSource | None = None
+    _upper: UpperRounds
+    _places: Places
+    _trial_s = 0.0
+    _ready = False
+    _frozen = False
+
+    def _adopt(self) -> None:
+        self.container = Container.adopt(container_paths(self.site, self.job.guest))
+        assert self.spec.container is not None
+        self.lower = self.spec.container.lower_chunks
+        self._images = images_dir(self.site, self.job.handoff)
+        self._files = CheckpointSender()
+        self._trial: list[bytes] = []
+        self._memory_rounds: list[dict[str, Any]] = []
+
+    def _accelerator(self) -> str:
+        return ""
+
+    def _host(self) -> dict[str, str]:
+        return host_facts()
+
+    # -- preflight -------------------------------------------------------------------------------------------------
+
+    def _preflight(self) -> None:
+        """Looks at open files, and tries a dump: it is frozen for that for about as long as for the real one."""
+        self.progress.phase("offer", "looking whether the container can be dumped")
+        state = self.container.status()
+        if state != "running":
+            raise GuestError(f"guest {self.job.guest!r} is {state}, not running: 'haulier guest show' tells more")
+        problems = scan(self.container.pids())
+        if problems:
+            raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {'; '.join(problems)}")
+        folder = self._images / "trial"
+        began = time.monotonic()
+        try:
+            self.container.dump(folder)
+            self._trial_s = time.monotonic() - began
+            self._trial = list(self._files.files(folder, trial=True))
+        except GuestError as error:
+            raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {explain(str(error))}") from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def _first_disk(self, accept: Accept) -> None:
+        """The layers that the target lacks, then what the container wrote, in rounds."""
+        sender = self._make_sender(accept)
+        if sender.offer_manifest().wire_bytes > 4096:
+            sender.commit()
+        assert self._session is not None
+        for message in self._trial:
+            self._session.send(Channel.CHECKPOINT, message)
+        chunks = len(self._manifest) - self.lower
+        self._latest = self._manifest
+        known = load_signatures(self.container.paths.signatures)
+        tree = Tree.read(region_reader(self._chunk), chunks * BLOCKS_PER_CHUNK)
+        self._upper = UpperRounds(self.container.paths.upper, chunks, self._chunk, tree, known)
+        for _ in range(4):
+            if self._upper_round()["wire_bytes"] <= max(65536, self._rate / 8 * 0.2):
+                break
+
+    def _chunk(self, number: int) -> bytes:
+        return self._store.get(self._latest[self.lower + number])
+
+    def _upper_round(self, *, last: bool = False) -> dict[str, Any]:
+        """What was written since the last round; durable at the target when this returns, but for the last round."""
+        sender = self._sender
+        assert sender is not None
+        began = time.time()
+        sent = sender.send_round(self._upper_items(last), ask=not last)
+        if last or sent.chunks_dirty:
+            sender.commit(final=last, wait=not last)
+        self._latest = sender.manifest
+        self._observe()
+        entry = {
+            "round": len(self._disk_rounds) + 1,
+            "last": last,
+            "dirty": sent.chunks_dirty,
+            "files": self._upper.changed_files,
+            "chunks": sent.chunks_dirty - sent.chunks_unchanged - sent.chunks_zero,
+            "wire_bytes": sent.wire_bytes,
+            "seconds": round(time.time() - began, 4),
+            "at": round(began - self._marks["begin"], 4),
+        }
+        self._disk_rounds.append(entry)
+        return entry
+
+    def _upper_items(self, last: bool) -> Iterator[tuple[int, bytes]]:
+        for number, data in self._upper.items(mapped_for_writing(self.container.pids()), last=last):
+            self._check()
+            yield self.lower + number, data
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _start_memory(self, accept: Accept) -> None:
+        assert self._session is not None and self._control is not None
+        self.progress.phase("memory", "sending memory while the container runs")
+        pages = picture_pages(self.spec.memory_mib)
+        base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
+        kept = retained.places(self.site, self.spec.name) if accept.memory_base else b""
+        self._places = Places.decode(kept, pages) if kept else Places(pages)
+        if not self._prepared:
+            self._prepare_memory(accept)
+        level = self.job.options.level or (9 if self._rate < SLOW_LINK_BPS else FAST_LEVEL)
+        picture = PictureSource(self.site.mirror(self.job.handoff), pages, base, self._finder, level=level)
+        self._picture = picture
+        self._control.wait(MemoryReady, 90)
+        self._session.send(Channel.MEMORY, picture.begin().data)
+
+    def _memory_round(self) -> dict[str, Any]:
+        """Compares all memory with what the target has and sends what differs; returns when nearly all has left."""
+        picture, session = self._picture, self._session
+        assert picture is not None and session is not None
+        began, wire = time.time(), picture.counters.wire_bytes
+        seen = sent = 0
+        for numbers, contents in self._gathered():
+            seen += len(numbers)
+            sent += self._send_pages(numbers, contents)
+        entry = {
+            "round": len(self._memory_rounds) + 1,
+            "pages": seen,
+            "sent": sent,
+            "wire_bytes": picture.counters.wire_bytes - wire,
+            "seconds": round(time.time() - began, 4),
+            "at": round(began - self._marks["begin"], 4),
+        }
+        self._memory_rounds.append(entry)
+        return entry
+
+    def _gathered(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """(numbers, pages) of all processes, some megabytes at a time."""
+        numbers: list[NDArray[np.int64]] = []
+        contents: list[NDArray[np.uint8]] = []
+        count = 0
+        for piece in read_processes(self.container.pids()):
+            numbers.append(self._places.numbers(piece.key, piece.pages))
+            contents.append(piece.contents)
+            count += len(piece.pages)
+            if count >= GATHER:
+                yield np.concatenate(numbers), np.concatenate(contents)
+                numbers, contents, count = [], [], 0
+        if count:
+            yield np.concatenate(numbers), np.concatenate(contents)
+
+    def _send_pages(self, numbers: NDArray[np.int64], contents: NDArray[np.uint8]) -> int:
+        picture, session = self._picture, self._session
+        assert picture is not None and session is not None
+        rows = picture.differing(numbers, contents)
+        for batch in picture.send(numbers[rows], contents[rows]):
+            self._check()
+            session.send(Channel.MEMORY, batch.data)
+            if not self._ending:
+                window = self._window()
+                while not session.wait_below(window.wire, Channel.MEMORY, timeout=0.1):
+                    self._check()
+                self._observe()
+                self.progress.left(0, self._memory_left())
+        return len(rows)
+
+    def _memory_left(self) -> int:
+        if not self._memory_rounds or self._picture is None:
+            return self.spec.memory_bytes // 20
+        return int(self._memory_rounds[-1]["wire_bytes"])
+
+    def _converge(self) -> None:
+        """Rounds until the last transfer is forecast to be short enough, or does not become shorter any more."""
+        assert self._session is not None and self._control is not None
+        rounds = Rounds(self.job.options.downtime_ms / 1000)
+        while True:
+            began = time.monotonic()
+            memory = self._memory_round()
+            files = self._upper_round()
+            while not self._session.wait_below(16_384, Channel.MEMORY, timeout=0.1):
+                self._check()
+            for message in self._control.poll():
+                if not isinstance(message, Prepared):
+                    raise HandoffFailed(f"site {self.job.peer!r} said {type(message).__name__} too early")
+                self._ready = True
+            self._observe()
+            wire = memory["wire_bytes"] + files["wire_bytes"]
+            done = rounds.add(Round(time.monotonic() - began, wire, self._rate))
+            self._timeline.append(
+                {
+                    "at": round(time.time() - self._marks["begin"], 3),
+                    "wire": wire,
+                    "forecast_s": round(rounds.forecast, 4),
+                }
+            )
+            if done and self._ready:
+                return
+            if done:
+                self._wait_prepared()
+            self._check()
+
+    def _wait_prepared(self) -> None:
+        """The target still unpacks layers; meanwhile nothing is gained by further rounds."""
+        assert self._control is not None
+        with contextlib.suppress(PeerError):
+            self._control.wait(Prepared, 2)
+            self._ready = True
+
+    # -- switchover ------------------------------------------------------------------------------------------------
+
+    def _switch_over(self) -> None:
+        assert self._control is not None and self._sender is not None and self._picture is not None
+        self.progress.phase("switchover", "the container is frozen")
+        self._ending = True
+        self._marks["stop"] = time.time()
+        self._frozen = True
+        self.container.freeze()
+        self.container.unplug()
+        self._marks["frozen"] = time.time()
+        folder = self._images / "final"
+        with _Beside(lambda: self.container.dump(folder)) as dump:
+            # While CRIU writes: what it will find is in memory already, and the processes do not change it any more.
+            self._upper_round(last=True)
+            self._marks["files-sent"] = time.time()
+            self._memory_round()
+            self._marks["pages-sent"] = time.time()
+            dump.result()
+        self._marks["dumped"] = time.time()
+        check = self._send_dump(folder)
+        self._marks["sent"] = time.time()
+        self._sender.wait_committed()
+        self._arrived = arrived = self._control.wait(Arrived, 120)
+        self._marks["arrived"] = time.time()
+        self._marks["disk-durable"] = arrived.durable_at - self._control.clock_offset
+        self._marks["memory-loaded"] = arrived.loaded_at - self._control.clock_offset
+        self._compare(arrived, check)
+
+    def _send_dump(self, folder: Path) -> bytes:
+        """All files of the dump, pages as numbers in the picture. Digests of the pages files, for a check."""
+        picture, session = self._picture, self._session
+        assert picture is not None and session is not None
+        pages: list[tuple[str, NDArray[np.int64], bytes]] = []
+        check = b""
+        found = [(one, np.fromfile(folder / one.name, np.uint8).reshape(-1, PAGE)) for one in pages_of(folder)]
+        for message in self._files.files(folder):
+            session.send(Channel.CHECKPOINT, message, urgent=True)
+        for one, contents in found:
+            numbers = [self._places.numbers(key, some) for key, some in one.stretches]
+            whole = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
+            self._late_pages = self._send_pages(whole, contents)
+            pages.append((one.name, whole, digest_of(contents.reshape(-1).data)))
+            if self.job.options.check:
+                check += blake3(contents.reshape(-1).data).digest()
+        session.send(Channel.CHECKPOINT, self._files.end(picture.counters.raw_bytes, pages), urgent=True)
+        return check
+
+    def _compare(self, arrived: Arrived, memory: bytes) -> None:
+        """Nothing unverified runs: pages and files are the same there, and if asked for the whole dump is compared."""
+        assert self._picture is not None and self._sender is not None
+        if arrived.epoch != self._epoch:
+            raise Corrupt(f"site {self.job.peer!r} votes for epoch {arrived.epoch}, not {self._epoch}: try again")
+        if arrived.raw_bytes != self._picture.counters.raw_bytes or arrived.stream_digest != self._picture.digest():
+            raise Corrupt(f"memory arrived wrong at site {self.job.peer!r}: nothing was lost here; try again")
+        if arrived.manifest != self._sender.manifest.digest:
+            raise Corrupt(f"the files arrived wrong at site {self.job.peer!r}: nothing was lost here; try again")
+        if self.job.options.check:
+            equal = arrived.memory == memory
+            self.report["check"] = {"files": len(memory) // 32, "memory_equal": equal, "seconds": arrived.check_s}
+            if not equal:
+                raise Corrupt(
+                    f"the dump of {self.job.guest!r} differs at site {self.job.peer!r}: nothing was lost here"
+                )
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """It runs at the target: keeps what serves the way back, clears away the frozen processes."""
+        assert self._picture is not None and self._sender is not None and self._session is not None
+        done = time.time()
+        if "running" not in self._marks and self._control is not None:
+            with contextlib.suppress(HaulierError):
+                self._marks["running"] = self._control.wait(Running, 3).at - self._control.clock_offset
+        self._observe()
+        name = retained.memory_id(self.spec.uuid, self._epoch, self._arrived.stream_digest)
+        places = self._places.encode()
+        with contextlib.suppress(PeerError):
+            if self._control is not None:
+                self._control.send(Finish(name, places))
+        self.progress.phase("finish", "clearing away")
+        self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest)
+        self.report.update(self._figures(done))
+        self._picture.close()
+        meta = retained.Retained(
+            id=name,
+            guest=self.spec.name,
+            uuid=self.spec.uuid,
+            epoch=self._epoch,
+            manifest=self._sender.manifest.digest.hex(),
+        )
+        retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
+        retained.keep_places(self.site, self.spec.name, places)
+        retire(self.site, self.spec.name, self.job.handoff)
+        self.journal.advance(self.spec.name, "away", "away", manifest="")
+
+    def _figures(self, done: float) -> dict[str, Any]:
+        assert self._picture is not None and self._sender is not None and self._session is not None
+        marks = self._marks
+        running = marks.get("running", done)
+        check_s = float(self.report.get("check", {}).get("seconds", 0.0))
+        sent, received = self._session.wire_bytes()
+        return {
+            "handoff": self.job.handoff,
+            "guest": self.spec.name,
+            "kind": "container",
+            "source": self.site.name,
+            "target": self.job.peer,
+            "epoch": self._epoch,
+            "outcome": "done",
+            "total_s": round(running - marks["begin"], 4),
+            "until_released_s": round(done - marks["begin"], 4),
+            "downtime_ms": round((running - marks["stop"] - check_s) * 1000, 1),
+            "check_ms": round(check_s * 1000, 1),
+            "trial_ms": round(self._trial_s * 1000, 1),
+            "stopped_at": marks["stop"],
+            "running_at": running,
+            "clock_offset_s": self._control.clock_offset if self._control else 0.0,
+            "switchover_ms": {
+                key: round((marks[key] - marks["stop"]) * 1000, 1)
+                for key in (*MARKS, "token", "running")
+                if key in marks
+            },
+            "wire": {"sent": sent, "received": received, "paths": self.progress.status.paths},
+            "rate_bps": self._rate,
+            "rtt_s": self._session.rtt_s(),
+            "memory": {
+                "raw_bytes": self._picture.counters.raw_bytes,
+                "wire_bytes": self._picture.counters.wire_bytes,
+                "checkpoint_bytes": self._files.wire_bytes,
+                "late_pages": self._late_pages,
+                "rounds": self._memory_rounds,
+                "kinds": self._picture.counters.as_dict(),
+            },
+            "timeline": self._timeline,
+            "disk": {"rounds": self._disk_rounds, "origin": self._sender.counters.as_dict()},
+        }
+
+    _late_pages = 0
+
+    def _resume(self) -> None:
+        if self._frozen and self.container.alive():
+            self.container.thaw()
+
+    def _drop_memory(self) -> None:
+        if self._picture is not None:
+            self._picture.close()
+        shutil.rmtree(self._images, ignore_errors=True)
+
+    def _let_go(self) -> None:
+        shutil.rmtree(self._images, ignore_errors=True)
+
+
+class _Beside:
+    """Runs something in a thread of its own; leaving the block waits for it, whatever happened in the block."""
+
+    def __init__(self, work: Any) -> None:
+        self._error: BaseException | None = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="dump", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> _Beside:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.join()
+
+    def result(self) -> None:
+        """Waits, and raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,253 @@
+"""The target's side of a container's handoff: files and pages are collected, processes restored stopped, then the vote.
+
+A thread of its own builds: it unpacks layers as soon as their chunks are here, follows what the container writes, and
+in the end restores. What it made stays stopped and unplugged until the token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from blake3 import blake3
+
+from haulier.agent.containers import arriving
+from haulier.chunks.manifest import Manifest
+from haulier.containers import container as containers
+from haulier.containers.checkpoint import CheckpointReceiver, write_pages
+from haulier.containers.container import Container
+from haulier.containers.files import region_reader, write_tree
+from haulier.containers.layers import make_layers, regions, sync_files
+from haulier.containers.memory import picture_pages
+from haulier.containers.tree import Tree
+from haulier.containers.upper import save_signatures
+from haulier.errors import Corrupt, HaulierError
+from haulier.handoff import retained
+from haulier.handoff.custody import happen
+from haulier.handoff.messages import Arrived, Channel, Finish, MemoryReady, Prepared, PrepareMemory, Running
+from haulier.handoff.ownership import Event
+from haulier.handoff.residence import container_paths, images_dir
+from haulier.handoff.target import TargetHandoff
+from haulier.memory.picture import PICTURE
+from haulier.memory.proxy import TargetProxy
+from haulier.session import Session
+from haulier.units import BLOCKS_PER_CHUNK, PAGE
+
+log = logging.getLogger(__name__)
+
+
+class ContainerTarget(TargetHandoff):
+    """One handoff of a container at its target."""
+
+    _proxy: TargetProxy | None = None
+    _container: Container | None = None
+    _checkpoint: CheckpointReceiver
+    _builder: threading.Thread | None = None
+    _upper_tree: Tree | None = None
+    _upper_manifest: Manifest | None = None
+    _lower: list[Path] | None = None
+    _check_s = 0.0
+    _check_digests = b""
+
+    # -- collected -------------------------------------------------------------------------------------------------
+
+    def _prepare_memory(self, news: PrepareMemory) -> None:
+        if self._receiver is None or self._proxy is not None:
+            raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
+        spec, session = self.spec, self.control.session
+        assert spec.container is not None
+        self.container_paths = container_paths(self.site, spec.name)
+        self.container_paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.container_paths.bundle.mkdir(exist_ok=True)
+        arriving(self.container_paths).touch()
+        self._images = images_dir(self.site, self.job.handoff)
+        self._images.mkdir(mode=0o700, parents=True, exist_ok=True)
+        base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
+        pages = picture_pages(spec.memory_mib)
+        self._proxy = TargetProxy(self.site.mirror(self.job.handoff), base, self._space, max_memory=pages * PAGE)
+        self._checkpoint = CheckpointReceiver(self._images, pages)
+        self._tasks: queue.Queue[tuple[Manifest, bool] | None] = queue.Queue()
+        self._changed = threading.Condition()
+        self._builder = threading.Thread(target=self._build, name="builder", daemon=True)
+        self._builder.start()
+        self._tasks.put((self._receiver.manifest, False))
+        session.on(Channel.MEMORY, self._pages)
+        session.on(Channel.CHECKPOINT, self._files)
+        self.control.send(MemoryReady())
+
+    def _pages(self, data: bytes) -> None:
+        assert self._proxy is not None
+        try:
+            self._proxy.feed(data)
+        except Exception as error:
+            self.control.tell(error)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _files(self, data: bytes) -> None:
+        try:
+            self._checkpoint.handle(data)
+        except Exception as error:
+            self.control.tell(error)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _committed(self, manifest: Manifest, final: bool) -> None:
+        if final:
+            self._durable_at = time.time()
+        if self._builder is not None:
+            self._tasks.put((manifest, final))
+        self.control.tell("committed")
+
+    # -- built -----------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        try:
+            while (task := self._tasks.get()) is not None:
+                manifest, final = task
+                self._unpack(manifest)
+                if self._lower is None and not final:
+                    continue
+                self._follow(manifest)
+                if final:
+                    self._restore()
+                    return
+        except Exception as error:
+            if not self._closing:
+                self.control.tell(error)
+
+    def _unpack(self, manifest: Manifest) -> None:
+        """Layers and namespace, once all chunks of the layers are here."""
+        spec = self.spec
+        assert spec.container is not None
+        if self._lower is not None:
+            return
+        wanted = {fp for region in regions(spec.container, manifest) for fp in region.unique()}
+        if self._store.missing(wanted):
+            return
+        self._lower = make_layers(self.site.layers, self._store, spec.container, manifest)
+        self._container = Container.prepare(spec, self.container_paths, None, self.job.handoff)
+        self.control.send(Prepared())
+
+    def _follow(self, manifest: Manifest) -> None:
+        """Makes the directory of what the container wrote what `manifest` says."""
+        assert self.spec.container is not None
+        lower, before = self.spec.container.lower_chunks, self._upper_manifest
+        if before is not None and before.digest == manifest.digest:
+            return
+
+        def get(chunk: int) -> bytes:
+            return self._store.get(manifest[lower + chunk])
+
+        def changed(chunk: int) -> bool:
+            return before is None or before[lower + chunk] != manifest[lower + chunk]
+
+        tree = Tree.read(region_reader(get), (len(manifest) - lower) * BLOCKS_PER_CHUNK)
+        write_tree(self.container_paths.upper, tree, get, self._upper_tree, changed)
+        self._upper_tree, self._upper_manifest = tree, manifest
+
+    def _restore(self) -> None:
+        """Waits for the dump to be whole, and restores the processes; they stay stopped."""
+        assert self._container is not None and self._lower is not None and self._proxy is not None
+        save_signatures(self.container_paths.signatures, self.container_paths.upper)
+        containers.mount(self.container_paths, self._lower)
+        with self._changed:
+            self._changed.wait_for(self._dump_is_here)
+        if self._closing:
+            return
+        self._assemble()
+        self._container.restore(self._images)
+        self._loaded_at = time.time()
+        self.control.tell("loaded")
+
+    _closing = False
+
+    def _dump_is_here(self) -> bool:
+        end = self._checkpoint.end
+        return self._closing or (end is not None and self._proxy is not None and self._proxy.raw_bytes >= end.stream)
+
+    def _assemble(self) -> None:
+        """The files of pages, from the picture."""
+        assert self._proxy is not None
+        mirror = self._proxy.mirror
+        if mirror is None or list(mirror.blocks) != [PICTURE]:
+            raise Corrupt("the pages of a container came as something else: run the same haulier at both sites")
+        for name, numbers, digest in self._checkpoint.pages:
+            if write_pages(self._images / name, numbers, mirror.get) != digest:
+                raise Corrupt(f"the pages in {name} are not those that were dumped: try again")
+        if self.offer.options.check:
+            began = time.monotonic()
+            for name, _, _ in self._checkpoint.pages:
+                self._check_digests += blake3((self._images / name).read_bytes()).digest()
+            self._check_s = time.monotonic() - began
+
+    def _maybe_arrived(self) -> None:
+        """Votes once the processes are restored and the final manifest is durable here."""
+        if self._voted or not self._loaded_at or self._receiver is None or not self._receiver.final:
+            return
+        assert self._proxy is not None
+        self._voted = True
+        happened = happen(self.journal, self.spec.name, Event.COMPLETE, decided=True, handoff=self.job.handoff)
+        self.control.send(
+            Arrived(
+                happened.after.pending,
+                self._proxy.raw_bytes,
+                self._proxy.digest(),
+                self._receiver.manifest.digest,
+                self._check_digests,
+                self._check_s,
+                self._durable_at,
+                self._loaded_at,
+            )
+        )
+        self._send(happened)
+        self.progress.phase("ready")
+
+    # -- ownership and the end -------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        assert self._container is not None
+        at = self._container.cont()
+        self._running = True
+        self.outcome = "done"
+        self.control.send(Running(at))
+
+    def _settle(self) -> None:
+        super()._settle()
+        shutil.rmtree(self._images, ignore_errors=True)
+        sync_files(self.container_paths.upper)
+        arriving(self.container_paths).unlink(missing_ok=True)
+
+    def _finish(self, news: Finish) -> None:
+        if self._proxy is None or not news.memory_id:
+            return
+        self._proxy.close()
+        row = self.journal.guest(self.spec.name)
+        meta = retained.Retained(id=news.memory_id, guest=self.spec.name, uuid=self.spec.uuid, epoch=row.epoch)
+        retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
+        retained.keep_places(self.site, self.spec.name, news.places)
+
+    def _stop_building(self) -> None:
+        self._closing = True
+        if self._builder is not None:
+            self._tasks.put(None)
+            with self._changed:
+                self._changed.notify_all()
+            self._builder.join(120)
+
+    def _discard(self) -> None:
+        self._stop_building()
+        super()._discard()
+
+    def _close(self, session: Session) -> None:
+        self._stop_building()
+        if self._proxy is not None:
+            self._proxy.close()
+        with contextlib.suppress(HaulierError):
+            shutil.rmtree(images_dir(self.site, self.job.handoff), ignore_errors=True)
+        super()._close(session)
