@@ -24,6 +24,7 @@ from haulier.handoff.messages import (
     Offer,
     Options,
     Own,
+    Prepared,
     PrepareMemory,
     Running,
     decode,
@@ -35,11 +36,12 @@ SAMPLES: list[AnyMessage] = [
     BaseReady(),
     PrepareMemory("golden:" + "0" * 64),
     MemoryReady(),
+    Prepared(),
     Clock(1.25, 7.5),
     Arrived(3, 1 << 40, bytes(32), b"m" * 32, b"r" * 16, 0.25),
     Own("token", 1 << 60),
     Running(1e9 + 0.125),
-    Finish("id"),
+    Finish("id", b"places"),
     Failed("no room", 6),
 ]
 

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from haulier.compress import StreamCompressor, StreamDecompressor
 from haulier.containers.images import NAME, PAGES_NAME
 from haulier.errors import Corrupt
-from haulier.memory import varint
-from haulier.units import PAGE
+from haulier.memory import sparse, varint
 
 MAX_FILE: Final = 256 << 20
 MAX_FILES: Final = 100_000
@@ -190,14 +189,14 @@ class CheckpointReceiver:
         self.end = end
 
 
-def write_pages(path: Path, numbers: NDArray[np.int64], get: object) -> bytes:
-    """Writes a file of pages; `get(numbers)` gives them as u8 (n, 4096). The digest of what was written."""
-    assert callable(get)
+def write_pages(path: Path, numbers: NDArray[np.int64], picture: NDArray[np.uint8]) -> bytes:
+    """Writes a file of the pages of `picture`, u8 (pages, 4096), of these numbers. Digest of what was written."""
     hasher = xxhash.xxh3_128()
     with path.open("xb", buffering=0) as file:
-        for start in range(0, len(numbers), 1024):
-            pages = get(numbers[start : start + 1024])
-            hasher.update(pages.reshape(-1).data)
-            file.write(pages.reshape(-1).data)
-    assert path.stat().st_size == len(numbers) * PAGE
+        for position, count in sparse.runs(numbers):
+            first = int(numbers[position])
+            data = picture[first : first + count].reshape(-1).data
+            hasher.update(data)
+            while data:
+                data = data[file.write(data) :]
     return hasher.digest()

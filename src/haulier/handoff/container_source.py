@@ -284,7 +284,7 @@ class ContainerSource(SourceHandoff):
         assert picture is not None and session is not None
         pages: list[tuple[str, NDArray[np.int64], bytes]] = []
         check = b""
-        found = [(one, np.fromfile(folder / one.name, np.uint8).reshape(-1, PAGE)) for one in pages_of(folder)]
+        found = [(one, _pages(folder / one.name)) for one in pages_of(folder)]
         for message in self._files.files(folder):
             session.send(Channel.CHECKPOINT, message, urgent=True)
         for one, contents in found:
@@ -400,6 +400,13 @@ class ContainerSource(SourceHandoff):
 
     def _let_go(self) -> None:
         shutil.rmtree(self._images, ignore_errors=True)
+
+
+def _pages(path: Path) -> NDArray[np.uint8]:
+    """The pages of a file, u8 (n, 4096), where they lie."""
+    if not path.stat().st_size:
+        return np.zeros((0, PAGE), np.uint8)
+    return np.memmap(path, np.uint8, "r").reshape(-1, PAGE)
 
 
 class _Beside:

@@ -178,7 +178,7 @@ class ContainerTarget(TargetHandoff):
         if mirror is None or list(mirror.blocks) != [PICTURE]:
             raise Corrupt("the pages of a container came as something else: run the same haulier at both sites")
         for name, numbers, digest in self._checkpoint.pages:
-            if write_pages(self._images / name, numbers, mirror.get) != digest:
+            if write_pages(self._images / name, numbers, mirror.view) != digest:
                 raise Corrupt(f"the pages in {name} are not those that were dumped: try again")
         if self.offer.options.check:
             began = time.monotonic()

@@ -112,6 +112,11 @@ class Mirror:
         out[here] = self._view[gidx[here]]
         return out
 
+    @property
+    def view(self) -> NDArray[np.uint8]:
+        """All pages where they lie, u8 (pages, 4096): to be read only, and before `close`."""
+        return self._view
+
     def set(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8], rows: NDArray[np.int64] | None = None) -> None:
         """Store pages (`rows` of `pages`, u8 (n, 4096), all by default); no index twice. NoRoom if the disk is full."""
         if rows is None:
