@@ -167,6 +167,10 @@ class Model(RuleBasedStateMachine):
     def counts(self) -> None:
         if hasattr(self, "coordinator"):
             assert self.coordinator.index.pairs() == sum(map(len, self.held.values()))
+            links = {(each["from"], each["to"]): each for each in self.coordinator.links()}
+            assert links.keys() == self.links.keys()
+            for key, (rate, rtt, at) in self.links.items():
+                assert (links[key]["rate_bps"], links[key]["rtt_s"], links[key]["measured"]) == (rate, rtt, at)
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):

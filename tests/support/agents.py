@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from haulier.agent import authority, joining
@@ -103,6 +103,49 @@ class AgentProcess:
         return process.wait(30)
 
     def __enter__(self) -> AgentProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end()
+
+
+class CoordinatorProcess:
+    """A real `haulier coordinator run` with a site's identity, which can be killed and started again."""
+
+    def __init__(self, site: Site, database: str = "", prefix: Sequence[str] = (), host: str = "127.0.0.1") -> None:
+        self.site = site
+        self.listen = f"{host}:{free_port()}"
+        self.url = f"https://{site.name}@{self.listen}"
+        self._prefix = list(prefix)
+        self._database = ["--database", database] if database else []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        words = ["coordinator", "run", "--root", str(self.site.root), "--listen", self.listen, *self._database]
+        with open(self.site.root / "coordinator.err", "ab") as log:
+            self._process = subprocess.Popen(
+                [*self._prefix, *CLI, *words], stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(self._answers, 30)
+
+    def _answers(self) -> bool:
+        assert self._process is not None and self._process.poll() is None, self.site.root
+        socket_path = self.site.run / "coordinator.sock"
+        try:
+            Client.unix(socket_path, "the coordinator").get("/v1/site", 5)
+        except PeerError:
+            return False
+        return True
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        os.kill(process.pid, number)
+        return process.wait(30)
+
+    def __enter__(self) -> CoordinatorProcess:
         self.start()
         return self
 
