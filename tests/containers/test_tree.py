@@ -49,7 +49,7 @@ def look(root: Path) -> dict[bytes, tuple[object, ...]]:
         if stat.S_ISREG(status.st_mode):
             facts += (Path(os.fsdecode(full)).read_bytes(), inodes.setdefault(status.st_ino, path))
         elif stat.S_ISLNK(status.st_mode):
-            facts += (os.readlink(full),)  # noqa: PTH115
+            facts += (os.readlink(full),)
         found[path] = facts
     return found
 

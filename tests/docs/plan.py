@@ -12,6 +12,7 @@ README: Final = ("README.md",)
 FLEET: Final = (
     "docs/sites.md",
     "docs/guests.md",
+    "docs/images.md",
     "docs/handoff.md",
     "docs/caches.md",
 )

@@ -153,11 +153,11 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def fleet(name: str, made: Template, *, bridge: bool) -> Iterator[DocsStage]:
+def fleet(name: str, made: Template, *, bridge: bool, seeded: bool) -> Iterator[DocsStage]:
     """Two machines without haulier's directories; with `bridge`, the guests' bridge is there already.
 
     The chunks of the image and its golden snapshot lie where an import would put them, so that importing the same file
-    again is quick; `image/debian` itself is not there.
+    again is quick; `image/debian` itself is not there. At lisbon only if `seeded`.
     """
     work = WORK / name
     shutil.rmtree(work, ignore_errors=True)
@@ -166,6 +166,8 @@ def fleet(name: str, made: Template, *, bridge: bool) -> Iterator[DocsStage]:
     hosts = {site: Host(site, lab, work / site) for site in ("oslo", "lisbon")}
     try:
         for host in hosts.values():
+            if host.name == "lisbon" and not seeded:
+                continue
             made.copy_to(host.root)
             with ChunkStore(host.root / "store") as store, contextlib.suppress(UnknownThing):
                 store.drop_manifest(f"image/{IMAGE}")

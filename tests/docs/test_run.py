@@ -35,7 +35,9 @@ class TestFleet:
 
     def test_commands_between_sites(self, pages: tuple[str, ...]) -> None:
         # README leaves the bridge to docs/sites.md, which makes it.
-        with fleet(f"docs-{pages[0][:1].lower()}", template(512), bridge=pages is README) as stage:
+        with fleet(
+            f"docs-{pages[0][:1].lower()}", template(512), bridge=pages is README, seeded=pages is README
+        ) as stage:
             run_all(stage, of(pages, "fleet"))
 
 

@@ -54,7 +54,11 @@ def read_offer(body: Any, caller: str) -> tuple[Offer, GuestSpec]:
     if offer.source != caller:
         raise NotTrusted(f"site {caller!r} made an offer in the name of site {offer.source[:60]!r}")
     check_name(offer.handoff, "handoff")
-    if not 0 < offer.epoch < MAX_EPOCH or not 0 <= offer.disk_bytes < 1 << 50 or len(offer.memory_bases) > 64:
+    if (
+        not 0 < offer.epoch < MAX_EPOCH
+        or not 0 <= offer.disk_bytes < 1 << 50
+        or max(len(offer.memory_bases), len(offer.images)) > 64
+    ):
         raise UsageError("the offer's numbers are out of bounds: run the same haulier at both sites")
     return offer, spec
 

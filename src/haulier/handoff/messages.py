@@ -61,6 +61,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of distinct chunks in that manifest."""
     memory_bases: tuple[str, ...] = ()
     """Pictures of memory that the source could start its mirror from, best first."""
+    images: tuple[str, ...] = ()
+    """Digests of images that the source holds, those that the guest was made from first."""
     qemu: str = ""
     accelerator: str = ""
     host: dict[str, str] = {}
@@ -79,6 +81,8 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
     """The target has the disk of the golden snapshot that the guest was born from."""
     memory_base: str
     """The best of the offered pictures of memory that the target has too; "" = none."""
+    images: tuple[str, ...] = ()
+    """Those of the offered images that the target holds too: their blocks may be named. None where it has the base."""
     qemu: str = ""
     accelerator: str = ""
 
@@ -97,6 +101,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """At the target: name of the base manifest in the store, if it is there."""
     golden: bool = False
     """At the target: the golden snapshot's disk is here, as the source was told."""
+    images: tuple[str, ...] = ()
+    """At the target: images that both sites hold, as the source was told."""
 
 
 class Status(msgspec.Struct, kw_only=True):

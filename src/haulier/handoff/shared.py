@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from haulier.chunks.blocks import BlockIndex, BlockSpace, hash_blocks
 from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
+from haulier.errors import Conflict
 from haulier.guests.golden import MANIFEST_PREFIX, block_fingerprints
+from haulier.images import common
 from haulier.units import BLOCKS_PER_CHUNK
 
 
@@ -18,27 +22,45 @@ def golden_manifest(store: ChunkStore, golden: str) -> Manifest | None:
     return store.load_manifest(name)
 
 
-def block_list(base: Manifest, golden: Manifest | None) -> tuple[list[bytes], int]:
+def images_by_digest(store: ChunkStore, digests: Sequence[str]) -> list[Manifest]:
+    """The images that both sites hold, in the order agreed on. Conflict if one is gone meanwhile."""
+    here = common.held(store) if digests else {}
+    gone = [digest for digest in digests if digest not in here]
+    if gone:
+        raise Conflict(f"image {gone[0][:12]} was removed while a handoff began: begin it again")
+    return [here[digest] for digest in digests]
+
+
+def block_list(base: Manifest, golden: Manifest | None, images: Sequence[Manifest] = ()) -> tuple[list[bytes], int]:
     """The chunks that the block space starts with, and how many of them are the golden snapshot's.
 
-    The snapshot's come first and in its own order, so that its ready-made index holds; then what else the guest's
-    disk has. Both ends compute the same list from the same two manifests.
+    The snapshot's come first and in its own order, so that its ready-made index holds; then those of `images` that both
+    sites hold; then what else the guest's disk has. Both ends compute the same list from the same manifests.
     """
     first = block_fingerprints(golden) if golden is not None else []
     known = {ZERO, *first}
-    return first + [fp for fp in dict.fromkeys(base.chunks()) if fp not in known], len(first)
+    rest = dict.fromkeys(fp for manifest in (*images, base) for fp in manifest.chunks() if fp not in known)
+    return first + list(rest), len(first)
 
 
-def block_space(store: ChunkStore, base: Manifest, golden: Manifest | None) -> BlockSpace:
+def block_space(
+    store: ChunkStore, base: Manifest, golden: Manifest | None, images: Sequence[Manifest] = ()
+) -> BlockSpace:
     """The block space as a handoff begins."""
     space = BlockSpace(store)
-    space.append(block_list(base, golden)[0])
+    space.append(block_list(base, golden, images)[0])
     return space
 
 
-def block_index(store: ChunkStore, base: Manifest, golden: Manifest | None, ready: BlockIndex | None) -> BlockIndex:
+def block_index(
+    store: ChunkStore,
+    base: Manifest,
+    golden: Manifest | None,
+    ready: BlockIndex | None,
+    images: Sequence[Manifest] = (),
+) -> BlockIndex:
     """Where blocks are to be found in `block_space`; `ready` is the golden snapshot's own index."""
-    fps, count = block_list(base, golden)
+    fps, count = block_list(base, golden, images)
     if golden is None or ready is None:
         return BlockIndex.build(store, fps)
     if count < len(fps):

@@ -59,8 +59,9 @@ from haulier.handoff.messages import (
 from haulier.handoff.ownership import Action, Event
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import guest_paths, incoming_name, lease_of, retire, spec_of
-from haulier.handoff.shared import block_index, block_space, golden_manifest
-from haulier.images.layers import INSTANCE, LAYERS, split_of
+from haulier.handoff.shared import block_index, block_space, golden_manifest, images_by_digest
+from haulier.images import common
+from haulier.images.layers import INSTANCE, LAYERS, chain, split_of
 from haulier.memory.proxy import SourceProxy
 from haulier.session import PathAddress, Session, TlsConfig
 from haulier.units import PAGE
@@ -259,12 +260,22 @@ class SourceHandoff:
             manifest=manifest.digest.hex(),
             disk_bytes=len(manifest.unique()) * 65536,
             memory_bases=tuple(retained.candidates(self.site, self.spec.name, self.spec.uuid, self.spec.golden)),
+            images=self._held_images(),
             accelerator=self._accelerator(),
             host=self._host(),
             options=self.job.options,
         )
         self._manifest = manifest
         return offer, self.peer.offer(offer)
+
+    def _held_images(self) -> tuple[str, ...]:
+        """What the target may hold as well, those that the guest was made from first."""
+        here = common.held(self._store)
+        mine: list[str] = []
+        with contextlib.suppress(HaulierError):
+            names = chain(self._store, self.spec.image)[::-1]
+            mine = [self._store.load_manifest(f"image/{name}").digest.hex() for name in names]
+        return common.choose(here, here, mine)
 
     def _connect(self, offer: Offer, accept: Accept) -> None:
         self.progress.phase("connect", f"connecting to {self.job.peer}")
@@ -312,10 +323,11 @@ class SourceHandoff:
         self._store.add_lease(lease_of(self.job.handoff))
         golden = golden_manifest(self._store, self.spec.golden) if accept.golden else None
         ready = self.site.golden / self.spec.golden / "blocks.idx"
+        images = images_by_digest(self._store, accept.images)
         index = block_index(
-            self._store, self._manifest, golden, BlockIndex.load(ready) if golden and ready.exists() else None
+            self._store, self._manifest, golden, BlockIndex.load(ready) if golden and ready.exists() else None, images
         )
-        space = block_space(self._store, self._manifest, golden)
+        space = block_space(self._store, self._manifest, golden, images)
         self._split = split_of(self._store, self.spec.image, self.spec.golden, self.spec.uuid)
         sender = self._sender = DiskSender(
             self._store,

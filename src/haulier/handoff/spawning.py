@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import IO
 
 import msgspec
@@ -22,6 +23,7 @@ from haulier.handoff.ownership import Action, Event, State
 from haulier.handoff.recovery import worker_alive
 from haulier.handoff.residence import discard_copy, retire
 from haulier.handoff.shared import golden_manifest
+from haulier.images import common
 
 LISTEN_S = 20.0
 
@@ -151,6 +153,7 @@ def accept(
         offer=offer,
         manifest=_manifest_name(site, bytes.fromhex(offer.manifest)) if manifest else "",
         golden=_has_golden(site, str(offer.spec.get("golden", ""))),
+        images=() if manifest else _common_images(site, offer.images),
     )
     process = spawn(site, journal, job)
     port = _await_port(site, offer.handoff, process)
@@ -160,6 +163,7 @@ def accept(
         manifest=bool(job.manifest),
         golden=job.golden,
         memory_base=memory_base,
+        images=job.images,
     )
     return answer, process
 
@@ -195,6 +199,11 @@ def _manifest_name(site: Site, digest: bytes) -> str:
                 if store.load_manifest(name).digest == digest:
                     return name
     return ""
+
+
+def _common_images(site: Site, offered: Sequence[str]) -> tuple[str, ...]:
+    with ChunkStore(site.store) as store:
+        return common.choose(common.held(store), offered, offered)
 
 
 def _has_golden(site: Site, golden: str) -> bool:

@@ -49,7 +49,7 @@ from haulier.handoff.residence import (
     run_copy,
     spec_of,
 )
-from haulier.handoff.shared import block_space, golden_manifest
+from haulier.handoff.shared import block_space, golden_manifest, images_by_digest
 from haulier.memory.proxy import TargetProxy
 from haulier.session import Session, TlsConfig
 
@@ -187,7 +187,7 @@ class TargetHandoff:
 
     def _start_receiver(self, manifest: Manifest) -> None:
         golden = golden_manifest(self._store, self.spec.golden) if self.job.golden else None
-        space = block_space(self._store, manifest, golden)
+        space = block_space(self._store, manifest, golden, images_by_digest(self._store, self.job.images))
         name = incoming_name(self.job.handoff)
         self._space = space
         # Before the first message: from then on only commits write it.
