@@ -42,7 +42,7 @@ def check_store(store: ChunkStore, repair: bool, deep: bool = True) -> CheckRepo
     report = CheckReport()
     with alone(store):
         with store.index.snapshot() as db:
-            expected, needed, report.damaged_manifests = _references(db)
+            expected, needed, report.damaged_manifests = references(db)
             counted: dict[bytes, int] = dict(db.execute("SELECT fp, count FROM refs").fetchall())
             report.wrong_references = sum(
                 1 for fp in expected.keys() | counted.keys() if expected.get(fp, 0) != counted.get(fp, 0)
@@ -63,13 +63,13 @@ def check_store(store: ChunkStore, repair: bool, deep: bool = True) -> CheckRepo
                         held.add(fp)
         missing = needed - held - corrupt.keys()
         if repair:
-            found = _search(store, missing | corrupt.keys()) if missing or corrupt else {}
+            found = search(store, missing | corrupt.keys()) if missing or corrupt else {}
             with store.index.write() as db:
                 for fp, at in corrupt.items():
                     db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
                 sql.enter(db, found.items(), time.time())
                 db.execute("DELETE FROM refs")
-                db.executemany("INSERT INTO refs VALUES (?,?)", _references(db)[0].items())
+                db.executemany("INSERT INTO refs VALUES (?,?)", references(db)[0].items())
                 db.execute("DELETE FROM leased WHERE lease NOT IN (SELECT id FROM leases)")
                 _complete_unpinned(db)
             store.places.advance()
@@ -80,7 +80,7 @@ def check_store(store: ChunkStore, repair: bool, deep: bool = True) -> CheckRepo
     return report
 
 
-def _references(db: Connection) -> tuple[Counter[bytes], set[bytes], list[str]]:
+def references(db: Connection) -> tuple[Counter[bytes], set[bytes], list[str]]:
     """(references by pinned manifests, chunks that the complete ones of them need, manifests that do not decode)."""
     counts: Counter[bytes] = Counter()
     needed: set[bytes] = set()
@@ -125,7 +125,7 @@ def is_sound(pack: Pack, fp: bytes, at: Location) -> bool:
         return False
 
 
-def _search(store: ChunkStore, fps: set[bytes]) -> dict[bytes, Location]:
+def search(store: ChunkStore, fps: set[bytes]) -> dict[bytes, Location]:
     """Sound records of chunks that the index has lost, below the tails."""
     found: dict[bytes, Location] = {}
     with store.index.read() as db:
