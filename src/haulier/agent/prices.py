@@ -12,9 +12,12 @@ from collections import Counter
 from typing import Final
 
 from haulier.agent.core import Core
+from haulier.agent.site import Site
+from haulier.coordinator.client import CoordinatorClient
 from haulier.errors import HaulierError
 from haulier.handoff.journal import SiteRow
 from haulier.policy.coordinated import Facts
+from haulier.units import CHUNK
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,22 @@ class Prices:
 
     def of(self, fps: list[bytes]) -> dict[bytes, Facts]:
         """Facts of each of `fps`."""
+        if not fps:
+            return {}
+        try:
+            coordinator = CoordinatorClient.of(Site.load(self._core.site.root))
+            if coordinator is not None:
+                return self._told(fps, coordinator)
+        except HaulierError as error:
+            log.info("the coordinator cannot say what chunks cost: %s", error)
         return self._from_sites(fps)
+
+    def _told(self, fps: list[bytes], coordinator: CoordinatorClient) -> dict[bytes, Facts]:
+        told = coordinator.facts(fps, self._core.site.name)
+        return {
+            fp: Facts(min(each.refetch_s / CHUNK, UNKNOWN_S), each.copies, each.popularity)
+            for fp, each in zip(fps, told, strict=True)
+        }
 
     def _from_sites(self, fps: list[bytes]) -> dict[bytes, Facts]:
         copies: Counter[bytes] = Counter()

@@ -27,6 +27,7 @@ from haulier.agent.cache import Cache
 from haulier.agent.core import Core
 from haulier.agent.guests import Guests
 from haulier.agent.handoffs import Handoffs
+from haulier.agent.health import Health
 from haulier.agent.images import Images
 from haulier.agent.layers import Layers
 from haulier.agent.notify import notify
@@ -50,6 +51,7 @@ _GRACE_S: Final = 3.0
 GUESTS_EVERY_S: Final = 2.0
 HANDOFFS_EVERY_S: Final = 0.5
 CACHE_EVERY_S: Final = 5.0
+STORE_EVERY_S: Final = 60.0
 LOOP_END_S: Final = 10.0
 _STATUS: Final = {2: 400, 3: 404, 4: 409, 5: 422, 6: 507, 7: 422, 8: 502, 9: 403, 10: 500, 11: 409, 12: 500}
 
@@ -109,6 +111,7 @@ class Agent:
         self.journal = self.core.journal
         self.store = ChunkStore(site.store)
         self.cache = Cache(self.core, self.store)
+        self.health = Health(self.core, self.store)
         self.guests = Guests(self.core, self.store)
         self.images = Images(self.core, self.store)
         self.layers = Layers(self.core, self.store, self.images)
@@ -146,6 +149,7 @@ class Agent:
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
             ("the coordinator", REPORT_EVERY_S, self.reporter.step),
             ("the cache", CACHE_EVERY_S, self.cache.tick),
+            ("the store", STORE_EVERY_S, self.health.tick),
         ):
             loop = threading.Thread(target=self._watch, args=(name, every_s, watch), name=f"watch {name}", daemon=True)
             self._loops.append(loop)

@@ -18,6 +18,7 @@ from haulier.agent import authority
 from haulier.agent.cache import Cache
 from haulier.agent.client import Client
 from haulier.agent.core import Core
+from haulier.agent.health import Health
 from haulier.agent.jobs import Job, Progress
 from haulier.chunks.store import ChunkStore
 from haulier.containers.criu import find_criu, self_test
@@ -108,7 +109,7 @@ def _served(core: Core, manifest: str) -> bool:
 # -- doctor --------------------------------------------------------------------------------------------------------
 
 
-def examine(core: Core, store: ChunkStore) -> dict[str, Any]:
+def examine(core: Core, health: Health) -> dict[str, Any]:
     """What this host can do and what is wrong: {"checks": [{"name", "ok", "found", "advice"}]}."""
     checks = [
         _check("qemu", _qemu, "install QEMU >= 8.2 (Debian: qemu-system-x86)"),
@@ -119,7 +120,7 @@ def examine(core: Core, store: ChunkStore) -> dict[str, Any]:
         _check("disk", lambda: _disk(core.site.root), "run 'haulier gc', or give the site a larger disk"),
         _check("bridge", _bridge, f"make {BRIDGE} with the same MAC and address at every site (docs/sites.md)"),
         _check("certificate", lambda: _certificate(core), "set the site up anew with 'haulier site token --site NAME'"),
-        _check("store", lambda: _store(store), "run 'haulier gc'"),
+        _check("store", health.check, "run 'haulier doctor --repair'"),
         *(
             _check(f"site {row.name}", partial(_peer, core, row), "start its agent, or check the link and address")
             for row in core.journal.sites()
@@ -185,11 +186,6 @@ def _bridge() -> tuple[bool, str]:
 def _certificate(core: Core) -> tuple[bool, str]:
     days = authority.days_left(core.site.certificate)
     return days > RENEW_DAYS, f"good for {days:.0f} days"
-
-
-def _store(store: ChunkStore) -> tuple[bool, str]:
-    stats = store.stats()
-    return True, f"{stats.chunks} chunks, {stats.disk // MIB} MiB on disk, {stats.manifests} manifests"
 
 
 def _peer(core: Core, row: Any) -> tuple[bool, str]:

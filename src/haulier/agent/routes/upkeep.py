@@ -8,6 +8,7 @@ import msgspec
 
 from haulier.agent import upkeep
 from haulier.agent.cache import Change, PinRequest
+from haulier.agent.health import ScrubRequest
 from haulier.agent.routes import Access, Call, Route
 
 if TYPE_CHECKING:
@@ -44,7 +45,15 @@ def pin(agent: Agent, call: Call) -> dict[str, Any]:
 
 
 def doctor(agent: Agent, call: Call) -> dict[str, Any]:
-    return upkeep.examine(agent.core, agent.store)
+    return upkeep.examine(agent.core, agent.health)
+
+
+def repair(agent: Agent, call: Call) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(agent.health.repair()))
+
+
+def scrub(agent: Agent, call: Call) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(agent.health.scrub(call.read(ScrubRequest))))
 
 
 TABLE = (
@@ -56,4 +65,6 @@ TABLE = (
     Route("POST", "/v1/cache", Access.OPERATOR, change_cache),
     Route("POST", "/v1/images/{name}/pin", Access.OPERATOR, pin),
     Route("GET", "/v1/doctor", Access.OPERATOR, doctor),
+    Route("POST", "/v1/doctor/repair", Access.OPERATOR, repair),
+    Route("POST", "/v1/scrub", Access.OPERATOR, scrub),
 )
