@@ -28,6 +28,8 @@ class Core:
         self.started = time.time()
         self.children: list[subprocess.Popen[bytes]] = []
         """Workers that this process started: their ends have to be waited for."""
+        self.asking = threading.Lock()
+        """QEMU serves one connection of the agent at a time."""
         self._busy: dict[str, str] = {}
         self._busy_lock = threading.Lock()
         self._refresh_lock = threading.Lock()

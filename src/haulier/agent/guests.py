@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-import threading
 from typing import Any, Final
 
 import msgspec
@@ -69,8 +68,6 @@ class Guests:
         self.site = core.site
         self.journal = core.journal
         self.store = store
-        # QEMU serves one connection of the agent at a time
-        self._asking = threading.Lock()
 
     # -- seen ----------------------------------------------------------------------------------------------------
 
@@ -126,7 +123,7 @@ class Guests:
         if qemu is None:
             stopped = row.wanted == "stopped" or row.state not in MAY_RUN
             return ("stopped" if stopped else "dead"), 0, ""
-        with self._asking:
+        with self.core.asking:
             try:
                 return qemu.status(), qemu.pid, qemu.accel
             except GuestError:

@@ -52,8 +52,10 @@ class OwnershipMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True)
 class Handoffs:
     """All handoffs of which this site has a record, as source or target."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, may_leave: Callable[[str, str], None] = lambda guest, to: None) -> None:
+        """`may_leave(guest, to)` raises what stands against a handoff because of data at a third site."""
         self.core = core
+        self._may_leave = may_leave
         self.site = core.site
         self.journal = core.journal
         self._tries: dict[str, tuple[int, float]] = {}
@@ -123,6 +125,7 @@ class Handoffs:
                 )
             if row.wanted != "running":
                 raise Conflict(f"guest {row.name!r} is {row.wanted}: only a running guest can be handed over")
+            self._may_leave(row.name, peer.name)
             job = Job(handoff=new_handoff_id(), role="source", guest=row.name, peer=peer.name, options=request.options)
             self.core.children.append(spawning.start_source(self.site, self.journal, job))
         return self.show(job.handoff)
@@ -251,6 +254,8 @@ class Handoffs:
 
 
 def _check_options(options: Options) -> None:
+    if options.disk not in ("full", "on-demand"):
+        raise UsageError(f"a disk cannot go {options.disk[:40]!r}: give full or on-demand")
     if not 10 <= options.downtime_ms <= 60_000:
         raise UsageError(f"a downtime of {options.downtime_ms} ms cannot be aimed for: give 10 to 60000")
     if not 0 <= options.deadline_s < 1e7 or not 0 < options.stall_s < 1e7 or not -50 <= options.level <= 19:

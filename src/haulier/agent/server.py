@@ -31,7 +31,8 @@ from haulier.agent.health import Health
 from haulier.agent.images import Images
 from haulier.agent.layers import Layers
 from haulier.agent.notify import notify
-from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, peers, sites, upkeep
+from haulier.agent.residuals import Residuals
+from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, peers, residuals, sites, upkeep
 from haulier.agent.site import Site, split_address
 from haulier.chunks.store import ChunkStore
 from haulier.coordinator import routes as coordinator_routes
@@ -52,6 +53,7 @@ GUESTS_EVERY_S: Final = 2.0
 HANDOFFS_EVERY_S: Final = 0.5
 CACHE_EVERY_S: Final = 5.0
 STORE_EVERY_S: Final = 60.0
+TELL_EVERY_S: Final = 2.0
 LOOP_END_S: Final = 10.0
 _STATUS: Final = {2: 400, 3: 404, 4: 409, 5: 422, 6: 507, 7: 422, 8: 502, 9: 403, 10: 500, 11: 409, 12: 500}
 
@@ -60,7 +62,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def route_table() -> tuple[Route, ...]:
     """All routes of the control API of an agent."""
-    own = (*sites.TABLE, *guests.TABLE, *images.TABLE, *handoffs.TABLE, *peers.TABLE, *upkeep.TABLE)
+    own = (*sites.TABLE, *guests.TABLE, *images.TABLE, *handoffs.TABLE, *peers.TABLE, *residuals.TABLE, *upkeep.TABLE)
     return (*own, *coordinator_routes.TABLE)
 
 
@@ -115,7 +117,8 @@ class Agent:
         self.guests = Guests(self.core, self.store)
         self.images = Images(self.core, self.store)
         self.layers = Layers(self.core, self.store, self.images)
-        self.handoffs = Handoffs(self.core)
+        self.residuals = Residuals(self.core, self.store)
+        self.handoffs = Handoffs(self.core, self.residuals.check_may_leave)
         self.reporter = Reporter(site, self.journal, self.store)
         self._stopping = threading.Event()
         self._loops: list[threading.Thread] = []
@@ -147,6 +150,8 @@ class Agent:
         for name, every_s, watch in (
             ("guests", GUESTS_EVERY_S, self.guests.supervise),
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
+            ("data left behind", GUESTS_EVERY_S, self.residuals.supervise),
+            ("what other sites keep for guests here", TELL_EVERY_S, self.residuals.tell),
             ("the coordinator", REPORT_EVERY_S, self.reporter.step),
             ("the cache", CACHE_EVERY_S, self.cache.tick),
             ("the store", STORE_EVERY_S, self.health.tick),

@@ -546,6 +546,14 @@ class ChunkStore:
             raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
         return self._decode(name, row[0])
 
+    def is_complete(self, name: str) -> bool:
+        """Whether all chunks of a manifest were here when it was saved. Raises UnknownThing."""
+        with self.index.read() as db:
+            row = db.execute("SELECT complete FROM manifests WHERE name=?", (name,)).fetchone()
+        if row is None:
+            raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
+        return bool(row[0])
+
     def manifest_names(self, prefix: str = "") -> list[str]:
         """Names of the manifests that start with `prefix`, sorted."""
         with self.index.read() as db:

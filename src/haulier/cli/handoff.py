@@ -56,6 +56,9 @@ def handoff(
     ] = False,
     deadline: Annotated[float, Parameter(help="Give up after so many seconds; 0: never.")] = 0.0,
     level: Annotated[int, Parameter(help="zstd level for memory; 0: by the link's rate.")] = 0,
+    disk: Annotated[
+        str, Parameter(help="full, or on-demand: data at rest stays here and follows when it is read.")
+    ] = "full",
     detach: Annotated[bool, Parameter(negative="", help="Do not wait for the end.")] = False,
     root: Root = None,
     json: Json = False,
@@ -68,7 +71,7 @@ def handoff(
         The guest to hand over.
     """
     agent = client(root)
-    options = {"downtime_ms": downtime, "check": check, "deadline_s": deadline, "level": level}
+    options = {"downtime_ms": downtime, "check": check, "deadline_s": deadline, "level": level, "disk": disk}
     with _interrupts() as interrupts:
         now = agent.start_handoff(guest, to, options)
         if detach:
@@ -202,6 +205,9 @@ def summary(end: dict[str, Any]) -> str:
         facts.append(f"{report['downtime_ms']:.0f} ms of downtime")
     if "wire" in report:
         facts.append(f"{size(report['wire']['sent'] + report['wire']['received'])} on the wire")
+    left = int((report.get("disk") or {}).get("left_behind", 0))
+    if left:
+        facts.append(f"{size(left)} of its disk stay behind for now")
     if report.get("check"):
         facts.append("memory compared: equal" if report["check"].get("memory_equal") else "memory differed")
     text = f"guest {end['guest']} runs at {end['target']} (epoch {end['epoch']})"

@@ -32,6 +32,8 @@ VERBS: Final = {
     "plan": ("haulier.cli.plan:plan", "Say what a handoff would send and take, before anything moves."),
     "handoff": ("haulier.cli.handoff:handoff", "Hand a running guest to another site."),
     "status": ("haulier.cli.status:status", "Show handoffs, running and past."),
+    "fill": ("haulier.cli.fill:fill", "Bring what a guest left behind elsewhere."),
+    "release": ("haulier.cli.fill:release", "Keep what a guest left behind no longer."),
     "cancel": ("haulier.cli.cancel:cancel", "Cancel a handoff; the guest runs on where it is."),
     "verify": ("haulier.cli.verify:verify", "Check a guest's disk, chunk by chunk."),
     "cache": ("haulier.cli.cache:cache_app", "The cache's budget and policy, and what is in it."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from haulier.cli.common import Json, Root, client, print_json, print_table, size
 from haulier.cli.handoff import summary
@@ -25,8 +26,9 @@ def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None
             _one(facts)
         return
     handoffs = agent.handoffs()
+    residuals = agent.get("/v1/residuals")
     if json:
-        print_json({"handoffs": handoffs})
+        print_json({"handoffs": handoffs, "residuals": residuals})
         return
     print_table(
         ("HANDOFF", "GUEST", "FROM", "TO", "BEGUN", "STATE", "PROGRESS", "ETA"),
@@ -44,6 +46,22 @@ def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None
             for h in handoffs
         ],
     )
+    _residuals(residuals)
+
+
+def _residuals(residuals: dict[str, Any]) -> None:
+    """Data left behind: what guests here still lack, and what is kept here for guests that went away."""
+    rows: list[tuple[object, ...]] = []
+    for one in residuals["here"]:
+        fill = one.get("fill") or {}
+        rate = f"{float(fill['rate']) * 8 / 1e6:.1f} Mbit/s" if fill.get("rate") and one["left_bytes"] else ""
+        rows.append((one["guest"], f"from {one['source']}", size(one["left_bytes"]), fill.get("mode", ""), rate))
+    for one in residuals["left"]:
+        told = "not told yet" if one["left_bytes"] is None else size(one["left_bytes"])
+        rows.append((one["guest"], f"kept here for {one['target']}", told, "", ""))
+    if rows:
+        print()
+        print_table(("GUEST", "DATA LEFT BEHIND", "MISSING THERE", "FILL", "RATE"), rows)
 
 
 def _one(facts: dict[str, object]) -> None:

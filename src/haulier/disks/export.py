@@ -11,6 +11,9 @@ The control socket takes one JSON object a line and answers each with one:
 
     {"command": "swap", "manifest": NAME}    serve another manifest of the same size from now on
     {"command": "stats"}                     counters, the current manifest, its digest
+    {"command": "fill", "mode": MODE}        how to fetch what is missing: "off", "background" or "full"
+    {"command": "heat"}                      write the counts of reads to ``<control>.heat``
+    {"command": "warm"}                      take counts of an earlier stay from there
     {"command": "stop"}                      stop; the answer comes before the process ends
 
 An answer is {"ok": true, ...} or {"ok": false, "error": text, "code": exit code of the error's class}.
@@ -38,6 +41,8 @@ from typing import IO, Any, Final
 import psutil
 
 from haulier.chunks.store import ChunkStore
+from haulier.disks.fill import Filler, Mode, sources_for
+from haulier.disks.heat import read_heat
 from haulier.disks.server import PATIENCE_S, ExportServer
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, PeerError, UnknownThing, UsageError, by_code
 
@@ -48,6 +53,8 @@ MAX_SOCKET_PATH: Final = 100
 START_S: Final = 30.0
 ANSWER_S: Final = 30.0
 STOP_S: Final = 10.0
+ARRIVING: Final = "incoming/"
+"""Manifests of copies that are being built are called so."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class ExportState:
     socket: str
     control: str
     log: str
+    mode: str = Mode.BACKGROUND.value
+    """How what is missing is fetched."""
 
     @classmethod
     def load(cls, control: Path) -> ExportState:
@@ -69,7 +78,7 @@ class ExportState:
         path = _beside(control, ".json")
         try:
             raw = json.loads(path.read_bytes())
-            return cls(**{name: kind(raw[name]) for name, kind in _STATE_FIELDS.items()})
+            return cls(**{name: kind(raw[name]) for name, kind in _STATE_FIELDS.items()}, mode=str(raw.get("mode", "")))
         except FileNotFoundError:
             raise UnknownThing(f"no disk export has run at {control}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -103,6 +112,7 @@ class DiskExport:
         control: Path,
         log: Path,
         patience_s: float = PATIENCE_S,
+        mode: str = "",
     ) -> DiskExport:
         """Start an export and return when it accepts connections.
 
@@ -113,6 +123,7 @@ class DiskExport:
         command += ["--store", str(Path(store_dir).absolute()), "--manifest", manifest_name]
         command += ["--socket", str(Path(socket).absolute()), "--control", str(Path(control).absolute())]
         command += ["--log", str(Path(log).absolute()), "--patience", str(patience_s)]
+        command += ["--mode", mode] if mode else []
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=START_S, check=False)
         except subprocess.TimeoutExpired:
@@ -126,7 +137,8 @@ class DiskExport:
     def restart(cls, control: Path) -> DiskExport:
         """Start an export that has died again, with the manifest it served last."""
         state = ExportState.load(control)
-        return cls.start(Path(state.store), state.manifest, Path(state.socket), Path(control), Path(state.log))
+        paths = Path(state.socket), Path(control), Path(state.log)
+        return cls.start(Path(state.store), state.manifest, *paths, mode=state.mode)
 
     @classmethod
     def attach(cls, control: Path) -> DiskExport:
@@ -157,6 +169,20 @@ class DiskExport:
         """Counters since the start (see `server.Counters`), and `manifest`, `digest` (hex), `size`, `pid`."""
         return self._ask({"command": "stats"})
 
+    def fill(self, mode: str) -> None:
+        """Fetch what is missing in this way from now on: "off", "background" or "full"."""
+        self._ask({"command": "fill", "mode": mode})
+
+    def heat(self) -> bytes | None:
+        """How often each chunk was read, one byte a chunk."""
+        answer = self._ask({"command": "heat"})
+        return read_heat(_beside(self.control, ".heat"), int(answer["chunks"]))
+
+    def warm(self, counts: bytes) -> None:
+        """Counts from an earlier stay elsewhere."""
+        _beside(self.control, ".heat").write_bytes(counts)
+        self._ask({"command": "warm"})
+
     def stop(self) -> None:
         """Stop the export, wait for its end and remove its files; fine when it is gone already.
 
@@ -176,6 +202,7 @@ class DiskExport:
                 for path in (self.socket, self.control):
                     path.unlink(missing_ok=True)
                 _beside(self.control, ".json").unlink(missing_ok=True)
+                _beside(self.control, ".heat").unlink(missing_ok=True)
                 _beside(self.control, ".lock").unlink(missing_ok=True)
         except (Conflict, NoRoom):
             pass
@@ -221,9 +248,19 @@ class _Process:
         self._options = options
         self._ready = ready
         self._store = ChunkStore(options.store, create=False)
-        self._server = ExportServer(self._store, self._store.load_manifest(options.manifest), options.patience)
+        manifest = self._store.load_manifest(options.manifest)
+        self._server = ExportServer(self._store, manifest, options.patience)
         self._name: str = options.manifest
+        self._filler: Filler | None = None
+        self._mode = Mode(options.mode)
+        # A store in a site's directory: what is missing there can be had from other sites.
+        self._site = options.store.absolute().parent
+        if (self._site / "site.toml").exists():
+            self._filler = Filler(self._store, self._server.heat, sources_for(self._site), Mode.OFF)
+            self._server.elsewhere = self._filler
+        self._warm()
         self._stopping = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -241,14 +278,40 @@ class _Process:
         self._save_state()
         log.info("serving %s (%d bytes) at %s", self._name, self._server.manifest.size, paths[0])
         self._ready()
+        self._follow()
         await self._stopping.wait()
         log.info("stopping")
         for path in paths:
             path.unlink(missing_ok=True)
         disk.close()
         control.close()
+        self._server.heat.save(self._heat_file())
         self._server.close()
+        if self._filler is not None:
+            await self._filler.close()
         self._store.close()
+
+    def _heat_file(self) -> Path:
+        return _beside(self._options.control, ".heat")
+
+    def _warm(self) -> None:
+        counts = read_heat(self._heat_file(), len(self._server.manifest))
+        if counts is not None:
+            self._server.heat.merge(counts)
+
+    def _follow(self) -> None:
+        """Fetch what the disk lacks. Of a copy that is still arriving only what is read: the rest is on its way."""
+        if self._filler is None:
+            return
+        self._filler.mode = Mode.OFF if self._name.startswith(ARRIVING) else self._mode
+        task = asyncio.get_running_loop().create_task(self._filler.follow(self._name, self._server.manifest))
+        self._tasks.add(task)
+        task.add_done_callback(self._followed)
+
+    def _followed(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("what %s lacks cannot be told: %s", self._name, error)
 
     def _save_state(self) -> None:
         pid = os.getpid()
@@ -261,6 +324,7 @@ class _Process:
             socket=str(options.socket),
             control=str(options.control),
             log=str(options.log or ""),
+            mode=self._mode.value,
         ).save()
 
     async def _control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -294,17 +358,40 @@ class _Process:
             self._server.swap(await loop.run_in_executor(None, self._store.load_manifest, name))
             self._name = name
             self._save_state()
+            self._follow()
             log.info("serving %s from now on", name)
             return {}
         if command == "stats":
             manifest = self._server.manifest
-            facts = {"manifest": self._name, "digest": manifest.digest.hex(), "size": manifest.size, "pid": os.getpid()}
+            facts: dict[str, Any] = {
+                "manifest": self._name,
+                "digest": manifest.digest.hex(),
+                "size": manifest.size,
+                "pid": os.getpid(),
+            }
+            if self._filler is not None:
+                facts["fill"] = self._filler.facts()
             return {**self._server.counters.as_dict(), **facts}
+        if command == "fill":
+            try:
+                self._mode = Mode(question.get("mode"))
+            except ValueError:
+                raise UsageError(f"no such way to fill a disk: {str(question.get('mode'))[:40]!r}") from None
+            self._save_state()
+            if self._filler is not None:
+                self._filler.set_mode(self._mode)
+            return {}
+        if command == "heat":
+            await asyncio.get_running_loop().run_in_executor(None, self._server.heat.save, self._heat_file())
+            return {"chunks": len(self._server.manifest)}
+        if command == "warm":
+            self._warm()
+            return {}
         if command == "stop":
             # The answer goes out first.
             asyncio.get_running_loop().call_soon(self._stopping.set)
             return {}
-        raise UsageError(f"no such command: {str(command)[:40]!r}; there are swap, stats and stop")
+        raise UsageError(f"no such command: {str(command)[:40]!r}; there are swap, stats, fill, heat, warm and stop")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -316,6 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--control", type=Path, required=True, help="unix socket for control")
     parser.add_argument("--log", type=Path, help="file that messages are appended to")
     parser.add_argument("--patience", type=float, default=PATIENCE_S, help="seconds to wait for a missing chunk")
+    parser.add_argument("--mode", choices=[m.value for m in Mode], default=Mode.BACKGROUND.value, help="how to fill")
     parser.add_argument("--detach", action="store_true", help="go on in the background once ready")
     options = parser.parse_args(arguments)
     try:

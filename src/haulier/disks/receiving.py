@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
 from haulier.chunks import recipe
 from haulier.chunks.blocks import BlockSpace
@@ -50,7 +50,9 @@ class DiskReceiver:
     """Takes the disk from `base` to each manifest that the source commits, under `manifest_name` in the store.
 
     `handle` takes the messages in order, from one thread at a time. `on_commit(manifest, final)` is called when chunks
-    and manifest are durable, before the acknowledgement: the place to swap the disk export.
+    and manifest are durable, before the acknowledgement: the place to swap the disk export. `on_lacking` is told which
+    chunks of the base are not here. With `partial`, chunks may be left behind: a commit asks only for those that
+    changed in the final round. `meta` is kept with the manifest.
     """
 
     def __init__(
@@ -63,6 +65,9 @@ class DiskReceiver:
         *,
         manifest_name: str,
         on_commit: Callable[[Manifest, bool], None] | None = None,
+        on_lacking: Callable[[list[bytes]], None] | None = None,
+        partial: bool = False,
+        meta: dict[str, Any] | None = None,
     ) -> None:
         self._store = store
         self._base = base
@@ -71,6 +76,10 @@ class DiskReceiver:
         self._lease = lease
         self._name = manifest_name
         self._on_commit = on_commit
+        self._on_lacking = on_lacking
+        self._partial = partial
+        self._meta = meta
+        self._positions: dict[bytes, int] = {}
         self._reader = wire.ChunkReader(MAX_WINDOW_LOG)
         self._manifest = base
         self._delta = bytearray()
@@ -173,8 +182,17 @@ class DiskReceiver:
                 f"the source's block space has {offer.space} chunks, this site's {len(self._space)}; start again"
             )
         order = [fp for fp in dict.fromkeys(self._manifest.chunks()) if fp != ZERO]
-        answer = wire.Lacking(self._lacking(order), self._lacking(space_fingerprints(self._space)))
-        self._send(answer.encode())
+        lacking = self._lacking(order)
+        self._positions = {fp: position for position, fp in enumerate(order)}
+        self._send(wire.Lacking(lacking, self._lacking(space_fingerprints(self._space))).encode())
+        if self._on_lacking is not None and any(lacking):
+            self._on_lacking([fp for fp, flag in zip(order, lacking, strict=True) if flag])
+
+    def came(self, fingerprints: Sequence[bytes]) -> None:
+        """Chunks of the base came from elsewhere and can be read here: the source need not send them. Any thread."""
+        positions = [self._positions[fp] for fp in fingerprints if fp in self._positions]
+        for at in range(0, len(positions), wire.MAX_HERE):
+            self._send(wire.Here(positions[at : at + wire.MAX_HERE]).encode())
 
     def _lacking(self, fingerprints: list[bytes]) -> list[bool]:
         missing = set(self._store.missing(fingerprints, self._lease))
@@ -218,12 +236,17 @@ class DiskReceiver:
         places = new.changed(self._manifest)
         changes = {index: new[index] for index in places}
         # The first commit answers for the base as well; later its chunks are kept by the manifest that was saved.
-        needed = new.unique() if not self._checked else set(changes.values()) - {ZERO}
+        needed = new.unique() if not self._checked else frozenset(changes.values()) - {ZERO}
+        if self._partial and not commit.final:
+            needed = frozenset()
+        elif self._partial:
+            # What changed last was sent, and the source's pins were written before it: it has to be here.
+            needed = frozenset(changes.values()) - {ZERO}
         lacking = self._store.missing(needed)
         if not lacking:
             try:
                 # Chunks and manifest become durable in one transaction, and it checks again that all of them are here.
-                self._store.save_manifest(self._name, new)
+                self._store.save_manifest(self._name, new, self._meta, partial=self._partial)
             except UnknownThing:
                 lacking = self._store.missing(new.unique())
                 if not lacking:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Final, TypeVar
 
@@ -62,6 +62,10 @@ class DiskCounters:
     """Sent whole."""
     sent_bytes: int = 0
     sent_raw_bytes: int = 0
+    chunks_elsewhere: int = 0
+    """Came to the target from other sites."""
+    chunks_left: int = 0
+    """Left behind: the target fetches them later."""
     chunks_resent: int = 0
     """Sent again because the target could not make them from what it had."""
     wire_bytes: int = 0
@@ -128,6 +132,10 @@ class DiskSender:
         self._changes: dict[int, bytes] = {}
         self._at_target: set[bytes] = set()
         self._sent: set[bytes] = set()
+        self._base_order: list[bytes] = []
+        self._here: set[bytes] = set()
+        self.left: set[bytes] = set()
+        """Chunks that the target has to fetch later (`keep_back`)."""
         self._unanswered: dict[int, list[bytes]] = {}
         self._kept: dict[bytes, tuple[bytes, int]] = {}
         self._batched: list[bytes] = []
@@ -163,14 +171,19 @@ class DiskSender:
 
     # -- called by the source's engine
 
-    def offer_manifest(self) -> RoundReport:
-        """Ask which chunks of the base the target lacks, and send them. Ends without an acknowledgement: `commit`."""
+    def offer_manifest(self, hot: Container[bytes] | None = None) -> RoundReport:
+        """Ask which chunks of the base the target lacks, and send them. Ends without an acknowledgement: `commit`.
+
+        With `hot` only those are sent, the others are left behind. What comes to the target from elsewhere meanwhile
+        is not sent.
+        """
         self._check_idle()
         before, began = self.counters.copy(), time.monotonic()
         base = self._committed
+        self._base_order = [fp for fp in dict.fromkeys(base.chunks()) if fp != ZERO]
         self._post(wire.Offer(base.size, len(self._shared.space), base.digest).encode())
         lacking = self._await(lambda: self._lacking, "the offer of the base manifest")
-        order = [fp for fp in dict.fromkeys(base.chunks()) if fp != ZERO]
+        order = self._base_order
         if len(lacking.base) != len(order) or len(lacking.space) != len(self._shared.space):
             raise PeerError("the target answered about another manifest than was offered; start the handoff again")
         self._shared.lacking(lacking.space)
@@ -183,18 +196,29 @@ class DiskSender:
         wanted.sort(key=lambda fp: self._order.get(self._layer_of(fp), len(self._order)))
         self.lacking_chunks = len(wanted)
         for fp in wanted:
+            self._use_here()
+            if fp in self._at_target:
+                continue
+            if hot is not None and fp not in hot:
+                self.left.add(fp)
+                self.counters.chunks_left += 1
+                continue
             self._add(fp, self._store.get(fp), None)
             self._sent.add(fp)
         self._flush()
         return self._report(before, began)
 
     def send_round(
-        self, items: Iterable[tuple[int, bytes]], held_back: set[int] | None = None, ask: bool = True
+        self,
+        items: Iterable[tuple[int, bytes]],
+        held_back: set[int] | None = None,
+        ask: bool = True,
+        leave: bool = False,
     ) -> RoundReport:
         """Take (chunk index, 64 KiB) pairs and bring the target what it lacks of them.
 
         Those in `held_back` are not sent; they must be given again later. `ask=False` sends what is not known to be
-        there without asking, and saves a round trip.
+        there without asking, and saves a round trip. `leave`: they are kept here, and the target fetches them later.
         """
         self._check_idle()
         before, began = self.counters.copy(), time.monotonic()
@@ -210,6 +234,11 @@ class DiskSender:
             fp = self._take(index, data)
             if fp is None:
                 continue
+            if leave:
+                self.left.add(fp)
+                self.counters.chunks_left += 1
+                continue
+            self.left.discard(fp)
             if not ask:
                 self._add(fp, data, index)
                 self._sent.add(fp)
@@ -299,6 +328,11 @@ class DiskSender:
             self._commit_answer = wire.Committed.decode(message)
         elif kind == wire.MISSING:
             self._commit_answer = wire.Missing.decode(message)
+        elif kind == wire.HERE:
+            positions = wire.Here.decode(message).positions
+            if max(positions) >= len(self._base_order):
+                raise Corrupt("the target speaks of chunks that are not in this disk")
+            self._here.update(self._base_order[position] for position in positions)
         elif kind == wire.FAILED:
             failed = wire.Failed.decode(message)
             raise by_code(failed.code)(f"at the target: {failed.text}")
@@ -306,6 +340,17 @@ class DiskSender:
             raise Corrupt(f"the target sent a disk message of kind {kind}, which this version does not know")
 
     # -- inside
+
+    def _use_here(self) -> None:
+        """Take note of what came to the target from elsewhere."""
+        if not self._here:
+            return
+        with self._cond:
+            here, self._here = self._here, set()
+        for fp in here - self._at_target - self._sent:
+            self._at_target.add(fp)
+            self._shared.present(fp)
+            self.counters.chunks_elsewhere += 1
 
     def _take(self, index: int, data: bytes) -> bytes | None:
         """Note the chunk's new contents; its fingerprint when the target may lack it."""
@@ -430,7 +475,7 @@ class DiskSender:
     def _absorb(self, new: Manifest) -> None:
         """After an acknowledged commit: its chunks become blocks that both ends can refer to."""
         added = new_chunks(self._changes, self.committed_chunks)
-        self._shared.append(added)
+        self._shared.append(added, without=self.left)
         self.committed_chunks += added
         self._at_target |= self._sent
         self._sent.clear()

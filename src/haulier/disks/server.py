@@ -22,7 +22,8 @@ from typing import Final, Protocol, cast
 from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.manifest import Manifest
 from haulier.disks import nbdproto as p
-from haulier.errors import Conflict, Corrupt, HaulierError
+from haulier.disks.heat import Heat
+from haulier.errors import Conflict, Corrupt, HaulierError, UnknownThing
 from haulier.units import CHUNK
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ CACHE_CHUNKS: Final = 256
 """16 MiB of chunks last read: a guest reads files in pieces smaller than a chunk."""
 MAX_UNDER_WAY: Final = 128
 """Requests of one connection under way before no more are read from it (QEMU's own client sends 16)."""
-PATIENCE_S: Final = 60.0
+PATIENCE_S: Final = 30.0
+"""How long a read may wait. QEMU stops the guest then (rerror=stop), and it goes on when what it read has come."""
 RETRY_S: Final = 0.1
 RETRY_MAX_S: Final = 1.0
 
@@ -44,6 +46,16 @@ class ChunkSource(Protocol):
 
     def get(self, fp: bytes) -> bytes: ...
     def read_now(self, fp: bytes, offset: int, length: int) -> bytes | None: ...
+
+
+class Elsewhere(Protocol):
+    """Where chunks that the store lacks come from."""
+
+    async def get(self, fp: bytes) -> None:
+        """Return when the store has it. May take as long as a link is down."""
+        ...
+
+    def touched(self, first: int, last: int) -> None: ...
 
 
 class Counters:
@@ -69,8 +81,16 @@ class Counters:
 class ExportServer:
     """One disk. Use from the event loop only; `manifest` may be replaced by `swap`."""
 
-    def __init__(self, store: ChunkSource, manifest: Manifest, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        store: ChunkSource,
+        manifest: Manifest,
+        patience_s: float = PATIENCE_S,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         self.store = store
+        self.elsewhere = elsewhere
+        self.heat = Heat(len(manifest))
         self.manifest = manifest
         self.patience_s = patience_s
         self.counters = Counters()
@@ -134,10 +154,21 @@ class ExportServer:
         future = self._loading.get(fp)
         if future is None:
             self.counters.loads += 1
-            future = asyncio.get_running_loop().run_in_executor(self._pool, self.store.get, fp)
+            future = asyncio.ensure_future(self._load(fp))
             self._loading[fp] = future
             future.add_done_callback(lambda done: self._loaded(fp, done))
         return future
+
+    async def _load(self, fp: bytes) -> bytes:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._pool, self.store.get, fp)
+        except (UnknownThing, Corrupt):
+            if self.elsewhere is None:
+                raise
+        # A bad one was dropped from the store: another site heals it.
+        await self.elsewhere.get(fp)
+        return await loop.run_in_executor(self._pool, self.store.get, fp)
 
     def _loaded(self, fp: bytes, future: asyncio.Future[bytes]) -> None:
         self._loading.pop(fp, None)
@@ -146,6 +177,14 @@ class ExportServer:
         self._cache[fp] = future.result()
         if len(self._cache) > CACHE_CHUNKS:
             self._cache.popitem(last=False)
+
+    def touched(self, request: p.Request) -> None:
+        """Note what is read: what will be read next, here or where the guest goes."""
+        if request.length:
+            first, last = request.offset // CHUNK, (request.offset + request.length - 1) // CHUNK
+            self.heat.touch(first, last)
+            if self.elsewhere is not None:
+                self.elsewhere.touched(first, last)
 
     def start(self, connection: _Connection, request: p.Request, manifest: Manifest) -> None:
         task = asyncio.get_running_loop().create_task(self._slow(connection, request, manifest))
@@ -170,13 +209,14 @@ class ExportServer:
             try:
                 needed = dict.fromkeys(fp for fp, _within, _length in spans(manifest, request) if fp != ZERO)
                 # All at once: a long read takes as long as its slowest chunk, not as their sum.
-                chunks = dict(zip(needed, await asyncio.gather(*map(self.chunk, needed)), strict=True))
+                found = await asyncio.wait_for(asyncio.gather(*map(self.chunk, needed)), deadline - time.monotonic())
+                chunks = dict(zip(needed, found, strict=True))
                 pieces: list[tuple[int, p.Buffer | None]] = [
                     (length, None if fp == ZERO else _part(chunks[fp], within, length))
                     for fp, within, length in spans(manifest, request)
                 ]
                 return self.answer(core, request, pieces)
-            except (HaulierError, OSError, LookupError) as error:
+            except (HaulierError, OSError, LookupError, TimeoutError) as error:
                 if self.counters.retries % 100 == 0:
                     log.warning("chunk for %d bytes at %d: %s; trying on", request.length, request.offset, error)
                 self.counters.retries += 1
@@ -301,6 +341,7 @@ class _Connection(asyncio.Protocol):
         server, manifest = self._server, self._server.manifest
         if request.command == p.CMD_BLOCK_STATUS:
             return self.core.reply_status(request, extents(manifest, request))
+        server.touched(request)
         pieces = server.pieces_now(manifest, request)
         if pieces is None:
             self._under_way += 1

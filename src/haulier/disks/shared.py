@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -65,13 +65,14 @@ class SharedBlocks:
         if positions:
             self.index.lacking[positions] = False
 
-    def append(self, fps: Sequence[bytes]) -> None:
-        """Chunks that the target has committed: they come to the space and the index."""
+    def append(self, fps: Sequence[bytes], without: Container[bytes] = ()) -> None:
+        """Chunks that the target has committed: they come to the space, and but for those in `without` (the target
+        knows of them and has not got them) to the index."""
         if not fps:
             return
         first = len(self.space) * BLOCKS_PER_CHUNK
         self.space.append(fps)
-        self.index.add(*hash_blocks(self._store, fps, first))
+        self.index.add(*hash_blocks(self._store, [ZERO if fp in without else fp for fp in fps], first))
 
 
 def space_fingerprints(space: BlockSpace) -> list[bytes]:

@@ -19,7 +19,7 @@ from haulier.units import CHUNK, FINGERPRINT
 VERSION: Final = 1
 
 OFFER, ASK, CHUNKS, DELTA, COMMIT = 1, 2, 3, 4, 5
-LACKING, ANSWER, COMMITTED, MISSING, FAILED = 129, 130, 131, 132, 133
+LACKING, ANSWER, COMMITTED, MISSING, FAILED, HERE = 129, 130, 131, 132, 133, 134
 
 LITERAL, RECIPE, PATCH = 0, 1, 2
 """How a chunk travels: its bytes, a recipe of blocks, a patch on the chunk that was at that place."""
@@ -32,6 +32,7 @@ MAX_ENTRY: Final = CHUNK + 1024
 """Longest recipe or patch: it would not be used if it were not shorter than the chunk."""
 MAX_ASK: Final = 4096
 MAX_MISSING: Final = 4096
+MAX_HERE: Final = 4096
 DELTA_PART: Final = 512 << 10
 PREFIX: Final = 8
 """Bytes of the fingerprint that go with each chunk: enough to see which chunk came out wrong. What counts is the whole
@@ -180,6 +181,23 @@ class Missing:
         if rest or not 0 < count <= MAX_MISSING:
             raise Corrupt(f"a list of missing chunks of {len(message)} bytes")
         return cls(int.from_bytes(message[1:5], "little"), split(message[5:]))
+
+
+@dataclass(frozen=True)
+class Here:
+    """R: chunks of the base that it lacked have come from elsewhere: their positions among those asked about."""
+
+    positions: list[int]
+
+    def encode(self) -> bytes:
+        return struct.pack(f"<B{len(self.positions)}I", HERE, *self.positions)
+
+    @classmethod
+    def decode(cls, message: bytes) -> Here:
+        count, rest = divmod(len(message) - 1, 4)
+        if rest or not 0 < count <= MAX_HERE:
+            raise Corrupt(f"a list of {len(message)} bytes of chunks that came from elsewhere")
+        return cls(list(struct.unpack_from(f"<{count}I", message, 1)))
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,10 @@ class Fetcher:
                 if not left:
                     del self._waiting[fp]
 
+    def forget_background(self) -> None:
+        """Fetch only what somebody waits for."""
+        self.scheduler.forget_background()
+
     @property
     def left(self) -> int:
         """Chunks wanted and not kept yet."""

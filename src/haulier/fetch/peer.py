@@ -14,7 +14,7 @@ import aiohttp
 
 from haulier.agent import authority
 from haulier.agent.site import Site, split_address
-from haulier.errors import Corrupt, HaulierError
+from haulier.errors import Corrupt, HaulierError, PeerError
 from haulier.fetch import wire
 from haulier.fetch.source import Events
 from haulier.handoff.journal import SiteRow
@@ -123,6 +123,8 @@ class PeerSource:
 
     async def _read(self, stream: aiohttp.ClientWebSocketResponse, events: Events) -> None:
         async for message in stream:
+            if message.type is aiohttp.WSMsgType.ERROR:
+                raise PeerError(f"the connection broke ({message.data})")
             if message.type is not aiohttp.WSMsgType.BINARY:
                 raise Corrupt("a frame that is not binary")
             frame: bytes = message.data

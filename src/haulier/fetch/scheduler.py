@@ -220,6 +220,10 @@ class Scheduler:
             self._wants.pop(fp, None)
             self._demands.discard(fp)
 
+    def forget_background(self) -> None:
+        """Nothing need come any more but what somebody waits for."""
+        self.forget([fp for fp, want in self._wants.items() if want.urgency is not Urgency.DEMAND])
+
     def stuck(self) -> list[bytes]:
         """Wanted chunks that nobody who answers is known to hold or asked for."""
         return [fp for fp, want in self._wants.items() if not want.at and not self._live_holders(fp)]

@@ -92,6 +92,8 @@ class _Connection:
         sender = asyncio.create_task(self._send())
         try:
             async for message in self._stream:
+                if message.type is WSMsgType.ERROR:
+                    break
                 if message.type is not WSMsgType.BINARY:
                     raise Corrupt("a frame that is not binary")
                 await self._take(message.data)

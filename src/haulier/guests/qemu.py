@@ -275,7 +275,8 @@ class Qemu(Migration):
 def create_overlay(path: Path, size: int) -> None:
     """A fresh, empty qcow2 file of `size` bytes. Its backing is given by the command line, not by its header."""
     path.unlink(missing_ok=True)
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(size)]
+    # Subclusters of 2 KiB: a write smaller than a cluster does not wait for the rest of it, which may be far away.
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", str(path), str(size)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise GuestError(f"qemu-img could not create {path}: {done.stderr.strip()}")

@@ -43,6 +43,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """zstd level for memory; 0 = by the link's rate."""
     stall_s: float = 60.0
     """Give up when nothing was acknowledged for this long although the link is up."""
+    disk: str = "full"
+    """"full", or "on-demand": data at rest stays at the source, and follows when it is read, or little by little."""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,6 +151,12 @@ class BaseReady(Message, frozen=True, tag="base-ready"):
     """T>S: disk messages may come."""
 
 
+class Heat(Message, frozen=True, tag="heat"):
+    """S>T: how often each chunk of the disk was read, one byte a chunk, zstd: what will probably be read next."""
+
+    counts: bytes
+
+
 class PrepareMemory(Message, frozen=True, tag="prepare-memory"):
     """S>T: start a stopped QEMU and connect the mirror."""
 
@@ -216,7 +224,7 @@ class Failed(Message, frozen=True, tag="failed"):
 
 
 AnyMessage = (
-    Base | BaseReady | PrepareMemory | MemoryReady | Prepared | Clock | Arrived | Own | Running | Finish | Failed
+    Base | BaseReady | Heat | PrepareMemory | MemoryReady | Prepared | Clock | Arrived | Own | Running | Finish | Failed
 )
 
 _ENCODER = msgspec.msgpack.Encoder()

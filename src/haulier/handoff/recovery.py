@@ -28,12 +28,14 @@ from haulier.handoff.residence import (
     adopt_container,
     call_moved_hook,
     copy_alive,
+    copy_manifest,
     discard_copy,
     guest_paths,
     images_dir,
     incoming_name,
     lease_of,
     manifest_name,
+    pin_name,
     resume_original,
     retire,
     run_copy,
@@ -156,7 +158,7 @@ def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
     name, incoming = manifest_name(row.guest), incoming_name(row.id)
     with ChunkStore(site.store) as store:
         if incoming in store.manifest_names(incoming):
-            store.save_manifest(name, store.load_manifest(incoming))
+            copy_manifest(store, incoming, name)
             journal.advance(row.guest, "owner", "owner", manifest=name)
             # An export that has died is started with the journal's name; one that lives may hold the incoming one.
             with contextlib.suppress(HaulierError, OSError):
@@ -245,6 +247,8 @@ def _forget(site: Site, row: HandoffRow) -> None:
     with ChunkStore(site.store) as store:
         with contextlib.suppress(HaulierError):
             store.drop_manifest(incoming_name(row.id))
+        with contextlib.suppress(HaulierError):
+            store.drop_manifest(pin_name(row.guest, row.id))
         store.drop_lease(lease_of(row.id))
 
 

@@ -157,11 +157,22 @@ def retire(site: Site, guest: str, handoff: str) -> None:
     with ChunkStore(site.store) as store:
         for name in (incoming_name(handoff), manifest_name(guest)):
             if name in store.manifest_names(name):
-                store.save_manifest(retained_name(guest), store.load_manifest(name))
+                store.save_manifest(retained_name(guest), store.load_manifest(name), partial=True)
                 break
         _drop(store, incoming_name(handoff))
         _drop(store, manifest_name(guest))
         store.drop_lease(lease_of(handoff))
+
+
+def pin_name(guest: str, handoff: str) -> str:
+    """The manifest that keeps, where a guest came from, what it left behind there."""
+    return f"residual/{guest}/{handoff}"
+
+
+def copy_manifest(store: ChunkStore, name: str, to: str) -> None:
+    """Saves a manifest under a second name, with its notes, complete or not."""
+    meta = store.manifest_meta(name)
+    store.save_manifest(to, store.load_manifest(name), meta, partial=not store.is_complete(name))
 
 
 def _drop(store: ChunkStore, name: str) -> None:

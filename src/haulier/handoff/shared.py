@@ -61,6 +61,10 @@ def block_index(
 ) -> BlockIndex:
     """Where blocks are to be found in `block_space`; `ready` is the golden snapshot's own index."""
     fps, count = block_list(base, golden, images)
+    # What still lies elsewhere can be referred to by nobody.
+    missing = set(store.missing(fps))
+    if missing:
+        fps = [ZERO if fp in missing else fp for fp in fps]
     if golden is None or ready is None:
         return BlockIndex.build(store, fps)
     if count < len(fps):

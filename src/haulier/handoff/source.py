@@ -19,6 +19,8 @@ import msgspec
 from haulier.agent.site import Site
 from haulier.chunks.blocks import BlockIndex, StoreBlockFinder
 from haulier.chunks.store import ChunkStore
+from haulier.disks.export import DiskExport
+from haulier.disks.heat import hot_chunks, pack
 from haulier.disks.rounds import DiskRounds, Round
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
@@ -48,6 +50,7 @@ from haulier.handoff.messages import (
     BaseReady,
     Channel,
     Finish,
+    Heat,
     Job,
     MemoryReady,
     Offer,
@@ -58,13 +61,13 @@ from haulier.handoff.messages import (
 )
 from haulier.handoff.ownership import Action, Event
 from haulier.handoff.progress import Progress
-from haulier.handoff.residence import guest_paths, incoming_name, lease_of, retire, spec_of
+from haulier.handoff.residence import guest_paths, incoming_name, lease_of, pin_name, retire, spec_of
 from haulier.handoff.shared import block_index, block_space, golden_manifest, images_by_digest
 from haulier.images import common
 from haulier.images.layers import INSTANCE, LAYERS, chain, split_of
 from haulier.memory.proxy import SourceProxy
 from haulier.session import PathAddress, Session, TlsConfig
-from haulier.units import PAGE
+from haulier.units import CHUNK, MIB, PAGE
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +93,8 @@ SWITCHOVER_MARKS = (
     "running",
 )
 """What the report tells of the switchover, in the order in which it mostly happens."""
+LEAVE_BYTES = 16 * MIB
+"""An overlay of fewer bytes than this travels whole, also on demand."""
 QUIET_DISK = 256 * 1024
 """Wire bytes of a disk round below which memory may start."""
 
@@ -305,12 +310,18 @@ class SourceHandoff:
     def _first_disk(self, accept: Accept) -> None:
         """What the target lacks of the base, then rounds until they are small. First, for memory is full of it."""
         sender = self._make_sender(accept)
-        if sender.offer_manifest().wire_bytes > QUIET_DISK:
+        counts = self._read_counts()
+        if counts is not None and self._control is not None:
+            self._control.send(Heat(pack(counts)))
+        on_demand = self.job.options.disk == "on-demand"
+        if sender.offer_manifest(hot_chunks(self._manifest, counts) if on_demand else None).wire_bytes > QUIET_DISK:
             sender.commit()
         # From here on the guest is touched: QEMU notes what it writes.
         self.progress.status.message = "sending what the disk has beyond its layers"
         self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
-        report = self._send_round(self._rounds.begin())
+        first = self._rounds.begin()
+        # What is old and large stays; leaving a little behind would gain nothing.
+        report = self._send_round(first, leave=on_demand and len(first.chunks) * CHUNK > LEAVE_BYTES)
         for _ in range(4):
             if report["wire_bytes"] <= max(QUIET_DISK, self._rate / 8 * 0.5):
                 break
@@ -344,17 +355,31 @@ class SourceHandoff:
         session.on(Channel.DISK, sender.handle)
         return sender
 
-    def _send_round(self, current: Round, *, last: bool = False) -> dict[str, Any]:
+    def _read_counts(self) -> bytes | None:
+        """How often each chunk was read here."""
+        with contextlib.suppress(HaulierError, OSError):
+            return DiskExport.attach(self.paths.nbd_ctl).heat()
+        return None
+
+    def _pin(self) -> None:
+        """What is left behind stays here until the target has it, whatever happens: durable before the token."""
+        if self.job.options.disk == "on-demand" and self._sender is not None:
+            meta = {"target": self.job.peer, "since": time.time()}
+            name = pin_name(self.spec.name, self.job.handoff)
+            self._store.save_manifest(name, self._sender.manifest, meta, partial=True)
+
+    def _send_round(self, current: Round, *, last: bool = False, leave: bool = False) -> dict[str, Any]:
         """Sends one disk round and waits until it is durable there. It is cut short when the guest stops."""
         assert self._sender is not None and self._rounds is not None
         began = time.time()
         with current:
-            sent = self._sender.send_round(self._until_stop(current, last), ask=not last)
+            sent = self._sender.send_round(self._until_stop(current, last), ask=not last, leave=leave)
             if last:
                 # Under way before the round's export and bitmap are taken away: that time is downtime.
                 self._sender.commit(final=True, wait=False)
         if not last:
             self._sender.commit()
+            self._pin()
         self._observe()
         entry = {
             "round": current.number,
@@ -633,7 +658,7 @@ class SourceHandoff:
             if self._control is not None:
                 self._control.send(Finish(name))
         self.progress.phase("finish", "clearing away")
-        self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest)
+        self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest, partial=True)
         proxy = self._pump.proxy
         self.report.update(self._figures(done))
         self._pump.close()
@@ -688,7 +713,11 @@ class SourceHandoff:
                 "warnings": list(self._pump.proxy.warnings),
             },
             "timeline": self._timeline,
-            "disk": {"rounds": self._disk_rounds, "origin": self._sender.counters.as_dict()},
+            "disk": {
+                "rounds": self._disk_rounds,
+                "origin": self._sender.counters.as_dict(),
+                "left_behind": len(self._sender.left) * CHUNK,
+            },
             "layers": self._by_layer(self._sender),
         }
 
@@ -739,6 +768,8 @@ class SourceHandoff:
         self.site.mirror(self.job.handoff).unlink(missing_ok=True)
         with contextlib.suppress(HaulierError):
             self._store.drop_manifest(incoming_name(self.job.handoff))
+        with contextlib.suppress(HaulierError):
+            self._store.drop_manifest(pin_name(self.spec.name, self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
 
     def _close(self) -> None:

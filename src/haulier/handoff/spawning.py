@@ -143,7 +143,11 @@ def accept(
             discard_copy(site, name, before.handoff if before else "")
         elif action is Action.RETIRE:
             retire(site, name, before.handoff if before else "")
-    journal.add_handoff(HandoffRow(id=offer.handoff, guest=name, role="target", peer=offer.source, epoch=offer.epoch))
+    # From the very beginning: whoever finds the guest here after a crash has to know that some of it is elsewhere.
+    detail = {"residual": "held"} if offer.options.disk == "on-demand" else {}
+    journal.add_handoff(
+        HandoffRow(id=offer.handoff, guest=name, role="target", peer=offer.source, epoch=offer.epoch, detail=detail)
+    )
     job = Job(
         handoff=offer.handoff,
         role="target",

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from haulier.agent.site import Site
-from haulier.chunks.manifest import Manifest
+from haulier.chunks.manifest import Manifest, chunks_of
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
+from haulier.disks.heat import unpack
 from haulier.disks.transfer import DiskReceiver
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
 from haulier.guests.qemu import Qemu, create_overlay
@@ -30,6 +31,7 @@ from haulier.handoff.messages import (
     BaseReady,
     Channel,
     Finish,
+    Heat,
     Job,
     MemoryReady,
     Own,
@@ -41,6 +43,7 @@ from haulier.handoff.ownership import Action, Event
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import (
     call_moved_hook,
+    copy_manifest,
     discard_copy,
     guest_paths,
     incoming_name,
@@ -55,6 +58,8 @@ from haulier.session import Session, TlsConfig
 
 log = logging.getLogger(__name__)
 CONNECT_S = 60.0
+ELSEWHERE_S = 20.0
+"""Other sites that give nothing for so long are not asked any more."""
 
 
 class Undecided(HandoffFailed):
@@ -87,6 +92,10 @@ class TargetHandoff:
         self._voted = False
         self._running = False
         self._lock = threading.Lock()
+        self._partial = self.offer.options.disk == "on-demand"
+        self._heat = b""
+        self._elsewhere: threading.Thread | None = None
+        self._enough = threading.Event()
         self.left_alone = threading.Event()
         """The other site's worker is gone, by the word of its agent: set from outside."""
 
@@ -139,6 +148,8 @@ class TargetHandoff:
                 self._maybe_arrived()
             elif isinstance(news, Base):
                 self._adopt_base(news)
+            elif isinstance(news, Heat):
+                self._heat = unpack(news.counts, chunks_of(self.spec.disk_size))
             elif isinstance(news, PrepareMemory):
                 self._prepare_memory(news)
             elif isinstance(news, Own):
@@ -190,8 +201,9 @@ class TargetHandoff:
         space = block_space(self._store, manifest, golden, images_by_digest(self._store, self.job.images))
         name = incoming_name(self.job.handoff)
         self._space = space
+        meta = {"residual": {"source": self.job.peer, "handoff": self.job.handoff}} if self._partial else None
         # Before the first message: from then on only commits write it.
-        self._store.save_manifest(name, manifest, partial=True)
+        self._store.save_manifest(name, manifest, meta, partial=True)
         self._receiver = DiskReceiver(
             self._store,
             manifest,
@@ -200,7 +212,42 @@ class TargetHandoff:
             lease_of(self.job.handoff),
             manifest_name=name,
             on_commit=self._committed,
+            on_lacking=None if self._partial else self._fetch_elsewhere,
+            partial=self._partial,
+            meta=meta,
         )
+
+    def _fetch_elsewhere(self, lacking: list[bytes]) -> None:
+        """Other sites may hold what is lacking: they are asked from the end, while the source sends from the beginning.
+
+        Neither waits for the other. What has come is told to the source, which then does not send it.
+        """
+        self._elsewhere = threading.Thread(target=self._fetch, args=(lacking[::-1],), name="elsewhere", daemon=True)
+        self._elsewhere.start()
+
+    def _fetch(self, lacking: list[bytes]) -> None:
+        from haulier.fetch.fetching import fetch
+        from haulier.fetch.holders import sources_of
+
+        receiver = self._receiver
+        assert receiver is not None
+        try:
+            sources = sources_of(self.site, exclude={self.job.peer})
+            if not sources:
+                return
+            report = fetch(
+                lacking,
+                sources,
+                self._store,
+                lease=lease_of(self.job.handoff),
+                cancelled=self._enough.is_set,
+                on_kept=lambda fp: receiver.came([fp]),
+                stall_s=ELSEWHERE_S,
+            )
+            log.info("%d chunks of the base came from %s", report.chunks, [s.name for s in report.sources if s.chunks])
+        except HaulierError as error:
+            # The source sends whatever did not come.
+            log.info("chunks from other sites: %s", error)
 
     def _disk(self, data: bytes) -> None:
         try:
@@ -211,6 +258,7 @@ class TargetHandoff:
             self.control.tell(error)
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
+        self._enough.set()
         with self._lock:
             if self._export is not None:
                 self._export.swap(incoming_name(self.job.handoff))
@@ -327,10 +375,12 @@ class TargetHandoff:
         # The guest's manifest gets its lasting name only now; until here the incoming one pinned the chunks.
         name = manifest_name(self.spec.name)
         assert self._receiver is not None
-        self._store.save_manifest(name, self._receiver.manifest)
+        copy_manifest(self._store, incoming_name(self.job.handoff), name)
         self.journal.advance(self.spec.name, "owner", "owner", manifest=name)
         with self._lock:
             if self._export is not None:
+                if self._heat:
+                    self._export.warm(self._heat)
                 self._export.swap(name)
         self._store.drop_manifest(incoming_name(self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
@@ -372,6 +422,9 @@ class TargetHandoff:
         discard_copy(self.site, self.spec.name, self.job.handoff)
 
     def _close(self, session: Session) -> None:
+        self._enough.set()
+        if self._elsewhere is not None:
+            self._elsewhere.join(10)
         if self._sink is not None:
             self._sink.close()
             self._sink.proxy.close()

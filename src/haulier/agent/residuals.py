@@ -1,0 +1,333 @@
+"""Data left behind: what guests here still lack, what this site keeps for guests that went away, and when it may go.
+
+Two durable records. Where the guest is: ``residual`` in the handoff's row of the journal, "held" from the moment that
+the offer was taken until the site it came from has been told that nothing is missing any more, then "released".
+Where it came from: the manifest ``residual/GUEST/HANDOFF``, which keeps its chunks from collection and eviction,
+written before the token passed and dropped only at the word of that guest's new site, or of this site's operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from typing import Any, Final
+
+import msgspec
+
+from haulier.agent.core import Core
+from haulier.agent.jobs import Job, Progress
+from haulier.agent.site import check_name
+from haulier.chunks.store import ChunkStore
+from haulier.disks.export import DiskExport
+from haulier.disks.fill import Mode
+from haulier.errors import Conflict, HaulierError, NotTrusted, PeerError, UnknownThing, UsageError
+from haulier.fetch.fetching import fetch
+from haulier.fetch.holders import sources_of
+from haulier.guests.qemu import Qemu
+from haulier.handoff import residence
+from haulier.handoff.journal import GuestRow, HandoffRow
+from haulier.handoff.ownership import MAY_RUN, State
+from haulier.units import CHUNK
+
+log = logging.getLogger(__name__)
+
+HELD: Final = "held"
+RELEASED: Final = "released"
+POLL_S: Final = 0.5
+TELL_EVERY_S: Final = 10.0
+PINS: Final = "residual/"
+
+
+class ResidualMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """From the site where a guest is to the one that it came from. `left` is in bytes; 0 = the pins may go."""
+
+    guest: str
+    handoff: str
+    left: int
+
+
+class Residuals:
+    """Both sides of what was left behind."""
+
+    def __init__(self, core: Core, store: ChunkStore) -> None:
+        self.core = core
+        self.site = core.site
+        self.journal = core.journal
+        self.store = store
+        self._told: dict[str, tuple[int, float]] = {}
+        """Pin -> (bytes that its guest still lacked, when that was said)."""
+        self._said: dict[str, tuple[int, float]] = {}
+        self._lock = threading.Lock()
+
+    # -- where the guest is ----------------------------------------------------------------------------------------
+
+    def held(self, guest: str = "") -> list[HandoffRow]:
+        """Handoffs whose source still keeps something for a guest here."""
+        return [
+            row
+            for row in self.journal.handoffs(guest=guest or None)
+            if row.role == "target" and row.detail.get("residual") == HELD and row.outcome in ("", "done")
+        ]
+
+    def missing(self, guest: GuestRow) -> int:
+        """Bytes of the guest's disk that are not at this site."""
+        if guest.state not in MAY_RUN or not guest.manifest:
+            return 0
+        with contextlib.suppress(UnknownThing):
+            if self.store.is_complete(guest.manifest):
+                return 0
+            manifest = self.store.load_manifest(guest.manifest)
+            return len(self.store.missing(manifest.unique())) * CHUNK
+        return 0
+
+    def here(self) -> list[dict[str, Any]]:
+        """Guests here of whose disk something is elsewhere."""
+        found = []
+        for row in self.held():
+            guest = self.journal.find_guest(row.guest)
+            if row.state != "ended" or guest is None or guest.state not in MAY_RUN:
+                continue
+            found.append(
+                {
+                    "guest": row.guest,
+                    "source": row.peer,
+                    "handoff": row.id,
+                    "left_bytes": self.missing(guest),
+                    "fill": self._fill_facts(row.guest),
+                }
+            )
+        return found
+
+    def _fill_facts(self, guest: str) -> dict[str, Any]:
+        with contextlib.suppress(HaulierError, OSError):
+            stats = DiskExport.attach(residence.guest_paths(self.site, guest).nbd_ctl).stats()
+            return dict(stats.get("fill", {}))
+        return {}
+
+    def check_may_leave(self, guest: str, to: str) -> None:
+        """Conflict if the guest cannot be handed to `to` because data that it needs is at a third site."""
+        held = self.held(guest)
+        row = self.journal.find_guest(guest)
+        if not held or row is None or all(one.peer == to for one in held):
+            return
+        left = self.missing(row)
+        if left:
+            raise Conflict(
+                f"{left / 1e6:.1f} MB of guest {guest!r} are still at site {held[0].peer!r}: "
+                f"'haulier fill {guest}' brings them here, or hand it back to {held[0].peer!r}"
+            )
+
+    def fill(self, name: str, mode: str) -> Job:
+        """Mode "full" fetches all that is missing, as fast as it goes; the job ends when it is here. "background" and
+        "off" say how to go on from here."""
+        guest = self.journal.guest(check_name(name, "guest"))
+        if guest.state not in MAY_RUN:
+            raise Conflict(f"guest {name!r} is not at this site: its disk is filled where it is")
+        try:
+            wanted = Mode(mode)
+        except ValueError:
+            raise UsageError(f"a disk is filled off, background or full, not {mode[:40]!r}") from None
+
+        def work(progress: Progress) -> dict[str, Any]:
+            before = self.missing(guest)
+            export = self._export(name)
+            if export is not None:
+                export.fill(wanted.value)
+            if wanted is Mode.FULL:
+                self._fill_up(guest, export, before, progress)
+                if export is not None:
+                    export.fill(Mode.BACKGROUND.value)
+                self.tell()
+            return {"guest": name, "mode": wanted.value, "left_bytes": self.missing(guest), "fetched_bytes": before}
+
+        return self.core.jobs.start("fill", name, work)
+
+    def _export(self, name: str) -> DiskExport | None:
+        with contextlib.suppress(UnknownThing):
+            return DiskExport.attach(residence.guest_paths(self.site, name).nbd_ctl)
+        return None
+
+    def _fill_up(self, guest: GuestRow, export: DiskExport | None, before: int, progress: Progress) -> None:
+        if export is None:
+            manifest = self.store.load_manifest(guest.manifest)
+            share = 1 / max(1, before // CHUNK)
+            fetch(
+                manifest.unique(),
+                sources_of(self.site),
+                self.store,
+                progress=lambda done, total: progress(done * share, f"{(total - done) * CHUNK / 1e6:.1f} MB to go"),
+            )
+            return
+        while left := self.missing(guest):
+            progress(1 - left / max(1, before), f"{left / 1e6:.1f} MB to go")
+            if not export.alive():
+                raise PeerError(f"the disk export of guest {guest.name!r} ended: the agent starts it again, ask again")
+            time.sleep(POLL_S)
+
+    # -- kept going ------------------------------------------------------------------------------------------------
+
+    def supervise(self) -> None:
+        """Lets guests go on that stopped at a read, once what they read is here; notes which disks are whole."""
+        for row in self.held():
+            guest = self.journal.find_guest(row.guest)
+            if guest is None or guest.state not in MAY_RUN or self.core.is_busy(guest.name):
+                continue
+            self._let_go_on(guest)
+            with contextlib.suppress(UnknownThing):
+                if row.state == "ended" and guest.manifest and not self.missing(guest):
+                    self._complete(guest)
+
+    def _let_go_on(self, guest: GuestRow) -> None:
+        with self.core.asking:
+            qemu = residence.adopt(self.site, guest.name)
+            if qemu is not None:
+                self._try_to_go_on(guest, qemu)
+
+    def _try_to_go_on(self, guest: GuestRow, qemu: Qemu) -> None:
+        try:
+            if qemu.status() == "io-error" and not self._fill_facts(guest.name).get("unserved", 1):
+                log.info("guest %s goes on: what it read has come", guest.name)
+                qemu.recover_io(5.0)
+        except HaulierError as error:
+            log.warning("guest %s stands at a read: %s", guest.name, error)
+        finally:
+            qemu.close()
+
+    def _complete(self, guest: GuestRow) -> None:
+        """From now on the manifest says that all of it is here."""
+        if not self.store.is_complete(guest.manifest):
+            self.store.save_manifest(guest.manifest, self.store.load_manifest(guest.manifest))
+            log.info("all of guest %s is here", guest.name)
+
+    def tell(self) -> None:
+        """Tells the sites that keep something for guests here how much is still missing."""
+        with self._lock:
+            for row in self.journal.handoffs():
+                if row.role == "target" and row.state == "ended" and row.detail.get("residual") == HELD:
+                    self._tell(row)
+
+    def _tell(self, row: HandoffRow) -> None:
+        guest = self.journal.find_guest(row.guest)
+        left = 0
+        if row.outcome == "done" and guest is not None:
+            if guest.state in MAY_RUN:
+                if not guest.manifest:
+                    return  # still being settled
+                left = self.missing(guest)
+                if not left:
+                    self._complete(guest)
+            elif guest.state not in (State.AWAY, State.ABSENT, State.REFUSED):
+                return  # under way: this is told when it is over
+        said, at = self._said.get(row.id, (-1, 0.0))
+        if left and said == left and time.monotonic() - at < TELL_EVERY_S:
+            return
+        message = ResidualMessage(guest=row.guest, handoff=row.id, left=left)
+        try:
+            self.core.peer(row.peer).post("/v1/peer/residual", msgspec.to_builtins(message), timeout=15.0)
+        except HaulierError as error:
+            log.info("site %s cannot be told about guest %s: %s", row.peer, row.guest, error)
+            return
+        self._said[row.id] = (left, time.monotonic())
+        if not left:
+            now = self.journal.handoff(row.id)
+            self.journal.update_handoff(row.id, detail={**now.detail, "residual": RELEASED})
+            log.info("nothing of guest %s is left at site %s", row.guest, row.peer)
+
+    # -- where it came from ----------------------------------------------------------------------------------------
+
+    def left(self) -> list[dict[str, Any]]:
+        """What this site keeps for guests that went away."""
+        found = []
+        for name in self.store.manifest_names(PINS):
+            guest, _, handoff = name.removeprefix(PINS).partition("/")
+            meta = self.store.manifest_meta(name)
+            told = self._told.get(name)
+            found.append(
+                {
+                    "guest": guest,
+                    "target": meta.get("target", ""),
+                    "handoff": handoff,
+                    "since": meta.get("since", 0.0),
+                    "kept_bytes": len(self.store.load_manifest(name).unique()) * CHUNK,
+                    "left_bytes": told[0] if told else None,
+                }
+            )
+        return found
+
+    def told(self, message: ResidualMessage, caller: str) -> dict[str, Any]:
+        """A guest's new site says what it still lacks; with nothing missing the pins go."""
+        check_name(message.guest, "guest"), check_name(message.handoff, "handoff")
+        name = residence.pin_name(message.guest, message.handoff)
+        if name not in self.store.manifest_names(name):
+            return {"kept": False}
+        if self.store.manifest_meta(name).get("target") != caller:
+            raise NotTrusted(f"what guest {message.guest!r} left behind is not site {caller!r}'s to speak of")
+        if message.left > 0:
+            self._told[name] = (message.left, time.time())
+            return {"kept": True}
+        live = self.journal.find_handoff(message.handoff)
+        if live is not None and live.state != "ended":
+            return {"kept": True}  # the token is still on its way back here, for all we know
+        self.store.drop_manifest(name)
+        self._told.pop(name, None)
+        log.info("guest %s needs nothing here any more", message.guest)
+        return {"kept": False}
+
+    def release(self, guest: str, force: bool) -> dict[str, Any]:
+        """At either side: have a guest's pins go, if nothing is missing. `force` (only where they are) asks nobody.
+
+        Conflict while something is missing, UnknownThing where nothing was left behind.
+        """
+        check_name(guest, "guest")
+        pins = [pin for pin in self.left() if pin["guest"] == guest]
+        held = self.held(guest)
+        if not pins and not held:
+            raise UnknownThing(f"nothing of guest {guest!r} is left behind, here or for it: see 'haulier status'")
+        for row in held:
+            known = self.journal.guest(guest)
+            left = self.missing(known)
+            if left:
+                raise Conflict(
+                    f"{left / 1e6:.1f} MB of guest {guest!r} are only known to be at site {row.peer!r}: "
+                    f"'haulier fill {guest}' first"
+                )
+        if held:
+            self.tell()
+            if self.held(guest):
+                raise PeerError(f"site {held[0].peer!r} cannot be told now: it will be, as soon as it answers")
+        for pin in pins:
+            if not force:
+                self._ask_release(pin)
+            with contextlib.suppress(UnknownThing):
+                self.store.drop_manifest(residence.pin_name(guest, str(pin["handoff"])))
+        return {"guest": guest, "released": [row.id for row in held] + [str(pin["handoff"]) for pin in pins]}
+
+    def _ask_release(self, pin: dict[str, Any]) -> None:
+        guest, target = str(pin["guest"]), str(pin["target"])
+        try:
+            answer = self.core.peer(target).post(
+                "/v1/peer/residual/left", {"guest": guest, "handoff": pin["handoff"], "left": 0}, timeout=15.0
+            )
+            left = int(answer["left"])
+        except (HaulierError, KeyError, TypeError, ValueError) as error:
+            raise Conflict(
+                f"site {target!r}, where guest {guest!r} went, does not say whether it has everything ({error}); "
+                "--force lets go of it all the same, and what is missing there is then lost"
+            ) from None
+        if left:
+            raise Conflict(
+                f"guest {guest!r} at site {target!r} still lacks {left / 1e6:.1f} MB that are kept here: "
+                f"'haulier fill {guest}' there first (--force lets go of it all the same, and the data is lost)"
+            )
+
+    def asked(self, message: ResidualMessage, caller: str) -> dict[str, Any]:
+        """The site that keeps something asks how much is still missing here."""
+        row = self.journal.find_handoff(check_name(message.handoff, "handoff"))
+        if row is None or row.peer != caller or row.guest != message.guest:
+            raise NotTrusted(f"site {caller!r} has no part in handoff {message.handoff!r}")
+        if row.state != "ended":
+            return {"left": 1}
+        guest = self.journal.find_guest(message.guest)
+        return {"left": self.missing(guest) if guest is not None else 0}

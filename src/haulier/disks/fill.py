@@ -1,0 +1,243 @@
+"""What a disk export does about chunks that are not here: fetch them, those that the guest reads first.
+
+A chunk that is read and missing is fetched at once, from whoever is nearest. In the background follows the rest: what
+was read most often before, then in the order of the disk; and the neighbours of whatever is being read go before that.
+While the guest waits for something the background keeps to a quarter of the link.
+
+`haulier.fetch` is imported only where something is missing: it costs a quarter of a second, and most disks are whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.disks.heat import Heat
+from haulier.errors import HaulierError
+from haulier.units import CHUNK
+
+if TYPE_CHECKING:
+    from haulier.fetch.fetcher import Fetcher
+    from haulier.fetch.source import Source
+
+log = logging.getLogger(__name__)
+
+NEIGHBOURS: Final = 8
+EASE_S: Final = 0.3
+COMMIT_S: Final = 1.0
+SOURCES_S: Final = 30.0
+
+
+class Mode(enum.Enum):
+    """How chunks that nobody waits for are fetched."""
+
+    OFF = "off"
+    """Not at all: only what is read."""
+    BACKGROUND = "background"
+    """As much as leaves the guest alone."""
+    FULL = "full"
+    """As fast as it goes."""
+
+
+class Filler:
+    """Belongs to one export and its event loop. `sources` tells who can be asked; it may read files."""
+
+    def __init__(self, store: ChunkStore, heat: Heat, sources: Callable[[], list[Source]], mode: Mode) -> None:
+        self._store = store
+        self._heat = heat
+        self._make_sources = sources
+        self._manifest: Manifest | None = None
+        self._name = ""
+        self._places: dict[bytes, int] = {}
+        self._missing: set[bytes] = set()
+        self._fetcher: Fetcher | None = None
+        self._starting: asyncio.Future[Fetcher] | None = None
+        self._tidying: asyncio.Task[None] | None = None
+        self._uncommitted = False
+        self.mode = mode
+        self.fetched = 0
+        """Chunks fetched since the start, and ..."""
+        self.demanded = 0
+        """... those that were read when they were not here."""
+        self.unserved: set[bytes] = set()
+        """What somebody read, was refused in the end, and has not come yet."""
+
+    # -- what is missing
+
+    async def follow(self, name: str, manifest: Manifest) -> None:
+        """This is the disk from now on. What it lacks is fetched as the mode says."""
+        loop = asyncio.get_running_loop()
+        whole = await loop.run_in_executor(None, self._store.is_complete, name)
+        missing: list[bytes] = []
+        if not whole:
+            missing = await loop.run_in_executor(None, self._store.missing, manifest.unique())
+        self._name, self._manifest = name, manifest
+        self._missing = set(missing)
+        if missing:
+            # Where each is first used.
+            self._places = {}
+            for index, fp in enumerate(manifest.chunks()):
+                if fp in self._missing:
+                    self._places.setdefault(fp, index)
+            self._arrange()
+            self.set_mode(self.mode)
+
+    def _arrange(self) -> None:
+        if self._tidying is None:
+            self._tidying = asyncio.get_running_loop().create_task(self._tidy())
+
+    def set_mode(self, mode: Mode) -> None:
+        """Fetch in the background from now on, or no more."""
+        self.mode = mode
+        if not self._missing:
+            return
+        if mode is Mode.OFF:
+            if self._fetcher is not None:
+                self._fetcher.forget_background()
+            return
+        asyncio.get_running_loop().create_task(self._begin())
+
+    async def _begin(self) -> None:
+        from haulier.fetch.scheduler import Urgency
+
+        fetcher = await self._fetching()
+        order = self._heat.order(self._places[fp] for fp in self._missing)
+        manifest = self._manifest
+        assert manifest is not None
+        fetcher.want((manifest[index] for index in order), Urgency.BULK)
+
+    # -- chunks
+
+    async def get(self, fp: bytes) -> None:
+        """Fetch a chunk that somebody waits for; returns when it can be read from the store."""
+        self.demanded += 1
+        self._missing.add(fp)
+        self._arrange()
+        self._ease()
+        fetcher = await self._fetching()
+        self.unserved.add(fp)
+        await fetcher.get(fp)
+        self.unserved.discard(fp)
+        self._ease()
+
+    def touched(self, first: int, last: int) -> None:
+        """Chunks `first` to `last` were read: their neighbours will probably be next."""
+        if not self._missing or self._fetcher is None or self._manifest is None or self.mode is Mode.OFF:
+            return
+        from haulier.fetch.scheduler import Urgency
+
+        near = range(last + 1, min(last + 1 + NEIGHBOURS, len(self._manifest)))
+        found = [fp for index in near if (fp := self._manifest[index]) in self._missing]
+        if found:
+            self._fetcher.want(found, Urgency.SOON)
+
+    def _ease(self) -> None:
+        if self._fetcher is not None and self.mode is not Mode.FULL:
+            self._fetcher.scheduler.eased_until = time.monotonic() + EASE_S
+
+    # -- the fetcher
+
+    async def _fetching(self) -> Fetcher:
+        if self._fetcher is not None:
+            return self._fetcher
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
+        return await asyncio.shield(self._starting)
+
+    async def _start(self) -> Fetcher:
+        from haulier.fetch.fetcher import Fetcher
+
+        loop = asyncio.get_running_loop()
+        sources = await loop.run_in_executor(None, self._make_sources)
+        fetcher = Fetcher(sources, self._keep)
+        fetcher.on_kept = self._kept
+        fetcher.start()
+        self._fetcher = fetcher
+        return fetcher
+
+    def _keep(self, fp: bytes, chunk: bytes) -> None:
+        self._store.put(chunk, fp)
+        self._uncommitted = True
+
+    def _kept(self, fp: bytes) -> None:
+        self.fetched += 1
+        self._missing.discard(fp)
+        self.unserved.discard(fp)
+
+    async def _tidy(self) -> None:
+        """Makes what came durable, now and then; notes when all is here; looks for new sources."""
+        loop = asyncio.get_running_loop()
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(COMMIT_S)
+            try:
+                if self._uncommitted:
+                    self._uncommitted = False
+                    await loop.run_in_executor(None, self._store.commit)
+                if self._fetcher is not None and time.monotonic() - looked > SOURCES_S:
+                    looked = time.monotonic()
+                    for source in await loop.run_in_executor(None, self._make_sources):
+                        self._fetcher.add_source(source)
+                if not self._missing and not self._uncommitted:
+                    await self._whole()
+                    if not self._missing:
+                        self._tidying = None
+                        return
+            except HaulierError as error:
+                log.error("filling %s: %s", self._name, error)
+
+    async def _whole(self) -> None:
+        fetcher, self._fetcher, self._starting = self._fetcher, None, None
+        if fetcher is not None:
+            await fetcher.close()
+        log.info("%s is whole: %d chunks were fetched, %d of them while somebody waited", self._name, self.fetched,
+                 self.demanded)  # fmt: skip
+
+    async def close(self) -> None:
+        if self._tidying is not None:
+            self._tidying.cancel()
+        if self._fetcher is not None:
+            await self._fetcher.close()
+        with contextlib.suppress(HaulierError):
+            await asyncio.get_running_loop().run_in_executor(None, self._store.commit)
+
+    def facts(self) -> dict[str, Any]:
+        """For `stats`: what is missing and how it goes. `rate` is bytes (of the wire) a second over all sources."""
+        found: dict[str, Any] = {
+            "missing": len(self._missing),
+            "missing_bytes": len(self._missing) * CHUNK,
+            "mode": self.mode.value,
+            "fetched": self.fetched,
+            "demanded": self.demanded,
+            "unserved": len(self.unserved),
+        }
+        if self._fetcher is not None:
+            sources = self._fetcher.facts()
+            found["fetched_bytes"] = sum(source.bytes for source in sources)
+            found["sources"] = [
+                {"name": s.name, "up": s.up, "rtt_s": round(s.rtt, 4), "rate": round(s.bps), "chunks": s.chunks}
+                | ({"why": self._fetcher.why[s.name]} if s.name in self._fetcher.why else {})
+                for s in sources
+            ]
+            found["rate"] = round(sum(source.bps for source in sources if source.up))
+        return found
+
+
+def sources_for(site_root: Path) -> Callable[[], list[Source]]:
+    """All sources of the site at `site_root`, looked up when they are needed."""
+
+    def make() -> list[Source]:
+        from haulier.agent.site import Site
+        from haulier.fetch.holders import sources_of
+
+        return sources_of(Site.load(site_root))
+
+    return make
