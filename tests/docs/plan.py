@@ -15,6 +15,7 @@ FLEET: Final = (
     "docs/images.md",
     "docs/handoff.md",
     "docs/caches.md",
+    "docs/on-demand.md",
 )
 """One after the other on the same two sites, which have no haulier before the first page."""
 LAB: Final = ("docs/lab.md",)

@@ -41,7 +41,7 @@ from typing import IO, Any, Final
 import psutil
 
 from haulier.chunks.store import ChunkStore
-from haulier.disks.fill import Filler, Mode, sources_for
+from haulier.disks.fill import Filler, Mode, hints_at, sources_for
 from haulier.disks.heat import read_heat
 from haulier.disks.server import PATIENCE_S, ExportServer
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, PeerError, UnknownThing, UsageError, by_code
@@ -256,7 +256,9 @@ class _Process:
         # A store in a site's directory: what is missing there can be had from other sites.
         self._site = options.store.absolute().parent
         if (self._site / "site.toml").exists():
-            self._filler = Filler(self._store, self._server.heat, sources_for(self._site), Mode.OFF)
+            self._filler = Filler(
+                self._store, self._server.heat, sources_for(self._site), Mode.OFF, hints_at(self._site)
+            )
             self._server.elsewhere = self._filler
         self._warm()
         self._stopping = asyncio.Event()

@@ -14,7 +14,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,7 +50,15 @@ class Mode(enum.Enum):
 class Filler:
     """Belongs to one export and its event loop. `sources` tells who can be asked; it may read files."""
 
-    def __init__(self, store: ChunkStore, heat: Heat, sources: Callable[[], list[Source]], mode: Mode) -> None:
+    def __init__(
+        self,
+        store: ChunkStore,
+        heat: Heat,
+        sources: Callable[[], list[Source]],
+        mode: Mode,
+        hints: Callable[[Sequence[bytes]], Mapping[str, Collection[bytes]]] = lambda fps: {},
+    ) -> None:
+        self._hints = hints
         self._store = store
         self._heat = heat
         self._make_sources = sources
@@ -112,7 +120,10 @@ class Filler:
         order = self._heat.order(self._places[fp] for fp in self._missing)
         manifest = self._manifest
         assert manifest is not None
-        fetcher.want((manifest[index] for index in order), Urgency.BULK)
+        missing = [manifest[index] for index in order]
+        loop = asyncio.get_running_loop()
+        fetcher.hint(await loop.run_in_executor(None, self._hints, missing))
+        fetcher.want(missing, Urgency.BULK)
 
     # -- chunks
 
@@ -241,3 +252,15 @@ def sources_for(site_root: Path) -> Callable[[], list[Source]]:
         return sources_of(Site.load(site_root))
 
     return make
+
+
+def hints_at(site_root: Path) -> Callable[[Sequence[bytes]], Mapping[str, Collection[bytes]]]:
+    """Who is said to hold chunks, by the coordinator that the site at `site_root` knows."""
+
+    def ask(fingerprints: Sequence[bytes]) -> Mapping[str, Collection[bytes]]:
+        from haulier.agent.site import Site
+        from haulier.fetch.holders import hints_for
+
+        return hints_for(Site.load(site_root), fingerprints)
+
+    return ask

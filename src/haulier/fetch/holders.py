@@ -6,9 +6,9 @@ A `Holders` gives hints, nothing more: a site that turns out not to hold a chunk
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from haulier.agent.site import Site
 from haulier.errors import HaulierError
@@ -16,6 +16,9 @@ from haulier.fetch.origin import OriginSource
 from haulier.fetch.peer import PeerSource
 from haulier.fetch.source import Source
 from haulier.handoff.journal import Journal, SiteRow
+
+HINT_S: Final = 3.0
+"""Longer is not waited for the coordinator: the sites can be asked themselves."""
 
 
 class Holders(Protocol):
@@ -52,6 +55,28 @@ def sources_of(site: Site, *, exclude: Collection[str] = (), only: Collection[st
     return found
 
 
+class CoordinatorHolders:
+    """What the fleet's coordinator knows."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def holders(self, fingerprints: Sequence[bytes]) -> Mapping[str, Collection[bytes]]:
+        # Here, for the coordinator's client brings more with it than most callers need.
+        from haulier.coordinator.client import CoordinatorClient
+
+        client = CoordinatorClient.of(self._site, HINT_S)
+        if client is None:
+            return {}
+        found = client.holders(fingerprints, self._site.name)
+        return {source.site: [fingerprints[place] for place in source.positions.tolist()] for source in found}
+
+
+def hints_for(site: Site, fingerprints: Sequence[bytes]) -> Mapping[str, Collection[bytes]]:
+    """Who is said to hold these, by the coordinator of the site's fleet; nothing where there is none."""
+    return hints(CoordinatorHolders(site), fingerprints) if site.coordinator else {}
+
+
 def hints(ask: Holders | None, fingerprints: Sequence[bytes]) -> Mapping[str, Collection[bytes]]:
     """What `ask` says, nothing where it cannot be asked: without it the sites themselves are."""
     if ask is None:
@@ -59,6 +84,3 @@ def hints(ask: Holders | None, fingerprints: Sequence[bytes]) -> Mapping[str, Co
     with contextlib.suppress(HaulierError):
         return ask.holders(fingerprints)
     return {}
-
-
-HoldersOf = Callable[[Site], Holders | None]

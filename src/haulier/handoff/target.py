@@ -227,7 +227,7 @@ class TargetHandoff:
 
     def _fetch(self, lacking: list[bytes]) -> None:
         from haulier.fetch.fetching import fetch
-        from haulier.fetch.holders import sources_of
+        from haulier.fetch.holders import hints_for, sources_of
 
         receiver = self._receiver
         assert receiver is not None
@@ -241,6 +241,7 @@ class TargetHandoff:
                 self._store,
                 lease=lease_of(self.job.handoff),
                 cancelled=self._enough.is_set,
+                hints=hints_for(self.site, lacking),
                 on_kept=lambda fp: receiver.came([fp]),
                 stall_s=ELSEWHERE_S,
             )
