@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from haulier.agent import cache as cache_module
+from haulier.agent import prices
 from haulier.agent.cache import Cache, Change, PinRequest
 from haulier.agent.site import Site
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, UnknownThing, UsageError
+from haulier.coordinator.client import ChunkFacts
+from haulier.errors import Conflict, PeerError, UnknownThing, UsageError
+from haulier.policy.coordinated import Facts
 from haulier.policy.model import NAMES
 from haulier.units import CHUNK
 from tests.agent.conftest import Fleet
@@ -199,3 +202,42 @@ def test_upkeep_yields_to_a_collection(cache: Cache) -> None:
     report = cache.upkeep()
     assert report is not None and report.chunks >= 5
     assert cache.upkeep() is None
+
+
+def test_an_evicted_image_is_fetched_again_for_a_guest(fleet: Fleet, cache: Cache) -> None:
+    agent, store = fleet.at_oslo, cache.store
+    fps = fill(store, "image/deb", 6)
+    image = store.load_manifest("image/deb")
+    for fp in fps:
+        fleet.at_lisbon.store.put(store.get(fp))
+    fleet.at_lisbon.store.commit()
+    cache.pin("deb", PinRequest(pinned=False))
+    cache.change(Change(budget=2 * ROOM))
+    assert left(store, fps) <= 2
+    told: list[str] = []
+    agent.guests._bring("run/web1", image, None, lambda share, text: told.append(text))
+    assert left(store, fps) == 6 and store.leases() == ["run/web1"]
+    cache.upkeep()
+    assert left(store, fps) == 6  # kept until the guest has a manifest of its own
+    agent.guests.adopt()
+    assert store.leases() == []
+
+
+def test_the_coordinator_says_what_chunks_cost(fleet: Fleet, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told:
+        def facts(self, fps: list[bytes], for_site: str) -> list[ChunkFacts]:
+            assert for_site == "oslo"
+            return [ChunkFacts(0, n, 3.0, (0.5, float("inf"))[n % 2]) for n in range(len(fps))]
+
+    monkeypatch.setattr(prices.CoordinatorClient, "of", lambda site: Told())
+    facts = cache.prices.of([b"a", b"b"])
+    assert facts[b"a"] == Facts(0.5 / CHUNK, 0, 3.0)
+    assert facts[b"b"] == Facts(prices.UNKNOWN_S, 1, 3.0)
+
+    class Gone:
+        def facts(self, fps: list[bytes], for_site: str) -> list[ChunkFacts]:
+            raise PeerError("the coordinator does not answer")
+
+    monkeypatch.setattr(prices.CoordinatorClient, "of", lambda site: Gone())
+    assert cache.prices.of([os.urandom(32)]).popitem()[1].copies == 0
+    assert cache.prices.of([]) == {}

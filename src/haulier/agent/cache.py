@@ -23,7 +23,7 @@ from haulier.chunks import books
 from haulier.chunks.collect import Cached, GcReport, Room
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, HaulierError, UnknownThing, UsageError
-from haulier.guests.golden import IMAGE_PREFIX
+from haulier.guests.golden import IMAGE_PREFIX, MANIFEST_PREFIX, list_goldens
 from haulier.policy.choice import Choice, choose
 from haulier.policy.model import COORDINATED_NAME, DEFAULT_NAME, GDSF_NAME, S3FIFO_NAME, Item, check_policy
 from haulier.units import MIB
@@ -123,8 +123,15 @@ class Cache:
         with self.core.alone(f"image {image}", "being pinned"):
             if not request.pinned and not request.force and self.store.is_pinned(name):
                 self._check_elsewhere(image, self.store.load_manifest(name).unique())
-            self.store.pin_manifest(name, request.pinned)
+            for each in (name, *self._goldens(image)):
+                self.store.pin_manifest(each, request.pinned)
         return next(found for found in self._images() if found["name"] == image)
+
+    def _goldens(self, image: str) -> list[str]:
+        """Manifests of the disks of its golden snapshots."""
+        there = self.store.manifest_names(MANIFEST_PREFIX)
+        mine = [g.manifest_name for g in list_goldens(self.core.site.golden) if g.meta.image == image]
+        return [name for name in mine if name in there]
 
     def _check_elsewhere(self, image: str, unique: Collection[bytes]) -> None:
         fps = list(unique)

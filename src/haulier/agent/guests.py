@@ -17,11 +17,14 @@ from haulier.agent import containers
 from haulier.agent.core import Core
 from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
+from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.containers.bundle import LOG
 from haulier.containers.importing import is_container
 from haulier.disks.export import DiskExport
 from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
+from haulier.fetch.fetching import fetch
+from haulier.fetch.holders import sources_of
 from haulier.guests import launch
 from haulier.guests.accel import probe
 from haulier.guests.golden import IMAGE_PREFIX, Golden, find_golden
@@ -34,6 +37,8 @@ from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, State
 
 log = logging.getLogger(__name__)
 
+RUN_LEASE: Final = "run/"
+"""What a guest begins with is kept under it until the guest has a manifest of its own and runs."""
 HIDDEN: Final = frozenset({State.ABSENT, State.REFUSED})
 """Records that only keep an epoch from being used twice."""
 
@@ -204,6 +209,7 @@ class Guests:
         # The epoch goes on from where an earlier guest of this name ended.
         last = (self.journal.find_guest(spec.name) or GuestRow(name=spec.name)).last_epoch
         manifest = residence.manifest_name(spec.name)
+        lease = RUN_LEASE + spec.name
         self.journal.advance(
             spec.name,
             {state.value for state in HIDDEN},
@@ -220,12 +226,30 @@ class Guests:
         try:
             # a name of its own, so that the image may be removed while its guests live
             image = self.store.load_manifest(source)
+            self._bring(lease, image, golden, progress)
             self.store.save_manifest(manifest, containers.first_manifest(spec, image) if spec.container else image)
             self._launch(spec, golden, agent, progress)
             self.journal.advance(spec.name, State.OWNER.value, State.OWNER.value, wanted="running")
         except BaseException:
             self._erase(spec.name)
             raise
+        finally:
+            self.store.drop_lease(lease)
+
+    def _bring(self, lease: str, image: Manifest, golden: Golden | None, progress: Progress) -> None:
+        """Keeps what the guest begins with under a lease, and fetches what the cache gave up of an unpinned image."""
+        needed = image.unique()
+        if golden is not None:
+            needed |= self.store.load_manifest(golden.manifest_name).unique()
+        missing = self.store.missing(needed, lease)
+        if missing:
+            fetch(
+                missing,
+                sources_of(self.site),
+                self.store,
+                lease=lease,
+                progress=lambda done, total: progress(0.5 * done / total, "fetching what is not here of the image"),
+            )
 
     def _launch(self, spec: GuestSpec, golden: Golden | None, agent: bool, progress: Progress) -> None:
         paths = residence.guest_paths(self.site, spec.name)
@@ -356,6 +380,9 @@ class Guests:
                     self._erase(row.name)
                 except HaulierError as error:
                     log.error("guest %s cannot be cleared away: %s", row.name, error)
+        for lease in self.store.leases():
+            if lease.startswith(RUN_LEASE):
+                self.store.drop_lease(lease)
         self.supervise()
         for row in self.journal.guests():
             if row.state not in HIDDEN:

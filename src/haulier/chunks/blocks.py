@@ -233,7 +233,10 @@ def hash_pages(pages: U8) -> U64:
 
 
 def hash_blocks(store: ChunkStore, fps: Sequence[bytes], first_block: int = 0) -> tuple[U64, U32]:
-    """(hashes, ids) of the non-zero blocks of chunks, for `BlockIndex.add`. A chunk seen before is not read again."""
+    """(hashes, ids) of the non-zero blocks of chunks, for `BlockIndex.add`. A chunk seen before is not read again.
+
+    One that is not here (an image of which the cache gave up a part) has no blocks to offer.
+    """
     hashes: list[int] = []
     ids: list[int] = []
     seen: set[bytes] = {ZERO}
@@ -241,7 +244,10 @@ def hash_blocks(store: ChunkStore, fps: Sequence[bytes], first_block: int = 0) -
         if fp in seen:
             continue
         seen.add(fp)
-        data = memoryview(store.get(fp))
+        try:
+            data = memoryview(store.get(fp))
+        except UnknownThing:
+            continue
         base = first_block + number * BLOCKS_PER_CHUNK
         for block in range(BLOCKS_PER_CHUNK):
             piece = data[block * BLOCK : (block + 1) * BLOCK]

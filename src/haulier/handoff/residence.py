@@ -148,7 +148,7 @@ def discard_copy(site: Site, guest: str, handoff: str) -> None:
 
 
 def retire(site: Site, guest: str, handoff: str) -> None:
-    """Clears away an original whose guest runs elsewhere now. Its chunks stay under `retained_name`.
+    """Clears away an original whose guest runs elsewhere now. Its chunks stay in the cache, under `retained_name`.
 
     That is the disk as it was handed over, or, where a crash kept that from being noted, as it was before.
     """
@@ -157,7 +157,7 @@ def retire(site: Site, guest: str, handoff: str) -> None:
     with ChunkStore(site.store) as store:
         for name in (incoming_name(handoff), manifest_name(guest)):
             if name in store.manifest_names(name):
-                store.save_manifest(retained_name(guest), store.load_manifest(name), partial=True)
+                store.save_manifest(retained_name(guest), store.load_manifest(name), partial=True, pinned=False)
                 break
         _drop(store, incoming_name(handoff))
         _drop(store, manifest_name(guest))
