@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from haulier.chunks.blocks import BlockIndex, BlockSpace
 from haulier.chunks.fingerprint import ZERO, fingerprint
@@ -50,7 +51,15 @@ class Lane:
 class Pair:
     """Source and target; `disk` at the source is a dict of chunks that differ from `base`."""
 
-    def __init__(self, root: Path, source: ChunkStore, target: ChunkStore, base: Manifest, shared: list[bytes]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        source: ChunkStore,
+        target: ChunkStore,
+        base: Manifest,
+        shared: list[bytes],
+        **of_receiver: Any,
+    ) -> None:
         self.source, self.target, self.base = source, target, base
         self.there, self.back = Lane(), Lane()
         self.commits: list[tuple[bytes, bool]] = []
@@ -65,6 +74,7 @@ class Pair:
         self.receiver = DiskReceiver(
             target, base, spaces[1], self.back.send, "handoff/1", manifest_name="guest/web1",
             on_commit=lambda manifest, final: self.commits.append((manifest.digest, final)),
+            **of_receiver,
         )  # fmt: skip
         self.there.to, self.back.to = self.receiver.handle, self.sender.handle
 
@@ -99,14 +109,19 @@ def put_disk(store: ChunkStore, chunks: dict[int, bytes], size: int) -> Manifest
 
 @contextmanager
 def pair(
-    root: Path, chunks: dict[int, bytes], size: int, at_target: set[int] | None = None, shared: list[int] | None = None
+    root: Path,
+    chunks: dict[int, bytes],
+    size: int,
+    at_target: set[int] | None = None,
+    shared: list[int] | None = None,
+    **of_receiver: Any,
 ) -> Iterator[Pair]:
     """Both have the base manifest; the target holds only the chunks `at_target` of it (default: all)."""
     source, target = ChunkStore(root / "source"), ChunkStore(root / "target")
     base = put_disk(source, chunks, size)
     put_disk(target, {n: d for n, d in chunks.items() if at_target is None or n in at_target}, size)
     space = [base[n] for n in (sorted(chunks) if shared is None else shared)]
-    made = Pair(root, source, target, base, space)
+    made = Pair(root, source, target, base, space, **of_receiver)
     try:
         yield made
     finally:

@@ -1,0 +1,169 @@
+"""Data left behind, as the two agents of a guest's old and new site see it; no guest runs here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from haulier.agent.residuals import ResidualMessage
+from haulier.agent.server import Agent
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.disks.export import DiskExport
+from haulier.disks.nbd import NbdReader
+from haulier.errors import Conflict, NotTrusted, UnknownThing
+from haulier.handoff.journal import HandoffRow
+from haulier.handoff.residence import guest_paths, manifest_name, pin_name
+from haulier.units import CHUNK
+from tests.support import agents
+from tests.support.agents import make_site, running
+from tests.support.waiting import wait_for
+
+COUNT = 40
+HERE = 8
+
+
+@dataclass
+class Two:
+    old: Agent
+    new: Agent
+    manifest: Manifest
+    contents: list[bytes]
+
+    def left(self) -> int:
+        return self.new.residuals.missing(self.new.journal.guest("web1"))
+
+    def pinned(self) -> bool:
+        return pin_name("web1", "h1") in self.old.store.manifest_names("residual/")
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Two]:
+    """web1 went from old to new and left all but its first chunks behind."""
+    first = make_site(tmp_path / "old", "old")
+    with running(first) as old:
+        second = agents.join(first, tmp_path / "new", "new")
+        with running(second) as new:
+            contents = [bytes([n + 1]) * 16 + os.urandom(CHUNK - 16) for n in range(COUNT)]
+            with ChunkStore(first.store) as store:
+                fps = [store.put(data) for data in contents]
+                manifest = Manifest(COUNT * CHUNK, b"".join(fps))
+                store.save_manifest(pin_name("web1", "h1"), manifest, {"target": "new", "since": 1.0})
+            with ChunkStore(second.store) as store:
+                for data in contents[:HERE]:
+                    store.put(data)
+                store.save_manifest(manifest_name("web1"), manifest, {"residual": {}}, partial=True)
+            new.journal.advance("web1", "absent", "owner", owner="new", epoch=2, manifest=manifest_name("web1"))
+            new.journal.add_handoff(HandoffRow("h1", "web1", "target", "old", detail={"residual": "held"}))
+            new.journal.end_handoff("h1", "done")
+            yield Two(old, new, manifest, contents)
+
+
+def test_nothing_is_let_go_of_while_something_is_missing(two: Two) -> None:
+    assert two.left() == (COUNT - HERE) * CHUNK
+    two.new.residuals.tell()
+    (left,), (here,) = two.old.residuals.left(), two.new.residuals.here()
+    assert left["left_bytes"] == here["left_bytes"] == (COUNT - HERE) * CHUNK
+    with pytest.raises(Conflict, match="still lacks"):
+        two.old.residuals.release("web1", force=False)
+    with pytest.raises(Conflict, match="only known to be at site 'old'"):
+        two.new.residuals.release("web1", force=False)
+    with pytest.raises(Conflict, match="still at site 'old'"):
+        two.new.residuals.check_may_leave("web1", "third")
+    two.new.residuals.check_may_leave("web1", "old")
+    two.old.store.gc()
+    assert two.old.store.missing(two.manifest.unique()) == []
+    assert two.pinned()
+    with pytest.raises(UnknownThing):
+        two.old.residuals.release("web2", force=False)
+
+
+def test_filling_brings_all_and_the_pins_go(two: Two) -> None:
+    job = two.new.residuals.fill("web1", "full")
+    wait_for(lambda: two.new.core.jobs.get(job.id).state != "running", 30)
+    done = two.new.core.jobs.get(job.id)
+    assert done.state == "done", done.error
+    assert two.left() == 0
+    assert not two.pinned()
+    assert two.new.store.is_complete(manifest_name("web1"))
+    assert two.new.journal.handoff("h1").detail["residual"] == "released"
+    assert two.new.residuals.here() == two.old.residuals.left() == []
+    two.new.residuals.check_may_leave("web1", "third")
+    two.old.store.gc(), two.new.store.gc()
+    with ChunkStore(two.new.site.store) as store:
+        assert all(store.get(two.manifest[n]) == data for n, data in enumerate(two.contents))
+
+
+def test_an_export_fetches_what_is_read_first_and_then_the_rest(two: Two) -> None:
+    paths = guest_paths(two.new.site, "web1")
+    paths.prepare()
+    name = manifest_name("web1")
+    export = DiskExport.start(two.new.site.store, name, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log, mode="off")
+    try:
+        with NbdReader(paths.nbd_sock, "disk0", []) as reader:
+            assert bytes(reader.read(30 * CHUNK + 100, 5000)) == two.contents[30][100:5100]
+            assert bytes(reader.read(2 * CHUNK, CHUNK)) == two.contents[2]
+            fill = export.stats()["fill"]
+            assert (fill["demanded"], fill["missing"]) == (1, COUNT - HERE - 1)
+            export.fill("background")
+            wait_for(lambda: export.stats()["fill"]["missing"] == 0, 30)
+            assert b"".join(bytes(d) for _, d in reader.read_many(range(0, COUNT * CHUNK, CHUNK), CHUNK)) == b"".join(
+                two.contents
+            )
+        counts = export.heat()
+        assert counts is not None and counts[30] == 2
+        wait_for(lambda: two.left() == 0, 30)
+        two.new.residuals.tell()
+        assert not two.pinned()
+    finally:
+        export.stop()
+
+
+def test_a_bad_chunk_is_healed_by_another_site(two: Two) -> None:
+    paths = guest_paths(two.new.site, "web1")
+    paths.prepare()
+    (pack,) = list((two.new.site.store / "packs").glob("*.pack"))
+    raw = bytearray(pack.read_bytes())
+    at = raw.index(two.contents[3][:64])
+    raw[at + 20] ^= 1
+    pack.write_bytes(raw)
+    name = manifest_name("web1")
+    export = DiskExport.start(two.new.site.store, name, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log, mode="off")
+    try:
+        with NbdReader(paths.nbd_sock, "disk0", []) as reader:
+            assert bytes(reader.read(3 * CHUNK, CHUNK)) == two.contents[3]
+    finally:
+        export.stop()
+
+
+def test_only_the_new_site_may_speak_of_it(two: Two) -> None:
+    message = ResidualMessage(guest="web1", handoff="h1", left=0)
+    with pytest.raises(NotTrusted):
+        two.old.residuals.told(message, "third")
+    assert two.pinned()
+    with pytest.raises(NotTrusted):
+        two.new.residuals.asked(message, "third")
+    # Said before this site knows that its own handoff is over: not yet.
+    two.old.journal.add_handoff(HandoffRow("h1", "web1", "source", "new"))
+    assert two.old.residuals.told(message, "new") == {"kept": True}
+    two.old.journal.end_handoff("h1", "done")
+    assert two.old.residuals.told(message, "new") == {"kept": False}
+    assert two.old.residuals.told(message, "new") == {"kept": False}
+
+
+def test_by_force_where_the_new_site_is_gone_for_good(two: Two) -> None:
+    assert two.old.residuals.release("web1", force=True)["released"] == ["h1"]
+    assert not two.pinned()
+
+
+def test_what_belongs_to_a_handoff_that_failed_is_given_up(two: Two) -> None:
+    two.new.journal.add_handoff(HandoffRow("h0", "web1", "target", "old", detail={"residual": "held"}))
+    two.new.journal.end_handoff("h0", "failed")
+    two.new.residuals.tell()
+    assert two.new.journal.handoff("h0").detail["residual"] == "released"
+    assert [row.id for row in two.new.residuals.held()] == ["h1"]
+    assert two.pinned()
