@@ -1,10 +1,11 @@
 """Runs a store's life in forked children that die at one step each, and looks at what they leave behind.
 
-    python -m tests.chunks.crashing DIRECTORY kill|power
+    python -m tests.chunks.crashing DIRECTORY kill|power [store|cache]
 
-A step is every call that changes what is on disk: appends, syncs, commits, punches, removals. The children die as by
-kill -9 (os._exit): no handler runs. With `power`, packs also lose all that was not synced. What a child was told is
-durable it writes down in a pipe. Prints one line of JSON: {"steps": n, "failures": [...]}.
+A step is every call that changes what is on disk: appends, syncs, commits, punches, removals. The children die by
+SIGKILL. With `power`, packs also lose all that was not synced. What a child was told is durable it writes down in a
+pipe. `cache` is the life of a cache: evictions by a policy, pins, scrubbing and healing. Prints one line of JSON:
+{"steps": n, "failures": [...]}.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from haulier.chunks import collect, packs
+from haulier.chunks.books import read_memory, write_memory
+from haulier.chunks.collect import Cached
 from haulier.chunks.index import Index
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.places import Places
+from haulier.chunks.scrub import Pass, condemn, scrub_step, write_pass
 from haulier.chunks.store import ChunkStore
+from haulier.policy.choice import choose
+from haulier.policy.model import Item
 from haulier.units import CHUNK
-from tests.chunks.samples import chunk, name
+from tests.chunks.samples import chunk, flip, name, place
 
 
 def manifest_of(seeds: range | list[int]) -> Manifest:
@@ -59,6 +67,57 @@ def live(folder: Path, told: Callable[[str], None]) -> None:
     told("closed")
 
 
+def give_up(store: ChunkStore, need: int) -> None:
+    """What the agent does when the budget is exceeded."""
+
+    def victims(found: list[Cached]) -> set[bytes]:
+        items = [Item(row.fp, row.room, hits=row.hits, came=row.came, used=row.used) for row in found]
+        choice = choose("s3-fifo", items, need, capacity=8 * CHUNK, now=time.time(), memory=read_memory(store))
+        gone = [fp for fp in choice.victims if isinstance(fp, bytes)]
+        moved = {fp: uses for fp, uses in choice.moved.items() if isinstance(fp, bytes)}
+        write_memory(store, choice.memory, moved, gone, len(found) - len(gone))
+        return set(gone)
+
+    store.gc(choose=victims)
+
+
+def live_cache(folder: Path, told: Callable[[str], None]) -> None:
+    """A cache's life: what nothing refers to comes, is used, is evicted, is pinned, decays and is healed."""
+    store = ChunkStore(folder, pack_size=6 * CHUNK, reserve=0)
+    for n in range(8):
+        store.put(chunk(n), lease="work")
+    store.save_manifest("guest", manifest_of(range(8)))
+    told("guest")
+    for n in range(8, 20):
+        store.put(chunk(n))
+    store.save_manifest("image", manifest_of(range(6, 20)), pinned=False)
+    told("image")
+    store.touch(name(n) for n in (9, 10, 9))
+    store.flush_uses()
+    give_up(store, 5 * CHUNK)
+    told("evicted")
+    store.pin_manifest("image", True)
+    told("pinned")
+    give_up(store, 50 * CHUNK)
+    told("evicted more")
+    flip(*place(store, name(3)))
+    told("flipped")
+    state = Pass()
+    bad = scrub_step(store, state, 1 << 30, now=1.0).bad
+    write_pass(store, state)
+    for fp in condemn(store, bad):
+        store.put(chunk(3), fp, lease="heal")
+    store.commit()
+    told("healed")
+    store.drop_lease("heal")
+    store.pin_manifest("image", False)
+    store.drop_lease("work")
+    give_up(store, 50 * CHUNK)
+    told("emptied")
+    store.close()
+    told("closed")
+
+
 class Death:
     """Counts steps, and dies before the chosen one."""
 
@@ -75,7 +134,7 @@ class Death:
                 for file in self.power.iterdir():
                     info = file.stat()
                     os.truncate(file, min(self.synced.get(info.st_ino, 0), info.st_size))
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def sync(self, fd: int) -> None:
         self.step()
@@ -112,7 +171,7 @@ class Death:
         Index.__init__ = init  # type: ignore[method-assign]
 
 
-def run(folder: Path, at: int, power: bool) -> tuple[list[str], bool]:
+def run(folder: Path, at: int, power: bool, life: Callable[..., None]) -> tuple[list[str], bool]:
     """(what the child was told, whether it died) with death before step `at`."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -121,7 +180,7 @@ def run(folder: Path, at: int, power: bool) -> tuple[list[str], bool]:
             os.close(reader)
             told = os.fdopen(writer, "w")
             Death(at, folder / "packs" if power else None).arm()
-            live(folder, lambda text: print(text, file=told, flush=True))
+            life(folder, lambda text: print(text, file=told, flush=True))
             os._exit(0)
         except BaseException as error:
             os.write(writer, f"error {error!r}\n".encode())
@@ -130,7 +189,7 @@ def run(folder: Path, at: int, power: bool) -> tuple[list[str], bool]:
     with open(reader) as pipe:
         lines = pipe.read().splitlines()
     _, status = os.waitpid(child, 0)
-    return lines, os.waitstatus_to_exitcode(status) == 9
+    return lines, os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
 def verify(folder: Path, told: list[str]) -> list[str]:
@@ -179,15 +238,60 @@ def verify(folder: Path, told: list[str]) -> list[str]:
     return wrong
 
 
+def verify_cache(folder: Path, told: list[str]) -> list[str]:
+    """What is wrong with the cache that a dead child left."""
+    wrong = [line for line in told if line.startswith("error")]
+    with ChunkStore(folder, pack_size=6 * CHUNK, reserve=0) as store:
+        report = store.check()
+        if report.wrong_references or report.damaged_manifests or ("healed" in told and not report.ok):
+            wrong.append(f"at once: {report}")
+        if not {*report.corrupt, *report.missing} <= {name(3).hex()}:
+            wrong.append(f"more than what decayed: {report}")
+        if not report.ok and "evicted more" not in told:
+            wrong.append(f"nothing had decayed: {report}")
+        if not report.ok:
+            store.check(repair=True)
+            store.put(chunk(3), lease="heal")
+            store.commit()
+        give_up(store, CHUNK)
+        if not store.check().ok:
+            wrong.append(f"after mending: {store.check()}")
+        for label in store.manifest_names():
+            for fp in store.load_manifest(label).unique():
+                if store.has(fp):
+                    store.get(fp)
+                elif store.is_pinned(label) and (label == "guest" or "pinned" not in told):
+                    wrong.append(f"{label} lacks {fp.hex()[:8]}")
+        if "guest" in told and "guest" not in store.manifest_names():
+            wrong.append("the guest's manifest is gone")
+        if "image" in told and "image" not in store.manifest_names():
+            wrong.append("the image's manifest is gone")
+        for lease in store.leases():
+            store.drop_lease(lease)
+        if "guest" in told:
+            if "image" in store.manifest_names():
+                store.pin_manifest("image", False)
+            give_up(store, 50 * CHUNK)
+            if store.room().chunks != 8 or store.room().cached:
+                wrong.append(f"{store.room()} and should be 8 chunks")
+            if store.stats().disk > 12 * CHUNK:
+                wrong.append(f"{store.stats()} takes more than 8 chunks' space")
+    return wrong
+
+
+LIVES = {"store": (live, verify), "cache": (live_cache, verify_cache)}
+
+
 def main() -> None:
     base = Path(sys.argv[1])
+    life, look = LIVES[sys.argv[3] if len(sys.argv) > 3 else "store"]
     failures = []
     at, died = 0, True
     while died:
         at += 1
         folder = base / str(at)
-        told, died = run(folder, at, sys.argv[2] == "power")
-        failures += [f"step {at}: {text}" for text in verify(folder, told)]
+        told, died = run(folder, at, sys.argv[2] == "power", life)
+        failures += [f"step {at}: {text}" for text in look(folder, told)]
         if not died and told[-1:] != ["closed"]:
             failures.append(f"step {at}: ended with {told[-1:]}")
             break

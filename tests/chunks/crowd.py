@@ -13,6 +13,7 @@ from pathlib import Path
 
 from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.manifest import Manifest
+from haulier.chunks.scrub import Pass, scrub_step
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, UnknownThing
 from haulier.units import CHUNK
@@ -76,11 +77,25 @@ def collect(store: ChunkStore, number: int) -> None:
         say(f"collected {report.chunks} {report.compacted}")
 
 
+def evict(store: ChunkStore, number: int) -> None:
+    """Half of what nothing refers to goes, and the rest is read again."""
+    dice, state = random.Random(number), Pass()
+    while not told_to_end():
+        try:
+            report = store.gc(choose=lambda found: [row.fp for row in found if dice.random() < 0.5])
+        except Conflict:
+            continue
+        step = scrub_step(store, state, 64 * CHUNK, 1.0)
+        if step.bad:
+            say(f"wrong: {step.bad} is damaged")
+        say(f"evicted {report.chunks} {report.compacted}")
+
+
 def main() -> None:
     folder, role, number = sys.argv[1:]
     with ChunkStore(Path(folder), pack_size=8 * CHUNK, reserve=0) as store:
         try:
-            {"write": write, "read": read, "collect": collect}[role](store, int(number))
+            {"write": write, "read": read, "collect": collect, "evict": evict}[role](store, int(number))
         except Exception as error:
             say(f"wrong: {error!r}")
             raise

@@ -442,3 +442,20 @@ def test_a_store_of_the_first_version_is_taken_over(tmp_path: Path) -> None:
         keep(store, "b", 3)
         store.drop_manifest("a")
         assert store.gc().chunks == 2
+
+
+def test_what_a_dead_writer_did_not_commit_goes(store: ChunkStore) -> None:
+    keep(store, "a", 1, 2)
+    store.release_writer()
+    path, _ = place(store, name(1))
+    committed = path.stat().st_size
+    with open(path, "ab") as file:
+        file.write(chunk(3))
+    store.gc()
+    assert path.stat().st_size == committed
+    store.put(chunk(4), lease="work")  # this one is being written
+    size = path.stat().st_size
+    store.gc(choose=lambda found: ())
+    store.commit()
+    assert path.stat().st_size >= size > committed
+    assert alive(store, 1, 2, 4) == [1, 2, 4]

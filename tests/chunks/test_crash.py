@@ -15,10 +15,11 @@ from tests.chunks.samples import name
 from tests.support.waiting import wait_for
 
 
+@pytest.mark.parametrize("life", ["store", "cache"])
 @pytest.mark.parametrize("death", ["kill", "power"])
-def test_death_at_any_step_leaves_a_whole_store(tmp_path: Path, death: str) -> None:
+def test_death_at_any_step_leaves_a_whole_store(tmp_path: Path, death: str, life: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chunks.crashing", str(tmp_path), death],
+        [sys.executable, "-m", "tests.chunks.crashing", str(tmp_path), death, life],
         capture_output=True,
         text=True,
         timeout=110,
@@ -75,7 +76,7 @@ def test_a_crowd_of_processes_some_killed_loses_nothing(tmp_path: Path) -> None:
     with ChunkStore(tmp_path / "s", pack_size=8 * CHUNK, reserve=0):
         pass
     for generation in range(3):
-        roles = ["write", "write", "read", "collect"]
+        roles = ["write", "write", "read", "collect" if generation == 1 else "evict"]
         crowd = [Member(tmp_path / "s", role, generation * 10 + n) for n, role in enumerate(roles)]
         try:
             wanted = dice.randrange(5, 40)

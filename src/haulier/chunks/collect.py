@@ -276,8 +276,21 @@ def _punch_pack(store: ChunkStore, number: int, tail: int, live: list[tuple[int,
         used += extent(stored)
     if at < tail:
         punch(pack, at, tail)
+    if pack.size() > tail:
+        _cut_tail(store, number)
     report.freed += max(0, before - pack.allocated())
     return used
+
+
+def _cut_tail(store: ChunkStore, number: int) -> None:
+    """Take off what a writer that died had not committed; a pack that somebody writes is left alone."""
+    writer = Writer.adopt(store.packs, number)
+    if writer is None:
+        return
+    with store.index.read() as db:  # now that nobody moves it
+        row = db.execute("SELECT tail FROM packs WHERE id=?", (number,)).fetchone()
+    if row is not None:
+        writer.set_tail(row[0])
 
 
 def _compact(store: ChunkStore, sparse: list[int], report: GcReport) -> None:
