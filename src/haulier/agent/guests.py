@@ -21,8 +21,8 @@ from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.containers.bundle import LOG
 from haulier.containers.importing import is_container
-from haulier.disks.export import DiskExport
-from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
+from haulier.disks.export import DiskExport, ExportState
+from haulier.errors import Conflict, Corrupt, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.fetch.fetching import fetch
 from haulier.fetch.holders import sources_of
 from haulier.guests import launch
@@ -407,7 +407,10 @@ class Guests:
             return
         log.warning("the disk export of guest %s died: starting it again", row.name)
         try:
-            DiskExport.start(self.site.store, row.manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log)
+            mode = ""
+            with contextlib.suppress(UnknownThing, Corrupt):
+                mode = ExportState.load(paths.nbd_ctl).mode
+            DiskExport.start(self.site.store, row.manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log, mode=mode)
         except Conflict:
             return  # somebody was faster
         if row.state not in MAY_RUN:

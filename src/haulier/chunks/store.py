@@ -487,12 +487,14 @@ class ChunkStore:
         *,
         partial: bool = False,
         pinned: bool = True,
+        look: bool = True,
     ) -> None:
         """Commit, and in the same transaction put `manifest` under `name` in place of any other; durable on return.
 
         `meta` is kept with it as JSON. Raises UnknownThing when chunks are not here, unless `partial`: then nothing
         changes. From here on the manifest's references keep its chunks; with `pinned` false they do not, and the
-        cache's policy rules over what only such manifests name.
+        cache's policy rules over what only such manifests name. Without `look` (only with `partial`) nobody looks whether
+        all is here, and the manifest does not count as complete: for a save that must be quick.
         """
         _check_name(name)
         text = json.dumps(meta or {}, sort_keys=True)
@@ -506,10 +508,10 @@ class ChunkStore:
             before = self._decode(name, row[0]).unique() if row else frozenset[bytes]()
             added, removed = wanted - before, before - wanted
             # A complete, pinned manifest keeps its own chunks, so only new ones need looking for.
-            look = added if row and row[1] else wanted
-            complete = len(sql.present(db, list(look))) == len(look)
+            unsure = added if row and row[1] else wanted
+            complete = (look or not partial) and len(sql.present(db, list(unsure))) == len(unsure)
             if not complete and not partial:
-                lacking = set(look) - sql.present(db, list(look))
+                lacking = set(unsure) - sql.present(db, list(unsure))
                 raise UnknownThing(
                     f"manifest {name} needs {len(lacking)} chunks that are not in {self.path},"
                     f" the first is {min(lacking).hex()}; fetch them first"

@@ -23,8 +23,9 @@ def verify(guest: str, /, *, root: Root = None, json: Json = False) -> int:
         return 0 if found["ok"] else Corrupt.exit_code
     if not found["ok"]:
         raise Corrupt(f"guest {guest!r}: {'; '.join(found['problems'])}")
+    left = f", {found['chunks_elsewhere']} left elsewhere" if found.get("chunks_elsewhere") else ""
     console.print(
-        plain(f"guest {guest} at {found['site']}: {found['chunks']} chunks right, {found['status']}, all well"),
+        plain(f"guest {guest} at {found['site']}: {found['chunks']} chunks right{left}, {found['status']}, all well"),
         highlight=False,
     )
     return 0

@@ -305,7 +305,11 @@ class _Process:
         """Fetch what the disk lacks. Of a copy that is still arriving only what is read: the rest is on its way."""
         if self._filler is None:
             return
-        self._filler.mode = Mode.OFF if self._name.startswith(ARRIVING) else self._mode
+        if self._name.startswith(ARRIVING):
+            # Nobody looks what is missing: that would be in the way of a guest that stands still.
+            self._filler.arriving(self._name, self._server.manifest)
+            return
+        self._filler.mode = self._mode
         task = asyncio.get_running_loop().create_task(self._filler.follow(self._name, self._server.manifest))
         self._tasks.add(task)
         task.add_done_callback(self._followed)

@@ -98,6 +98,10 @@ class Filler:
             self._arrange()
             self.set_mode(self.mode)
 
+    def arriving(self, name: str, manifest: Manifest) -> None:
+        """This is the disk from now on, and still arriving: only what is read before it has come is fetched."""
+        self._name, self._manifest, self._missing = name, manifest, set()
+
     def _arrange(self) -> None:
         if self._tidying is None:
             self._tidying = asyncio.get_running_loop().create_task(self._tidy())

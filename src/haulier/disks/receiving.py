@@ -246,7 +246,7 @@ class DiskReceiver:
         if not lacking:
             try:
                 # Chunks and manifest become durable in one transaction, and it checks again that all of them are here.
-                self._store.save_manifest(self._name, new, self._meta, partial=self._partial)
+                self._store.save_manifest(self._name, new, self._meta, partial=self._partial, look=not self._partial)
             except UnknownThing:
                 lacking = self._store.missing(new.unique())
                 if not lacking:
