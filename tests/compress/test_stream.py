@@ -98,4 +98,4 @@ def test_level_bounds() -> None:
 
 
 def test_level_by_link() -> None:
-    assert level_for(10e6) == 9 and level_for(50e6) == 3 and level_for(1e9) == 2
+    assert level_for(10e6) == level_for(50e6) == 5 and level_for(1e9) == 2

@@ -128,7 +128,8 @@ def take(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) ->
             core.site, core.journal, offer, manifest=found.manifest, memory_base=found.memory_base
         )
         core.children.append(process)
-    accept = msgspec.structs.replace(accept, qemu=_qemu(), accelerator=probe().kind)
+    complete = found.manifest and not found.missing_bytes
+    accept = msgspec.structs.replace(accept, qemu=_qemu(), accelerator=probe().kind, complete=complete)
     _remember(core, offer, accept)
     return dict(msgspec.to_builtins(accept))
 

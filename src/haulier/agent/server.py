@@ -42,6 +42,7 @@ from haulier.coordinator.reporter import REPORT_EVERY_S, Reporter
 from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
 from haulier.fetch import wire as chunk_wire
 from haulier.fetch.service import ChunkService
+from haulier.guests.accel import qemu_info
 from haulier.handoff.spawning import STANDBY
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,8 @@ class Agent:
         """Takes up handoffs, which may need other sites, and begins to watch over guests and handoffs. Blocking."""
         _try("handoffs", self.handoffs.adopt)
         _try("a worker in waiting", STANDBY.warm)
+        # The first offer would otherwise wait for it: what QEMU can do here is asked once per process.
+        _try("what QEMU can do", _ask_qemu)
         for name, every_s, watch in (
             ("guests", GUESTS_EVERY_S, self.guests.supervise),
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
@@ -174,6 +177,10 @@ class Agent:
             _try("the coordinator", self.coordinator.close)
         self.store.close()
         self.core.close()
+
+
+def _ask_qemu() -> None:
+    qemu_info()
 
 
 def _try(what: str, act: Callable[[], None]) -> None:

@@ -18,6 +18,9 @@ from haulier.units import MIB
 CLOSED_THRESHOLD: Final = 1
 """Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not zero, because QEMU
 then skips the exact dirty count and stops after its first pass, whatever the guest has dirtied meanwhile."""
+FIRST_PASS_RAW: Final = 32 * MIB
+MOST_QUEUED: Final = 12 * MIB
+"""Wire bytes of memory that may wait in the first pass."""
 MIN_RATE_BPS: Final = 64_000.0
 MOST_RATIO: Final = 6.0
 LONG_ROUNDS: Final = 12
@@ -68,16 +71,25 @@ class Window:
 
     wire: int
     raw: int
+    hungry: int
+    """Wire bytes on their way below which the link will soon have nothing to do."""
 
 
-def window(rate_bps: float, rtt_s: float, ending: bool) -> Window:
+def window(rate_bps: float, rtt_s: float, ending: bool, first_pass: bool = False) -> Window:
     """Bounds for unacknowledged bytes: about 150 ms of link near the end, 300 ms before, and never below 1.5 RTT.
 
     The raw bound is eight times that, but at least 1 MiB, so that runs of unchanged pages do not stall the reader.
+    In the first pass two seconds of link may wait, and many unchanged pages: while the link carries what must
+    be sent, the reader gets on with the pages that cost only CPU. What grows stale in the queue would have to be sent
+    again anyway, and before the guest stops the queue has long drained.
     """
     seconds = max(0.15 if ending else 0.30, 1.5 * rtt_s + 0.05)
     wire = max(49_152, int(max(rate_bps, MIN_RATE_BPS) / 8 * seconds))
-    return Window(wire, max((1 if ending else 4) * MIB, 8 * wire))
+    if first_pass and not ending:
+        # At first the rate is a guess, and only a link that is full shows it.
+        queued = max(wire, MIB, min(MOST_QUEUED, int(rate_bps / 8 * 2.0)))
+        return Window(queued, FIRST_PASS_RAW, max(wire, 512 * 1024))
+    return Window(wire, max((1 if ending else 4) * MIB, 8 * wire), wire // 2)
 
 
 def switchover_bandwidth(threshold: int, downtime_ms: int) -> int:

@@ -6,6 +6,8 @@ a sink decodes, gives the exact bytes to QEMU and reports what QEMU has taken. T
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import select
 import socket
 import struct
@@ -14,13 +16,21 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from haulier.errors import Corrupt, HaulierError, PeerError
 from haulier.handoff.convergence import Window
 from haulier.handoff.messages import Channel
-from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.memory.ahead import AheadReader
+from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, TargetProxy, WireBatch
 
 READ = 512 * 1024
 """Raw bytes in one batch at most."""
+QEMU_SNDBUF = 65536
+FIRST_PASS_SNDBUF = 1 << 20
+PIECES = 8
+"""Decoded batches that may wait for the target's QEMU."""
 IDLE_S = 0.002
 """How long the pump waits for more before it closes a batch."""
 _U64 = struct.Struct(">Q")
@@ -39,9 +49,16 @@ class MemoryPump:
     """Source side. Starts with `start`; `ended` is set when QEMU closes its stream or something fails (`error`)."""
 
     def __init__(
-        self, stream: socket.socket, proxy: SourceProxy, carrier: Carrier, window: Callable[[], Window]
+        self,
+        stream: socket.socket,
+        proxy: SourceProxy,
+        carrier: Carrier,
+        window: Callable[[], Window],
+        ahead: AheadReader | None = None,
     ) -> None:
+        """`ahead` reads the guest's RAM where this process may; it is closed when it has nothing more to give."""
         self.proxy = proxy
+        self._ahead = ahead
         self.raw = 0
         self.wire = 0
         self.delivered = 0
@@ -54,6 +71,9 @@ class MemoryPump:
         self._window = window
         self._progress = threading.Condition()
         self._closing = False
+        self._ahead_over = False
+        self._qemus: socket.socket | None = None
+        self._kept: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
         carrier.on(Channel.RETURN_PATH, self._returned)
         carrier.on(Channel.DELIVERED, self._delivered)
         self._thread = threading.Thread(target=self._run, name="memory-pump", daemon=True)
@@ -77,6 +97,8 @@ class MemoryPump:
         if self._thread.is_alive():
             self._thread.join(10)
         self._stream.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _returned(self, data: bytes) -> None:
         try:
@@ -109,11 +131,61 @@ class MemoryPump:
             self.stalled_s += time.monotonic() - began
             return window
 
+    def _feed_ahead(self, window: Window) -> bool:
+        """Gives a hungry link pages that the stream has not come to yet; False if there is nothing to do."""
+        ahead, mirror = self._ahead, self.proxy.mirror
+        if ahead is not None and (self._ahead_over or (ahead.done and self._kept is None)):
+            ahead.close()
+            self._ahead = ahead = self._kept = None
+        if ahead is None or mirror is None or self._carrier.unacked(Channel.MEMORY) >= window.hungry:
+            return False
+        if self._kept is None:
+            if not ahead.planned:
+                ahead.plan(mirror, self.proxy.finder)
+            self._kept = ahead.take(mirror)
+        numbers, pages = self._kept
+        for batch in self.proxy.ahead(ahead.block, numbers[:AHEAD_PAGES], pages[:AHEAD_PAGES]):
+            self._send(batch)
+        self._kept = (numbers[AHEAD_PAGES:], pages[AHEAD_PAGES:]) if len(numbers) > AHEAD_PAGES else None
+        return True
+
+    def widen(self, qemus: socket.socket) -> None:
+        """Lets QEMU write on, while a batch is being encoded, into its end of the stream: until the first pass is over.
+
+        What lies there is neither dirty any more nor sent yet; near the end it would be downtime.
+        """
+        force = getattr(socket, "SO_SNDBUFFORCE", 32)
+        try:
+            qemus.setsockopt(socket.SOL_SOCKET, force, FIRST_PASS_SNDBUF)
+        except PermissionError:
+            qemus.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FIRST_PASS_SNDBUF)
+        self._qemus = qemus.dup()
+
+    def first_pass_over(self) -> None:
+        """QEMU has come to every page once: from now on only its stream knows what is still to be sent."""
+        self._ahead_over = True
+        self._narrow()
+
+    def _narrow(self) -> None:
+        # Held open for this only: as long as we have it, QEMU's end of the stream cannot be seen to close.
+        qemus, self._qemus = self._qemus, None
+        if qemus is not None:
+            qemus.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, QEMU_SNDBUF)
+            qemus.close()
+
+    def _send(self, batch: WireBatch) -> None:
+        self.wire += len(batch.data)
+        self._carrier.send(Channel.MEMORY, batch.data)
+
     def _run(self) -> None:
         buffer = bytearray(READ)
         view = memoryview(buffer)
         try:
             while not self._closing:
+                window = self._window()
+                # The link first; once it has enough, turn by turn, for the target has to keep up with the stream.
+                if self._feed_ahead(window) and self._carrier.unacked(Channel.MEMORY) < window.hungry // 2:
+                    continue
                 window = self._wait_for_room()
                 limit = max(4096, min(READ, window.raw - (self.raw - self.delivered)))
                 got = self._stream.recv_into(view[:limit])
@@ -127,8 +199,7 @@ class MemoryPump:
                 with self._progress:
                     self.raw += got
                 for batch in [*self.proxy.feed(bytes(view[:got])), *self.proxy.flush()]:
-                    self.wire += len(batch.data)
-                    self._carrier.send(Channel.MEMORY, batch.data)
+                    self._send(batch)
                 if self.proxy.device_state and not self.device_state_at:
                     self.device_state_at = time.time()
         except (OSError, HaulierError) as error:
@@ -137,6 +208,7 @@ class MemoryPump:
         except Exception as error:
             self.error = error
         finally:
+            self._narrow()
             self.ended.set()
 
 
@@ -152,8 +224,14 @@ class MemorySink:
         self._carrier = carrier
         self._failed = failed
         self._closing = False
-        self._thread = threading.Thread(target=self._return_path, name="return-path", daemon=True)
-        self._thread.start()
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(PIECES)
+        self._given = 0
+        self._threads = [
+            threading.Thread(target=self._return_path, name="return-path", daemon=True),
+            threading.Thread(target=self._give, name="memory-sink", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
         carrier.on(Channel.MEMORY, self._batch)
 
     def close(self) -> None:
@@ -162,7 +240,10 @@ class MemorySink:
             self._stream.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        self._thread.join(10)
+        with contextlib.suppress(queue.Full):
+            self._pieces.put_nowait(None)
+        for thread in self._threads:
+            thread.join(10)
         self._stream.close()
 
     def _batch(self, data: bytes) -> None:
@@ -170,8 +251,23 @@ class MemorySink:
             return
         try:
             for piece in self.proxy.feed(data):
+                while not self._closing:
+                    try:
+                        self._pieces.put(piece, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+        except (OSError, HaulierError) as error:
+            if not self._closing:
+                self._fail(error)
+
+    def _give(self) -> None:
+        """Beside the decoder: QEMU takes what was decoded while the next batch is being decoded."""
+        try:
+            while (piece := self._pieces.get()) is not None and not self._closing:
                 self._stream.sendall(piece)
-            self._carrier.send(Channel.DELIVERED, _U64.pack(self.proxy.raw_bytes), urgent=True)
+                self._given += len(piece)
+                self._carrier.send(Channel.DELIVERED, _U64.pack(self._given), urgent=True)
         except (OSError, HaulierError) as error:
             if not self._closing:
                 self._fail(error)

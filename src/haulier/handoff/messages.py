@@ -83,6 +83,8 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
     """The target has the disk of the golden snapshot that the guest was born from."""
     memory_base: str
     """The best of the offered pictures of memory that the target has too; "" = none."""
+    complete: bool = False
+    """The target has the manifest and all of its chunks."""
     images: tuple[str, ...] = ()
     """Those of the offered images that the target holds too: their blocks may be named. None where it has the base."""
     qemu: str = ""
@@ -105,6 +107,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """At the target: the golden snapshot's disk is here, as the source was told."""
     images: tuple[str, ...] = ()
     """At the target: images that both sites hold, as the source was told."""
+    memory_base: str = ""
+    """At the target: the picture of memory that the source was told to start from."""
 
 
 class Status(msgspec.Struct, kw_only=True):

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +18,15 @@ from typing import Any, Protocol
 import msgspec
 
 from haulier.agent.site import Site
-from haulier.chunks.blocks import BlockIndex, StoreBlockFinder
+from haulier.chunks.blocks import BlockIndex, BlockSpace, StoreBlockFinder
 from haulier.chunks.store import ChunkStore
+from haulier.compress.stream import level_for
 from haulier.disks.export import DiskExport
 from haulier.disks.heat import hot_chunks, pack
 from haulier.disks.rounds import DiskRounds, Round
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
+from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
 from haulier.guests.qmp import Event as QmpEvent
 from haulier.handoff import retained
@@ -65,6 +68,7 @@ from haulier.handoff.residence import guest_paths, incoming_name, lease_of, pin_
 from haulier.handoff.shared import block_index, block_space, golden_manifest, images_by_digest
 from haulier.images import common
 from haulier.images.layers import INSTANCE, LAYERS, chain, split_of
+from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import SourceProxy
 from haulier.session import PathAddress, Session, TlsConfig
 from haulier.units import CHUNK, MIB, PAGE
@@ -74,12 +78,6 @@ log = logging.getLogger(__name__)
 CONNECT_S = 60.0
 MAX_BANDWIDTH = 1 << 30
 """bytes/s: QEMU never paces itself, the window does."""
-QEMU_SNDBUF = 65536
-"""Of QEMU's end of the socket pair: what lies there is neither dirty any more nor sent yet."""
-SLOW_LINK_BPS = 40e6
-"""Below it there is time for level 9; above, the compressor would be the bottleneck of one core."""
-FAST_LEVEL = 2
-"""A third more pages a second than level 3 for 3 % more bytes; the guest needs the core as well."""
 PROBE_BYTES = 96 * 1024
 SWITCHOVER_MARKS = (
     "pre-switchover",
@@ -95,6 +93,9 @@ SWITCHOVER_MARKS = (
 """What the report tells of the switchover, in the order in which it mostly happens."""
 LEAVE_BYTES = 16 * MIB
 """An overlay of fewer bytes than this travels whole, also on demand."""
+SMALL_DISK = 500_000
+DISK_CHUNK_WIRE = 20_000
+"""Wire bytes of a changed chunk, more or less."""
 QUIET_DISK = 256 * 1024
 """Wire bytes of a disk round below which memory may start."""
 
@@ -126,12 +127,13 @@ class SourceHandoff:
         self._control: Control | None = None
         self._pump: MemoryPump | None = None
         self._rounds: DiskRounds | None = None
+        self._prepared: Future[tuple[BlockIndex, BlockSpace]]
         self._sender: DiskSender | None = None
         self._began = False
-        self._prepared = False
         self._granted = False
         self._refused = False
         self._ending = False
+        self._first_pass = True
         self._rate = 0.0
         self._rates = RecentMost()
         self._ratios = RecentRatio()
@@ -174,9 +176,21 @@ class SourceHandoff:
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._preflight()
         offer, accept = self._offer()
-        self._connect(offer, accept)
-        self._first_disk(accept)
-        self._start_memory(accept)
+        with ThreadPoolExecutor(1, thread_name_prefix="begin-rounds") as pool:
+            begun = pool.submit(self._begin_rounds) if accept.complete else None
+            self._connect(offer, accept)
+        first = begun.result() if begun is not None else None
+        sender = self._make_sender(accept)
+        early = first is not None and len(first.dirty) * DISK_CHUNK_WIRE < SMALL_DISK
+        if early:
+            # All at once: pages that would equal blocks of so small a disk cost less than the wait for it.
+            self._start_memory(accept)
+        self._first_disk(sender, first)
+        if not early:
+            self._start_memory(accept)
+        assert self._control is not None
+        self._control.wait(MemoryReady, 90)
+        self.progress.phase("memory", "sending memory while the guest runs")
         self._converge()
         self._switch_over()
         self._before_token()
@@ -271,7 +285,9 @@ class SourceHandoff:
             options=self.job.options,
         )
         self._manifest = manifest
-        return offer, self.peer.offer(offer)
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare-disk") as pool:
+            self._prepared = pool.submit(self._prepare_index)
+            return offer, self.peer.offer(offer)
 
     def _held_images(self) -> tuple[str, ...]:
         """What the target may hold as well, those that the guest was made from first."""
@@ -296,49 +312,38 @@ class SourceHandoff:
         # Learns the link's rate while the disk is looked at; at 10 Mbps it is through in 80 ms.
         for _ in range(4):
             session.send(Channel.PROBE, os.urandom(PROBE_BYTES // 4))
-        if accept.manifest:
-            # The target's QEMU starts while the disk is being sent. Not so where the base is missing there: it reads
-            # the disk's first sector when it starts.
-            self._prepare_memory(accept)
-        else:
+        if not accept.manifest:
+            # There QEMU reads the disk's first sector when it starts; otherwise it has begun to start by now.
             self._control.send(Base(self._manifest.encode()))
             self._control.wait(BaseReady, 120)
         self._observe()
 
     # -- disk ------------------------------------------------------------------------------------------------------
 
-    def _first_disk(self, accept: Accept) -> None:
-        """What the target lacks of the base, then rounds until they are small. First, for memory is full of it."""
-        sender = self._make_sender(accept)
-        counts = self._read_counts()
-        if counts is not None and self._control is not None:
-            self._control.send(Heat(pack(counts)))
-        on_demand = self.job.options.disk == "on-demand"
-        if sender.offer_manifest(hot_chunks(self._manifest, counts) if on_demand else None).wire_bytes > QUIET_DISK:
-            sender.commit()
-        # From here on the guest is touched: QEMU notes what it writes.
-        self.progress.status.message = "sending what the disk has beyond its layers"
+    def _prepare_index(self, accept: Accept | None = None) -> tuple[BlockIndex, BlockSpace]:
+        """What both sites hold, block by block; until the target has answered, as it most probably is."""
+        golden = golden_manifest(self._store, self.spec.golden) if accept is None or accept.golden else None
+        images = images_by_digest(self._store, accept.images) if accept is not None else []
+        ready = self.site.golden / self.spec.golden / "blocks.idx"
+        loaded = BlockIndex.load(ready) if golden is not None and ready.exists() else None
+        return (
+            block_index(self._store, self._manifest, golden, loaded, images),
+            block_space(self._store, self._manifest, golden, images),
+        )
+
+    def _begin_rounds(self) -> Round:
+        """From here on the guest is touched: QEMU notes what it writes."""
         self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
-        first = self._rounds.begin()
-        # What is old and large stays; leaving a little behind would gain nothing.
-        report = self._send_round(first, leave=on_demand and len(first.chunks) * CHUNK > LEAVE_BYTES)
-        for _ in range(4):
-            if report["wire_bytes"] <= max(QUIET_DISK, self._rate / 8 * 0.5):
-                break
-            report = self._send_round(self._rounds.next())
+        return self._rounds.begin()
 
     def _make_sender(self, accept: Accept) -> DiskSender:
         session = self._session
-        assert session is not None and self._control is not None
+        assert session is not None
         self.progress.phase("disk", "sending the base and application layers that the target lacks")
         self._store.add_lease(lease_of(self.job.handoff))
-        golden = golden_manifest(self._store, self.spec.golden) if accept.golden else None
-        ready = self.site.golden / self.spec.golden / "blocks.idx"
-        images = images_by_digest(self._store, accept.images)
-        index = block_index(
-            self._store, self._manifest, golden, BlockIndex.load(ready) if golden and ready.exists() else None, images
-        )
-        space = block_space(self._store, self._manifest, golden, images)
+        index, space = self._prepared.result()
+        if not accept.golden or accept.images:
+            index, space = self._prepare_index(accept)
         self._split = split_of(self._store, self.spec.image, self.spec.golden, self.spec.uuid)
         sender = self._sender = DiskSender(
             self._store,
@@ -347,13 +352,31 @@ class SourceHandoff:
             index,
             lambda data: session.send(Channel.DISK, data),
             lease_of(self.job.handoff),
-            level=9 if self._rate < SLOW_LINK_BPS else FAST_LEVEL,
+            level=level_for(self._rate),
             layer_of=self._split.of,
             order=LAYERS,
         )
         self._finder = StoreBlockFinder(sender.index, space)
         session.on(Channel.DISK, sender.handle)
         return sender
+
+    def _first_disk(self, sender: DiskSender, first: Round | None) -> None:
+        """What the target lacks of the base, then rounds until they are small. First, for memory is full of it."""
+        counts = self._read_counts()
+        if counts is not None and self._control is not None:
+            self._control.send(Heat(pack(counts)))
+        on_demand = self.job.options.disk == "on-demand"
+        if sender.offer_manifest(hot_chunks(self._manifest, counts) if on_demand else None).wire_bytes > QUIET_DISK:
+            sender.commit()
+        self.progress.status.message = "sending what the disk has beyond its layers"
+        first = first or self._begin_rounds()
+        assert self._rounds is not None
+        # What is old and large stays; leaving a little behind would gain nothing.
+        report = self._send_round(first, leave=on_demand and len(first.chunks) * CHUNK > LEAVE_BYTES)
+        for _ in range(4):
+            if report["wire_bytes"] <= max(QUIET_DISK, self._rate / 8 * 0.5):
+                break
+            report = self._send_round(self._rounds.next())
 
     def _read_counts(self) -> bytes | None:
         """How often each chunk was read here."""
@@ -397,7 +420,7 @@ class SourceHandoff:
         for item in current.items():
             yield item
             self._observe()
-            self.progress.left(len(current.left) * 20_000, self._memory_left())
+            self.progress.left(len(current.left) * DISK_CHUNK_WIRE, self._memory_left())
             if not last and self._stopped():
                 return
             self._check()
@@ -406,16 +429,14 @@ class SourceHandoff:
 
     def _start_memory(self, accept: Accept) -> None:
         assert self._session is not None and self._control is not None
-        self.progress.phase("memory", "sending memory while the guest runs")
         base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
-        if not self._prepared:
-            self._prepare_memory(accept)
-        level = self.job.options.level or (9 if self._rate < SLOW_LINK_BPS else FAST_LEVEL)
+        if not accept.manifest:
+            self._control.send(PrepareMemory(accept.memory_base))
+        level = self.job.options.level or level_for(self._rate)
         proxy = SourceProxy(self.site.mirror(self.job.handoff), base, self._finder, level=level)
-        self._control.wait(MemoryReady, 90)
         ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        qemus.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, QEMU_SNDBUF)
-        self._pump = MemoryPump(ours, proxy, self._session, self._window)
+        self._pump = MemoryPump(ours, proxy, self._session, self._window, AheadReader(self.paths.ram, RAM_ID))
+        self._pump.widen(qemus)
         qemu = self.qemu
         # Capabilities stay set from whatever this QEMU did before, so those that must be off are named too.
         qemu.set_capabilities(
@@ -434,14 +455,9 @@ class SourceHandoff:
             qemus.close()
         self._pump.start()
 
-    def _prepare_memory(self, accept: Accept) -> None:
-        assert self._control is not None
-        self._control.send(PrepareMemory(accept.memory_base))
-        self._prepared = True
-
     def _window(self) -> Window:
         assert self._session is not None
-        return window(self._rate or 10e6, self._session.rtt_s(), self._ending)
+        return window(self._rate or 10e6, self._session.rtt_s(), self._ending, self._first_pass)
 
     def _stopped(self) -> bool:
         """The guest has stopped for the switchover (or QEMU gave up, which `_converge` finds out)."""
@@ -474,7 +490,7 @@ class SourceHandoff:
         gate.start(time.monotonic())
         while not self._stopped():
             self._check()
-            assert self._control is not None
+            assert self._control is not None and self._pump is not None
             for message in self._control.poll():
                 raise HandoffFailed(f"site {self.job.peer!r} said {type(message).__name__} too early")
             self._observe()
@@ -482,6 +498,9 @@ class SourceHandoff:
             self._remaining = int(ram.get("remaining", self.spec.memory_bytes))
             reading = self._reading(int(ram.get("dirty-sync-count", 0)))
             self._ending = gate.near(reading)
+            if reading.rounds >= 2 and self._first_pass:
+                self._first_pass = False
+                self._pump.first_pass_over()
             self._note(reading, gate.is_open)
             self.progress.left(0, self._memory_left())
             step = gate.step(reading)
@@ -662,6 +681,7 @@ class SourceHandoff:
         proxy = self._pump.proxy
         self.report.update(self._figures(done))
         self._pump.close()
+        proxy.keep()
         proxy.close()
         meta = retained.Retained(
             id=name,

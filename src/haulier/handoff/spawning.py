@@ -158,6 +158,7 @@ def accept(
         manifest=_manifest_name(site, bytes.fromhex(offer.manifest)) if manifest else "",
         golden=_has_golden(site, str(offer.spec.get("golden", ""))),
         images=() if manifest else _common_images(site, offer.images),
+        memory_base=memory_base,
     )
     process = spawn(site, journal, job)
     port = _await_port(site, offer.handoff, process)

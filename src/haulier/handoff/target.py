@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,23 @@ class TargetHandoff:
         )
         self.control = Control(session, self.job.peer, self._check)
         try:
-            self._store.add_lease(lease_of(self.job.handoff))
-            self._prepare_disk()
-            session.on(Channel.DISK, self._disk)
-            session.on(Channel.PROBE, lambda data: None)
+            # At once, so that the source's way here and what is to be prepared here take the same time. Messages that
+            # come before their channel is listened to wait in the session.
             self.progress.status.port = session.port
             self.progress.phase("connect")
+            self._store.add_lease(lease_of(self.job.handoff))
+            session.on(Channel.PROBE, lambda data: None)
+            if self.job.manifest:
+                # A Python process of its own: half a second beside all else.
+                self.paths.prepare()
+                with ThreadPoolExecutor(1, thread_name_prefix="start-export") as pool:
+                    starting = pool.submit(self._start_export, self.job.manifest)
+                    self._start_receiver(self._store.load_manifest(self.job.manifest))
+                    session.on(Channel.DISK, self._disk)
+                starting.result()
+                self._prepare_memory(PrepareMemory(self.job.memory_base))
+            else:
+                session.on(Channel.DISK, self._disk)
             self.control.wait_connected(CONNECT_S)
             self.progress.phase("receive")
             self._work(session)
@@ -183,10 +195,6 @@ class TargetHandoff:
         self.progress.write()
 
     # -- disk ------------------------------------------------------------------------------------------------------
-
-    def _prepare_disk(self) -> None:
-        if self.job.manifest:
-            self._start_receiver(self._store.load_manifest(self.job.manifest))
 
     def _adopt_base(self, news: Base) -> None:
         manifest = Manifest.decode(news.manifest)
@@ -260,14 +268,23 @@ class TargetHandoff:
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
         self._enough.set()
-        with self._lock:
-            if self._export is not None:
-                self._export.swap(incoming_name(self.job.handoff))
+        self._swap_export(incoming_name(self.job.handoff))
         if final:
             self._durable_at = time.time()
         self.control.tell("committed")
 
     # -- memory ----------------------------------------------------------------------------------------------------
+
+    def _start_export(self, manifest: str) -> None:
+        paths = self.paths
+        export = DiskExport.start(self.site.store, manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log)
+        with self._lock:
+            self._export = export
+
+    def _swap_export(self, manifest: str) -> None:
+        with self._lock:
+            if self._export is not None:
+                self._export.swap(manifest)
 
     def _prepare_memory(self, news: PrepareMemory) -> None:
         if self._receiver is None or self._qemu is not None:
@@ -276,8 +293,10 @@ class TargetHandoff:
         base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
         name = incoming_name(self.job.handoff)
         paths.prepare()
-        with self._lock:
-            self._export = DiskExport.start(self.site.store, name, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log)
+        if self._export is None:
+            self._start_export(name)
+        else:
+            self._swap_export(name)
         create_overlay(paths.overlay, spec.disk_size)
         tap = None
         if spec.address:
@@ -392,6 +411,7 @@ class TargetHandoff:
             return
         proxy = self._sink.proxy
         self._sink.close()
+        proxy.keep()
         proxy.close()
         row = self.journal.guest(self.spec.name)
         meta = retained.Retained(id=news.memory_id, guest=self.spec.name, uuid=self.spec.uuid, epoch=row.epoch)

@@ -1,8 +1,8 @@
 """A Mirror: guest memory as defined by the stream so far, kept alike at both sites.
 
-It starts as the base (blocks matched by idstr and length; others are zero) and changes only by what is in the stream,
-never by looking into a QEMU. Pages have one index over all blocks, in stream order. The file is sparse: pages that are
-zero and always were cost nothing, and are never read.
+It starts as the base (blocks matched by idstr and length; others are zero) and changes only by what the peers tell one
+another. Pages have one index over all blocks, in stream order. The file is sparse: it holds only what differs from the
+base, until `complete` makes it a picture of its own.
 
 New pages are written, not stored through the mapping: a full disk is then an error and not a SIGBUS.
 """
@@ -47,14 +47,16 @@ class Mirror:
         self.names = list(blocks)
         self.starts = np.array(list(self.first.values()), np.int64)
         self.present = np.zeros(self.pages, np.bool_)
+        self._own = np.zeros(self.pages, np.bool_)
+        """Pages that lie in the file; others that are present still lie in the base."""
+        self._lent: list[tuple[int, NDArray[np.uint8]]] = []
         self._order = np.zeros(self.pages, np.uint32)
-        head, header = encode_header(blocks)
+        self._head, header = encode_header(blocks)
         self._offset = header.data_offset
         path.unlink(missing_ok=True)
         path.with_name(path.name + ".digest").unlink(missing_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            self._pwrite(head, 0)
             os.ftruncate(self._fd, header.size)
             self._map = mmap.mmap(self._fd, header.size, mmap.MAP_SHARED)
         except BaseException:
@@ -66,28 +68,32 @@ class Mirror:
     def create(cls, path: Path, blocks: dict[str, int], base: MemoryBase | None = None) -> Mirror:
         """A new mirror in the file `path` (replaced if there), of these blocks, as they are in `base`.
 
-        NoRoom if the file system has no room for the base's pages.
+        The base must stay open as long as the mirror is. NoRoom if there is no room for the file.
         """
         if not blocks:
             raise UsageError("a mirror needs at least one RAM block")
         mirror = cls(path, blocks)
-        try:
-            for name, length in blocks.items():
-                if base is not None and base.blocks.get(name) == length:
-                    mirror._copy(name, base)
-        except BaseException:
-            mirror.close()
-            path.unlink(missing_ok=True)
-            raise
+        for name, length in blocks.items():
+            if base is not None and base.blocks.get(name) == length:
+                first = mirror.first[name]
+                for page, count in base.nonzero_runs(name):
+                    mirror.present[first + page : first + page + count] = True
+                mirror._lent.append((first, base.view(name)))
         return mirror
 
-    def _copy(self, name: str, base: MemoryBase) -> None:
-        view, first = base.view(name), self.first[name]
-        for page, count in base.nonzero_runs(name):
-            for start in range(page, page + count, _COPY):
-                end = min(start + _COPY, page + count)
-                self._pwrite(view[start:end].data, self._offset + (first + start) * PAGE)
-            self.present[first + page : first + page + count] = True
+    def complete(self) -> None:
+        """Makes the file a picture that needs no base. Until then it has no header, and nothing takes it for one."""
+        for first, view in self._lent:
+            span = slice(first, first + len(view))
+            borrowed = np.flatnonzero(self.present[span] & ~self._own[span])
+            for position, count in sparse.runs(borrowed):
+                page = int(borrowed[position])
+                for start in range(page, page + count, _COPY):
+                    end = min(start + _COPY, page + count)
+                    self._pwrite(view[start:end].data, self._offset + (first + start) * PAGE)
+                self._own[first + page : first + page + count] = True
+        self._lent.clear()
+        self._pwrite(self._head, 0)
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         rest = memoryview(data).cast("B")
@@ -104,12 +110,20 @@ class Mirror:
         """Copies of the pages, u8 (n, 4096), in `out` if given (contiguous, n rows)."""
         if out is None:
             out = np.empty((len(gidx), PAGE), np.uint8)
-        here = self.present[gidx]
-        if here.all():
+        own = self._own[gidx]
+        if own.all():
             # mode="clip" lets numpy write straight into `out`; the line above has refused what is out of range.
             return np.take(self._view, gidx, axis=0, out=out, mode="clip")
+        here = self.present[gidx]
         out[~here] = 0
-        out[here] = self._view[gidx[here]]
+        if own.any():
+            out[own] = self._view[gidx[own]]
+        borrowed = here & ~own
+        for first, view in self._lent:
+            inside = borrowed & (gidx >= first) & (gidx < first + len(view))
+            if inside.all():
+                return np.take(view, gidx - first, axis=0, out=out, mode="clip")
+            out[inside] = view[gidx[inside] - first]
         return out
 
     @property
@@ -123,7 +137,7 @@ class Mirror:
             rows = np.arange(len(gidx))
         if not len(rows):
             return
-        new = ~self.present[gidx]
+        new = ~self._own[gidx]
         # One store for each stretch that is consecutive in both places, and all there or all new.
         cut = (gidx[1:] - gidx[:-1] != 1) | (rows[1:] - rows[:-1] != 1) | (new[1:] != new[:-1])
         starts = [0, *(cut.nonzero()[0] + 1).tolist()]
@@ -135,15 +149,18 @@ class Mirror:
             else:
                 self._view[page : page + count] = pages[row : row + count]
         self.present[gidx] = True
+        self._own[gidx] = True
 
     def zero(self, gidx: NDArray[np.int64]) -> None:
         """Make pages zero; long runs give their memory back."""
-        there = gidx[self.present[gidx]]
+        self.present[gidx[~self._own[gidx]]] = False
+        there = gidx[self._own[gidx]]
         for position, count in sparse.runs(there):
             page = int(there[position])
             if count < _PUNCH or not self._punch(page, count):
                 self._view[page : page + count] = 0
             self.present[page : page + count] = False
+            self._own[page : page + count] = False
 
     def _punch(self, page: int, count: int) -> bool:
         if _MADV_REMOVE is None:
@@ -162,7 +179,7 @@ class Mirror:
         return last
 
     def close(self) -> None:
-        """Let go of the file; it stays, for MemoryBase.from_mirror."""
+        """Let go of the file; it stays, for MemoryBase.from_mirror if it was completed."""
         if self._fd < 0:
             return
         self._view = np.zeros((0, PAGE), np.uint8)

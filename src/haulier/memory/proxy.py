@@ -5,8 +5,8 @@ A wire batch is
     u8 kind, u32 sequence number, u32 raw length, u32 plain length, 16 bytes xxh3-128 of the raw bytes, contents
 
 little-endian. Kinds: OPAQUE (the raw bytes, compressed), TABLE (the RAM blocks; stands for no bytes of the stream),
-PAGES (columns, compressed). The target checks sequence number, lengths and checksum before it gives out any byte.
-An unknown stream is carried as OPAQUE batches, with a warning.
+PAGES (columns, compressed), AHEAD (the same; for the mirrors only, never for QEMU). The target checks sequence number,
+lengths and checksum before it gives out any byte. An unknown stream is carried as OPAQUE batches, with a warning.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import xxhash
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from haulier.compress import StreamCompressor, StreamDecompressor
 from haulier.compress.stream import DEFAULT_WINDOW_LOG, MAX_WINDOW_LOG
@@ -28,17 +30,22 @@ from haulier.memory.elsewhere import BasePages
 from haulier.memory.mirror import Mirror
 from haulier.memory.mirrorfile import decode_table, encode_table
 from haulier.memory.pages import BlockFinder, BlockReader, PageDecoder, PageEncoder
-from haulier.memory.stream import TOKEN, Buffer, Pages, Raw, StreamParser, Token, Zeros
+from haulier.memory.stream import TOKEN, Buffer, Pages, Raw, StreamParser, Token, Zeros, rebuild_all
 from haulier.units import PAGE
 
 OPAQUE: Final = 1
 TABLE: Final = 2
 PAGES: Final = 3
+AHEAD: Final = 4
 
 BATCH: Final = 512 << 10
 """Raw bytes in a batch at most, unless a single token is larger (it never is)."""
 MAX_RAW: Final = 1 << 20
 """Raw bytes that a target accepts in a batch."""
+AHEAD_PAGES: Final = 64
+"""Pages in a batch that is sent ahead of the stream."""
+LONG_LEVEL: Final = 7
+"""From here on zstd looks back over the whole window: of guest memory it earns less than it costs."""
 NEAR_WINDOW_LOG: Final = 21
 """The window without long-distance matching: more is never found, and only strains the caches."""
 _OVERHEAD: Final = 1 << 20
@@ -66,6 +73,8 @@ class Counters:
     raw_bytes: int = 0
     wire_bytes: int = 0
     batches: int = 0
+    ahead: int = 0
+    """Of `pages`, how many went ahead of the stream; their bytes are not in `raw`."""
 
     def as_dict(self) -> dict[str, object]:
         """For reports, as JSON."""
@@ -76,6 +85,7 @@ class Counters:
             "raw_bytes": self.raw_bytes,
             "wire_bytes": self.wire_bytes,
             "batches": self.batches,
+            "ahead": self.ahead,
         }
 
 
@@ -106,7 +116,7 @@ class SourceProxy:
     ) -> None:
         """`elsewhere`: also look for pages anywhere in the base; pays only if the base is of another boot.
 
-        `long`: let zstd look back over the whole window; by default from level 3 on, because below speed matters more.
+        `long`: let zstd look back over the whole window; by default from level 7 on, because below speed matters more.
         Memory: the mirror's file, 1 << window_log bytes, and a few megabytes.
         """
         if not PAGE <= batch_bytes <= BATCH:
@@ -118,10 +128,10 @@ class SourceProxy:
         self.opaque = False
         self._mirror_path = mirror_path
         self._base = base
-        self._finder = finder
+        self.finder = finder
         self._elsewhere = elsewhere
         self._batch_bytes = batch_bytes
-        long = level >= 3 if long is None else long
+        long = level >= LONG_LEVEL if long is None else long
         self._compressor = StreamCompressor(level, window_log if long else min(window_log, NEAR_WINDOW_LOG), long)
         self._encoder: PageEncoder | None = None
         self._sequence = 0
@@ -184,6 +194,30 @@ class SourceProxy:
         self._count_wire(len(out[-1].data), batch.columns)
         return out
 
+    def ahead(self, block: str, numbers: NDArray[np.int64], pages: NDArray[np.uint8]) -> list[WireBatch]:
+        """Batches that bring these pages, by their numbers in the block, into both mirrors and not into the stream.
+
+        Nothing before the stream has named the guest's memory, or once it is opaque. Call flush() before: the mirrors
+        change in the order of the batches. UsageError if there are unflushed records.
+        """
+        if self._token_bytes:
+            raise UsageError("flush the source proxy before you send pages ahead")
+        if self.opaque or not self.parser.ready or block not in self.parser.blocks:
+            return []
+        out = [] if self._encoder is not None else [self._begin()]
+        assert self._encoder is not None
+        for at in range(0, len(numbers), AHEAD_PAGES):
+            addresses = numbers[at : at + AHEAD_PAGES].astype(np.uint64) * np.uint64(PAGE)
+            token = Pages(block, True, addresses, pages[at : at + AHEAD_PAGES])
+            raw = rebuild_all([token])
+            batch = self._encoder.encode([token])
+            data = self._compressor.compress(*batch.parts)
+            out.append(self._batch(AHEAD, len(raw), batch.size, xxhash.xxh3_128_digest(raw), data))
+            self.counters.ahead += len(addresses)
+            _add(self.counters.pages, batch.pages)
+            self._count_wire(len(out[-1].data), batch.columns)
+        return out
+
     def finish(self) -> bytes:
         """BLAKE3 of the whole raw stream, after the last flush(). Corrupt if the stream ended within a record."""
         if self._token_bytes:
@@ -191,6 +225,11 @@ class SourceProxy:
         if self.unsent:
             raise Corrupt(f"QEMU's stream ended {self.unsent} bytes into a record; the guest runs on at the source")
         return self._digest.digest()
+
+    def keep(self) -> None:
+        """Make the mirror's file a picture of its own, for the way back. NoRoom if there is no room for it."""
+        if self.mirror is not None:
+            self.mirror.complete()
 
     def close(self) -> None:
         """Let go of the mirror's file, which stays."""
@@ -214,7 +253,7 @@ class SourceProxy:
     def _begin(self) -> WireBatch:
         self.mirror = Mirror.create(self._mirror_path, self.parser.blocks, self._base)
         elsewhere = BasePages(self._base) if self._elsewhere and self._base is not None else None
-        self._encoder = PageEncoder(self.mirror, self._finder, elsewhere)
+        self._encoder = PageEncoder(self.mirror, self.finder, elsewhere)
         table = encode_table(self.parser.blocks)
         batch = self._batch(TABLE, 0, len(table), bytes(16), table)
         self._count_wire(len(batch.data), {"meta": len(table)})
@@ -224,7 +263,7 @@ class SourceProxy:
         head = _HEAD.pack(kind, self._sequence, raw, plain, checksum)
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         self.counters.batches += 1
-        return WireBatch(head + data, raw)
+        return WireBatch(head + data, 0 if kind == AHEAD else raw)
 
     def _checksum(self, size: int) -> bytes:
         """xxh3-128 of the next `size` bytes of the stream as QEMU gave it, not as the parser understood it."""
@@ -294,6 +333,11 @@ class TargetProxy:
         """BLAKE3 of all bytes given out."""
         return self._digest.digest()
 
+    def keep(self) -> None:
+        """Make the mirror's file a picture of its own, for the way back. NoRoom if there is no room for it."""
+        if self.mirror is not None:
+            self.mirror.complete()
+
     def close(self) -> None:
         """Let go of the mirror's file, which stays."""
         if self.mirror is not None:
@@ -313,7 +357,7 @@ class TargetProxy:
         if kind == TABLE:
             self._begin(bytes(contents), raw_length, plain_length)
             return b""
-        if kind not in (OPAQUE, PAGES):
+        if kind not in (OPAQUE, PAGES, AHEAD):
             raise Corrupt(f"batch {sequence} is of an unknown kind {kind}")
         plain = self._decompressor.decompress(contents, plain_length)
         if len(plain) != plain_length:
@@ -328,7 +372,7 @@ class TargetProxy:
         if xxhash.xxh3_128_digest(batch.raw) != checksum:
             raise Corrupt(f"batch {sequence} rebuilds to other bytes; do both sites hold the same base?")
         self._decoder.apply(batch)
-        return batch.raw
+        return b"" if kind == AHEAD else batch.raw
 
     def _begin(self, table: bytes, raw_length: int, plain_length: int) -> None:
         if self._decoder is not None or raw_length or plain_length != len(table):

@@ -24,6 +24,7 @@ FALLEN: Final = 0.85
 GROWTH: Final = 1.25
 """A round in which the rate grew by this is still part of the start."""
 _STEADY_S: Final = 3.0
+_FLOW_S: Final = 1.0
 _PATIENCE: Final = 0.010
 
 
@@ -105,13 +106,22 @@ class Rate:
         self._seconds = 0.0
         self._start = 0.0
         self._flat = 0
+        self._flow = 0.0
+        self._flow_at = 0.0
 
     @property
     def steady(self) -> float:
         """What is delivered on average while busy, over some seconds: what is reported."""
         if self.starting or self._seconds < 0.2:
             return self.peak
-        return self._bytes / self._seconds
+        # What was carried of late, busy or not, the path can carry: a sender that hardly ever has more to send than
+        # that would otherwise live on with the first rates it saw.
+        return max(self._bytes / self._seconds, min(self.peak, self._flow / _FLOW_S))
+
+    def flow(self, count: int, now: float) -> None:
+        """`count` bytes more were delivered, whether or not there were more to send."""
+        self._flow = self._flow * math.exp((self._flow_at - now) / _FLOW_S) + count
+        self._flow_at = now
 
     @property
     def fallen(self) -> bool:

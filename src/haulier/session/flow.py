@@ -137,6 +137,7 @@ class PathFlow:
         if interval > 0:
             keep = max(10 * (self.rtt.base or 0), 0.3)
             self.rate.sample((self.acked_bytes - sent.delivered) / interval, now, keep, sent.app_limited)
+        self.rate.flow(self.acked_bytes - before, now)
         if not sent.app_limited and now >= self.rtt.settled_at:
             self.rate.busy(self.acked_bytes - before, now - since)
         self._first_at = sent.at

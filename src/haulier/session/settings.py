@@ -13,7 +13,7 @@ class Settings:
 
     max_message: int = 16 * MIB
     """Largest message; a larger one is the sender's UsageError and the receiver's Corrupt."""
-    max_unsent: int = 4 * MIB
+    max_unsent: int = 16 * MIB
     """`send` blocks while this much of its channel has not been put on a path yet."""
     receive_window: int = 8 * MIB
     """Bytes that may wait for a channel's callback, besides the message being put together."""
