@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from blake3 import blake3
 
@@ -18,6 +19,7 @@ from haulier.errors import Corrupt, HaulierError, PeerError
 from haulier.handoff.convergence import Window
 from haulier.handoff.memory_link import READ, MemoryPump, MemorySink
 from haulier.handoff.messages import Channel
+from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import SourceProxy, TargetProxy
 from haulier.units import MIB, PAGE
 from tests.support.streams import begin, end, part
@@ -99,14 +101,14 @@ class Carrier:
 class Link:
     """QEMU (a socket) - pump - carriers - sink - QEMU (a socket)."""
 
-    def __init__(self, tmp_path: Path, window: Window, *, run: bool = True) -> None:
+    def __init__(self, tmp_path: Path, window: Window, *, run: bool = True, ahead: AheadReader | None = None) -> None:
         self.window = window
         self.failures: list[Exception] = []
         self.left, self.right = Carrier(), Carrier()
         self.left.peer, self.right.peer = self.right, self.left
         self.source_qemu, ours = socket.socketpair()
         self.target_qemu, theirs = socket.socketpair()
-        self.pump = MemoryPump(ours, SourceProxy(tmp_path / "a"), self.left, lambda: self.window)
+        self.pump = MemoryPump(ours, SourceProxy(tmp_path / "a"), self.left, lambda: self.window, ahead)
         self.sink = MemorySink(theirs, TargetProxy(tmp_path / "b"), self.right, self.failures.append)
         self.received = bytearray()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -139,8 +141,8 @@ class Link:
 def link(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Link]]:
     made: list[Link] = []
 
-    def make(window: Window = WIDE, *, run: bool = True) -> Link:
-        made.append(Link(tmp_path, window, run=run))
+    def make(window: Window = WIDE, *, run: bool = True, ahead: AheadReader | None = None) -> Link:
+        made.append(Link(tmp_path, window, run=run, ahead=ahead))
         return made[-1]
 
     yield make
@@ -211,20 +213,20 @@ def test_the_return_path_is_copied_untouched(link: Callable[..., Link]) -> None:
 def test_no_more_than_the_wire_window_is_on_its_way(link: Callable[..., Link]) -> None:
     window = Window(100_000, 64 * MIB)
     one = link(window, run=False)
-    noise = begin(4000) + part((n, random.Random(n).randbytes(PAGE)) for n in range(4000))
-    give(one.source_qemu, noise)
+    data = begin(4000) + part((n, random.Random(n).randbytes(PAGE)) for n in range(4000))
+    give(one.source_qemu, data)
     wait_for(lambda: one.left.unacked(Channel.MEMORY) >= window.wire)
     held = one.pump.raw
     # One batch may go beyond the bound, because its wire size is known only when it is made.
     assert one.left.most <= window.wire + READ + 4096
-    while one.pump.delivered < len(noise):
+    while one.pump.delivered < len(data):
         assert one.left.unacked(Channel.MEMORY) <= window.wire + READ + 4096
         if not one.right.step():
             one.left.step()
-    assert held < len(noise) / 4
+    assert held < len(data) / 4
     assert one.pump.stalled_s > 0
-    wait_for(lambda: len(one.received) == len(noise))
-    assert bytes(one.received) == noise
+    wait_for(lambda: len(one.received) == len(data))
+    assert bytes(one.received) == data
 
 
 def test_no_more_than_the_raw_window_is_on_its_way_however_well_it_compresses(link: Callable[..., Link]) -> None:
@@ -240,6 +242,58 @@ def test_no_more_than_the_raw_window_is_on_its_way_however_well_it_compresses(li
             one.left.step()
     assert MIB / 2 <= most <= MIB + 4096
     assert one.sink.proxy.raw_bytes == len(zeros)
+
+
+def ram(tmp_path: Path, pages: list[bytes]) -> AheadReader:
+    (tmp_path / "ram").write_bytes(b"".join(pages))
+    return AheadReader(tmp_path / "ram", "ram0")
+
+
+def noise(count: int, seed: int = 3) -> list[bytes]:
+    chosen = random.Random(seed)
+    return [chosen.randbytes(PAGE) for _ in range(count)]
+
+
+def test_a_hungry_link_gets_pages_that_qemu_has_not_come_to(link: Callable[..., Link], tmp_path: Path) -> None:
+    pages = noise(1024)
+    one = link(Window(64 * MIB, 64 * MIB, 64 * MIB), ahead=ram(tmp_path, pages))
+    one.source_qemu.sendall(begin(1024))
+    wait_for(lambda: one.pump.proxy.counters.ahead == 1024)
+    wait_for(lambda: one.sink.proxy.mirror is not None and bool(one.sink.proxy.mirror.present.all()))
+    mirror = one.sink.proxy.mirror
+    assert mirror is not None and mirror.get(np.arange(1024)).tobytes() == b"".join(pages)
+    assert bytes(one.received) == begin(1024)[: len(one.received)], "QEMU gets nothing of it"
+    # Then QEMU's own pass, in which one page has changed since.
+    pages[7] = noise(1, 99)[0]
+    data = begin(1024) + part(enumerate(pages)) + end([])
+    give(one.source_qemu, data[len(begin(1024)) :])
+    wait_for(lambda: len(one.received) == len(data))
+    assert bytes(one.received) == data
+    assert one.pump.proxy.counters.pages["literal"] == 1025 and one.pump.proxy.counters.pages["same"] == 1023
+
+
+def test_a_link_with_enough_to_do_gets_none_ahead(link: Callable[..., Link], tmp_path: Path) -> None:
+    one = link(Window(64 * MIB, 64 * MIB, 0), ahead=ram(tmp_path, noise(1024)))
+    data = begin(1024) + part(enumerate(noise(1024))) + end([])
+    give(one.source_qemu, data)
+    wait_for(lambda: len(one.received) == len(data))
+    assert one.pump.proxy.counters.ahead == 0
+
+
+def test_after_the_first_pass_nothing_goes_ahead_and_qemus_end_is_seen_to_close(
+    link: Callable[..., Link], tmp_path: Path
+) -> None:
+    one = link(Window(64 * MIB, 64 * MIB, 64 * MIB), run=False, ahead=ram(tmp_path, noise(4096)))
+    one.pump.widen(one.source_qemu)
+    one.pump.first_pass_over()
+    data = begin(4096) + part(enumerate(noise(100))) + end([])
+    give(one.source_qemu, data).join()
+    one.left.run()
+    one.right.run()
+    wait_for(lambda: one.pump.raw == len(data))
+    assert one.pump.proxy.counters.ahead == 0
+    one.source_qemu.close()
+    assert one.pump.ended.wait(20), "an end that is held open is never seen to close"
 
 
 def test_a_broken_batch_is_told_and_gives_qemu_nothing_of_it(link: Callable[..., Link]) -> None:

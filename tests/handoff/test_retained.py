@@ -29,6 +29,7 @@ def leave(site: Site, epoch: int, fill: int, uuid: str = UUID) -> Retained:
     path = site.mirror(f"h{epoch}")
     mirror = Mirror.create(path, {"ram0": 4 * PAGE}, None)
     mirror.set(np.array([2]), np.full((1, PAGE), fill, np.uint8))
+    mirror.complete()
     mirror.close()
     meta = Retained(id=retained.memory_id(uuid, epoch, bytes([fill]) * 32), guest="web1", uuid=uuid, epoch=epoch)
     retained.keep(site, meta, path)

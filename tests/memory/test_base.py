@@ -35,6 +35,7 @@ def mirror_of(path: Path, content: dict[str, dict[int, bytes]], sizes: dict[str,
     for name, pages in content.items():
         for page, data in pages.items():
             mirror.set(np.array([mirror.first[name] + page]), np.frombuffer(data, np.uint8).reshape(1, PAGE))
+    mirror.complete()
     mirror.close()
     return path
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from haulier.errors import NoRoom, UsageError
+from haulier.errors import Corrupt, NoRoom, UsageError
 from haulier.memory import sparse
 from haulier.memory.base import MemoryBase
 from haulier.memory.mirror import Mirror
@@ -27,6 +27,17 @@ def rows(*values: int) -> NDArray[np.uint8]:
 
 def contents(mirror: Mirror) -> bytes:
     return mirror.get(np.arange(mirror.pages)).tobytes()
+
+
+def golden(folder: Path) -> tuple[MemoryBase, NDArray[np.uint8]]:
+    """A base of BLOCKS with data in every third page, and its pages."""
+    content = {"ram0": {page: page_of(100 + page) for page in range(0, 40, 3)}, "rom": {2: page_of(7)}}
+    mapped_ram(folder / "golden", content, BLOCKS)
+    model = np.zeros((48, PAGE), np.uint8)
+    for first, name in ((0, "ram0"), (40, "rom")):
+        for page, data in content[name].items():
+            model[first + page] = np.frombuffer(data, np.uint8)
+    return MemoryBase.from_mapped_ram(folder / "golden"), model
 
 
 steps = st.tuples(
@@ -53,10 +64,54 @@ def test_like_a_plain_array(tmp_path: Path, changes: list[tuple[str, list[int], 
         assert contents(mirror) == model.tobytes()
         assert not model[~mirror.present].any()
         assert what == "set" or not mirror.present[gidx].any()
+    mirror.complete()
     mirror.close()
     base = MemoryBase.from_mirror(tmp_path / "mirror")
     assert b"".join(base.view(name).tobytes() for name in BLOCKS) == model.tobytes()
     base.close()
+
+
+@given(st.lists(steps, max_size=12))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_like_a_plain_array_that_began_as_the_base(tmp_path: Path, changes: list[tuple[str, list[int], int]]) -> None:
+    base, model = golden(tmp_path)
+    mirror = Mirror.create(tmp_path / "mirror", BLOCKS, base)
+    for what, pages, value in changes:
+        gidx = np.array(pages, np.int64)
+        if what == "set":
+            new = rows(*(value + k for k in range(len(pages))))
+            mirror.set(gidx, new)
+            model[gidx] = new
+        else:
+            mirror.zero(gidx)
+            model[gidx] = 0
+        assert contents(mirror) == model.tobytes()
+        assert mirror.get(gidx[::-1]).tobytes() == model[gidx[::-1]].tobytes()
+        assert not model[~mirror.present].any()
+    mirror.complete()
+    assert contents(mirror) == model.tobytes()
+    mirror.close()
+    base.close()
+    left = MemoryBase.from_mirror(tmp_path / "mirror")
+    assert b"".join(left.view(name).tobytes() for name in BLOCKS) == model.tobytes()
+    left.close()
+
+
+def test_what_was_not_completed_is_no_picture(tmp_path: Path) -> None:
+    base, _ = golden(tmp_path)
+    mirror = Mirror.create(tmp_path / "mirror", BLOCKS, base)
+    mirror.set(np.array([1]), rows(1))
+    mirror.close()
+    with pytest.raises(Corrupt, match="not a mirror"):
+        MemoryBase.from_mirror(tmp_path / "mirror")
+
+
+def test_it_holds_only_what_the_base_does_not(tmp_path: Path) -> None:
+    base, _ = golden(tmp_path)
+    mirror = Mirror.create(tmp_path / "mirror", BLOCKS, base)
+    mirror.set(np.array([1]), rows(1))
+    assert os.stat(tmp_path / "mirror").st_blocks * 512 <= 2 * PAGE
+    mirror.close()
 
 
 def test_starts_as_the_base_by_name_and_length(tmp_path: Path) -> None:
@@ -125,8 +180,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(NoRoom):
         mirror.set(np.array([1, 2]), rows(1, 2))
     with pytest.raises(NoRoom):
-        Mirror.create(tmp_path / "other", BLOCKS, base)
-    assert not (tmp_path / "other").exists()
+        Mirror.create(tmp_path / "other", BLOCKS, base).complete()
 
 
 def test_last_occurrences(tmp_path: Path) -> None:
@@ -138,7 +192,9 @@ def test_last_occurrences(tmp_path: Path) -> None:
 def test_it_replaces_what_was_there_and_forgets_its_digest(tmp_path: Path) -> None:
     (tmp_path / "mirror").write_bytes(b"something else")
     (tmp_path / "mirror.digest").write_text("{}")
-    Mirror.create(tmp_path / "mirror", BLOCKS).close()
+    mirror = Mirror.create(tmp_path / "mirror", BLOCKS)
+    mirror.complete()
+    mirror.close()
     assert MemoryBase.from_mirror(tmp_path / "mirror").blocks == BLOCKS
     assert not (tmp_path / "mirror.digest").exists()
 

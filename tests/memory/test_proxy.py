@@ -68,7 +68,9 @@ def test_the_two_mirrors_end_alike_and_hold_the_guests_memory(tmp_path: Path) ->
     writer = busy()
     out, into = source(tmp_path), target(tmp_path)
     deliver(into, batches(out, writer.data))
+    out.keep()
     out.close()
+    into.keep()
     into.close()
     here, there = MemoryBase.from_mirror(tmp_path / "source.mirror"), MemoryBase.from_mirror(tmp_path / "target.mirror")
     assert here.digest == there.digest
@@ -81,7 +83,9 @@ def test_what_a_stay_left_behind_is_the_base_of_the_way_back(tmp_path: Path) -> 
     out, into = source(tmp_path), target(tmp_path)
     there = batches(out, writer.data)
     deliver(into, there)
+    out.keep()
     out.close()
+    into.keep()
     into.close()
     (tmp_path / "back").mkdir()
     ours = MemoryBase.from_mirror(tmp_path / "target.mirror")
@@ -185,7 +189,9 @@ def test_an_empty_stream(tmp_path: Path) -> None:
     out, into = source(tmp_path), target(tmp_path)
     assert out.feed(b"") == [] and out.flush() == []
     assert out.finish() == into.digest() == blake3().digest()
+    out.keep()
     out.close()
+    into.keep()
     into.close()
 
 

@@ -132,7 +132,9 @@ def test_a_handoff_through_both_proxies_with_a_golden_base(folder: Path, machine
         assert report.pages == 8192 and report.differing == []
         assert out.counters.pages["same"] > 500 and out.counters.pages["xor"] > 100
         assert out.counters.wire_bytes < out.counters.raw_bytes / 3
+        out.keep()
         out.close()
+        into.keep()
         into.close()
         here, there = (MemoryBase.from_mirror(folder / f"{side}.mirror") for side in ("source", "target"))
         assert here.digest == there.digest

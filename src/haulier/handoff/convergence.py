@@ -18,7 +18,7 @@ from haulier.units import MIB
 CLOSED_THRESHOLD: Final = 1
 """Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not zero, because QEMU
 then skips the exact dirty count and stops after its first pass, whatever the guest has dirtied meanwhile."""
-FIRST_PASS_RAW: Final = 32 * MIB
+FIRST_PASS_RAW: Final = 128 * MIB
 MOST_QUEUED: Final = 12 * MIB
 """Wire bytes of memory that may wait in the first pass."""
 MIN_RATE_BPS: Final = 64_000.0
@@ -71,7 +71,7 @@ class Window:
 
     wire: int
     raw: int
-    hungry: int
+    hungry: int = 0
     """Wire bytes on their way below which the link will soon have nothing to do."""
 
 

@@ -75,7 +75,7 @@ def origins(report: dict[str, Any]) -> Table:
     kinds = report["memory"]["kinds"]
     words = {
         "zero": "zero pages",
-        "same": "same as the mirror (golden snapshot or earlier round)",
+        "same": "same as the mirror (golden snapshot, or sent before)",
         "block": "blocks of the disk that the target has (base)",
         "base": "pages of the golden snapshot elsewhere",
         "xor": "difference to the mirror (delta)",
