@@ -20,6 +20,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from haulier.compress.stream import level_for
 from haulier.containers.checkpoint import CheckpointSender, digest_of
 from haulier.containers.container import Container
 from haulier.containers.convergence import Round, Rounds
@@ -29,11 +30,12 @@ from haulier.containers.memory import Places, picture_pages, read_processes
 from haulier.containers.preflight import explain, host_facts, scan
 from haulier.containers.tree import Tree
 from haulier.containers.upper import UpperRounds, load_signatures, mapped_for_writing
+from haulier.disks.transfer import DiskSender
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError, Unsupported
 from haulier.handoff import retained
-from haulier.handoff.messages import Accept, Arrived, Channel, Finish, MemoryReady, Prepared, Running
+from haulier.handoff.messages import Accept, Arrived, Channel, Finish, Prepared, PrepareMemory, Running
 from haulier.handoff.residence import container_paths, images_dir, incoming_name, retire
-from haulier.handoff.source import FAST_LEVEL, SLOW_LINK_BPS, SourceHandoff
+from haulier.handoff.source import SourceHandoff
 from haulier.memory.picture import PictureSource
 from haulier.units import BLOCKS_PER_CHUNK, PAGE
 
@@ -92,9 +94,11 @@ class ContainerSource(SourceHandoff):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def _first_disk(self, accept: Accept) -> None:
+    def _begin_rounds(self) -> None:
+        """Nothing has to be told: what a container writes is found by looking."""
+
+    def _first_disk(self, sender: DiskSender, first: object) -> None:
         """The layers that the target lacks, then what the container wrote, in rounds."""
-        sender = self._make_sender(accept)
         if sender.offer_manifest().wire_bytes > 4096:
             sender.commit()
         assert self._session is not None
@@ -149,12 +153,11 @@ class ContainerSource(SourceHandoff):
         base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
         kept = retained.places(self.site, self.spec.name) if accept.memory_base else b""
         self._places = Places.decode(kept, pages) if kept else Places(pages)
-        if not self._prepared:
-            self._prepare_memory(accept)
-        level = self.job.options.level or (9 if self._rate < SLOW_LINK_BPS else FAST_LEVEL)
+        if not accept.manifest:
+            self._control.send(PrepareMemory(accept.memory_base))
+        level = self.job.options.level or level_for(self._rate)
         picture = PictureSource(self.site.mirror(self.job.handoff), pages, base, self._finder, level=level)
         self._picture = picture
-        self._control.wait(MemoryReady, 90)
         self._session.send(Channel.MEMORY, picture.begin().data)
 
     def _memory_round(self) -> dict[str, Any]:
@@ -332,6 +335,7 @@ class ContainerSource(SourceHandoff):
         self.progress.phase("finish", "clearing away")
         self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest)
         self.report.update(self._figures(done))
+        self._picture.keep()
         self._picture.close()
         meta = retained.Retained(
             id=name,

@@ -56,6 +56,11 @@ class ContainerTarget(TargetHandoff):
 
     # -- collected -------------------------------------------------------------------------------------------------
 
+    def _prepare_early(self, session: Session, manifest: Manifest) -> None:
+        self._start_receiver(manifest)
+        session.on(Channel.DISK, self._disk)
+        self._prepare_memory(PrepareMemory(self.job.memory_base))
+
     def _prepare_memory(self, news: PrepareMemory) -> None:
         if self._receiver is None or self._proxy is not None:
             raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
@@ -226,6 +231,7 @@ class ContainerTarget(TargetHandoff):
     def _finish(self, news: Finish) -> None:
         if self._proxy is None or not news.memory_id:
             return
+        self._proxy.keep()
         self._proxy.close()
         row = self.journal.guest(self.spec.name)
         meta = retained.Retained(id=news.memory_id, guest=self.spec.name, uuid=self.spec.uuid, epoch=row.epoch)

@@ -331,7 +331,7 @@ class SourceHandoff:
             block_space(self._store, self._manifest, golden, images),
         )
 
-    def _begin_rounds(self) -> Round:
+    def _begin_rounds(self) -> Round | None:
         """From here on the guest is touched: QEMU notes what it writes."""
         self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
         return self._rounds.begin()
@@ -370,7 +370,7 @@ class SourceHandoff:
             sender.commit()
         self.progress.status.message = "sending what the disk has beyond its layers"
         first = first or self._begin_rounds()
-        assert self._rounds is not None
+        assert self._rounds is not None and first is not None
         # What is old and large stays; leaving a little behind would gain nothing.
         report = self._send_round(first, leave=on_demand and len(first.chunks) * CHUNK > LEAVE_BYTES)
         for _ in range(4):

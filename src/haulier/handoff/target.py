@@ -119,14 +119,7 @@ class TargetHandoff:
             self._store.add_lease(lease_of(self.job.handoff))
             session.on(Channel.PROBE, lambda data: None)
             if self.job.manifest:
-                # A Python process of its own: half a second beside all else.
-                self.paths.prepare()
-                with ThreadPoolExecutor(1, thread_name_prefix="start-export") as pool:
-                    starting = pool.submit(self._start_export, self.job.manifest)
-                    self._start_receiver(self._store.load_manifest(self.job.manifest))
-                    session.on(Channel.DISK, self._disk)
-                starting.result()
-                self._prepare_memory(PrepareMemory(self.job.memory_base))
+                self._prepare_early(session, self._store.load_manifest(self.job.manifest))
             else:
                 session.on(Channel.DISK, self._disk)
             self.control.wait_connected(CONNECT_S)
@@ -141,6 +134,17 @@ class TargetHandoff:
         finally:
             self._close(session)
         return self.outcome
+
+    def _prepare_early(self, session: Session, manifest: Manifest) -> None:
+        """All that can be made here without a word of the source, because the base's manifest is here."""
+        self.paths.prepare()
+        # A Python process of its own: half a second beside all else.
+        with ThreadPoolExecutor(1, thread_name_prefix="start-export") as pool:
+            starting = pool.submit(self._start_export, self.job.manifest)
+            self._start_receiver(manifest)
+            session.on(Channel.DISK, self._disk)
+        starting.result()
+        self._prepare_memory(PrepareMemory(self.job.memory_base))
 
     def _work(self, session: Session) -> None:
         quiet_since = 0.0

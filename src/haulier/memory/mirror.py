@@ -83,6 +83,11 @@ class Mirror:
 
     def complete(self) -> None:
         """Makes the file a picture that needs no base. Until then it has no header, and nothing takes it for one."""
+        self._take_over()
+        self._pwrite(self._head, 0)
+
+    def _take_over(self) -> None:
+        """From now on every page lies in the file."""
         for first, view in self._lent:
             span = slice(first, first + len(view))
             borrowed = np.flatnonzero(self.present[span] & ~self._own[span])
@@ -93,7 +98,6 @@ class Mirror:
                     self._pwrite(view[start:end].data, self._offset + (first + start) * PAGE)
                 self._own[first + page : first + page + count] = True
         self._lent.clear()
-        self._pwrite(self._head, 0)
 
     def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
         rest = memoryview(data).cast("B")
@@ -128,7 +132,9 @@ class Mirror:
 
     @property
     def view(self) -> NDArray[np.uint8]:
-        """All pages where they lie, u8 (pages, 4096): to be read only, and before `close`."""
+        """All pages where they lie, u8 (pages, 4096): to be read only, and before `close`. NoRoom as `complete`."""
+        if self._lent:
+            self._take_over()
         return self._view
 
     def set(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8], rows: NDArray[np.int64] | None = None) -> None:

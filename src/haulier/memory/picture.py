@@ -108,6 +108,10 @@ class PictureSource:
         """BLAKE3 of the whole stream so far: what the target's proxy must have as well."""
         return self._digest.copy().digest()
 
+    def keep(self) -> None:
+        """Makes the mirror's file a picture of its own, for the way back. NoRoom if there is no room for it."""
+        self.mirror.complete()
+
     def close(self) -> None:
         """Lets go of the mirror's file, which stays."""
         self.mirror.close()
