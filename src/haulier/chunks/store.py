@@ -493,8 +493,8 @@ class ChunkStore:
 
         `meta` is kept with it as JSON. Raises UnknownThing when chunks are not here, unless `partial`: then nothing
         changes. From here on the manifest's references keep its chunks; with `pinned` false they do not, and the
-        cache's policy rules over what only such manifests name. Without `look` (only with `partial`) nobody looks whether
-        all is here, and the manifest does not count as complete: for a save that must be quick.
+        cache's policy rules over what only such manifests name. Without `look` (only with `partial`) nobody looks
+        whether all is here, and the manifest does not count as complete: for a save that must be quick.
         """
         _check_name(name)
         text = json.dumps(meta or {}, sort_keys=True)
