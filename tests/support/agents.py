@@ -127,7 +127,7 @@ class CoordinatorProcess:
             self._process = subprocess.Popen(
                 [*self._prefix, *CLI, *words], stdout=log, stderr=log, start_new_session=True
             )
-        wait_for(self._answers, 30)
+        wait_for(self._answers, 60)
 
     def _answers(self) -> bool:
         assert self._process is not None and self._process.poll() is None, self.site.root

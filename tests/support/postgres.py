@@ -102,9 +102,14 @@ class Server:
     def url(self) -> str:
         return f"postgresql://haulier@127.0.0.1:{self.port}/postgres"
 
+    @property
+    def socket_url(self) -> str:
+        """As `url`, by a unix socket, which network namespaces do not divide."""
+        return f"postgresql://haulier@/postgres?host={self.data.parent}&port={self.port}"
+
     def start(self) -> None:
         words = ["-D", str(self.data), "-p", str(self.port), "-c", "listen_addresses=127.0.0.1"]
-        words += ["-c", "unix_socket_directories=", *_FAST.split()]
+        words += ["-c", f"unix_socket_directories={self.data.parent}", *_FAST.split()]
         with open(self.data.parent / f"{self.data.name}.log", "ab") as log:
             self._process = subprocess.Popen(
                 [str(programs() / "postgres"), *words],

@@ -243,7 +243,9 @@ class Reporter:
                         added = left
         self._scan_due = self._monotonic() + _SCAN_SHARE * (self._monotonic() - began)
         base, first = said.revision, said.revision is None
-        said.revision = None  # whatever goes wrong on the way, begin anew
+        # whatever goes wrong on the way, begin anew
+        known = said.complete | set(complete)
+        said.revision, said.chunks, said.complete, said.chunks_version = None, _NO_ROWS, set(), None
         reports = [
             m.HoldingsReport(base=0, complete=complete[at : at + m.MAX_NAMES])
             for at in range(0, len(complete), m.MAX_NAMES)
@@ -259,8 +261,7 @@ class Reporter:
                 self._said = _Said()
                 return
             revision, first = answer.revision, False
-        said.revision, said.chunks, said.chunks_version = revision, now, version
-        said.complete.update(complete)
+        said.revision, said.chunks, said.complete, said.chunks_version = revision, now, known, version
 
     # -- links
 
