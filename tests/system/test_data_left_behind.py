@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +155,25 @@ def test_data_stays_behind_until_it_is_read(sites: Fleet) -> None:
     assert sh(lisbon, "data", "md5sum /var/tmp/f4", 60).split()[0] == sums[3].split()[0]
     print(f"{crossed / 1e6:.1f} MB crossed the link for {DATA_MB} MB of data; {time.process_time():.0f} s")
     lisbon.client.delete("/v1/guests/data?force=1")
+
+
+def test_a_guest_goes_home_to_the_data_that_it_left(sites: Fleet) -> None:
+    oslo, lisbon = sites["oslo"], sites["lisbon"]
+    start(oslo, "home", "10.77.0.24/24")
+    make = "head -c 24M /dev/urandom > /var/tmp/f; sync; echo 3 > /proc/sys/vm/drop_caches; md5sum /var/tmp/f"
+    total = sh(oslo, "home", f"{make}; echo 3 > /proc/sys/vm/drop_caches", 200).split()[0]
+    hand_over(sites, "home", "oslo", "lisbon", "--disk", "on-demand")
+    lisbon.facts("fill", "home", "--mode", "off")
+    sh(lisbon, "home", "head -c 1M /dev/urandom > /var/tmp/g; sync")
+    assert any(row["left_bytes"] > 20e6 for row in lisbon.facts("status")["residuals"]["here"])
+    found = lisbon.facts("verify", "home", timeout=200)
+    assert found["ok"] and found["chunks_elsewhere"] > 300, found
+    # The export is killed, too: the next one fetches as before.
+
+    os.kill(DiskExport.attach(guest_paths(lisbon.site, "home").nbd_ctl).pid, signal.SIGKILL)
+    report = hand_over(sites, "home", "lisbon", "oslo", "--check")
+    assert report["disk"]["origin"]["wire_bytes"] < 10e6, report["disk"]
+    assert sh(oslo, "home", "md5sum /var/tmp/f", 120).split()[0] == total
+    wait_for(lambda: not oslo.facts("status")["residuals"]["left"], 60, "the pins to go")
+    assert oslo.facts("verify", "home", timeout=200)["chunks_elsewhere"] == 0
+    oslo.client.delete("/v1/guests/home?force=1")
