@@ -12,10 +12,13 @@ import pytest
 from aiohttp import ClientSession, TCPConnector
 
 from haulier.agent import authority
+from haulier.agent.publishing import publish
+from haulier.agent.server import Agent
 from haulier.agent.site import Site
 from haulier.chunks.fingerprint import fingerprint
+from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Cancelled, Corrupt, PeerError, UnknownThing
+from haulier.errors import Cancelled, Corrupt, PeerError, UnknownThing, UsageError
 from haulier.fetch import wire
 from haulier.fetch.fetching import fetch
 from haulier.fetch.holders import hints, sources_of
@@ -24,6 +27,7 @@ from haulier.fetch.scheduler import Urgency
 from haulier.units import CHUNK
 from tests.support import agents
 from tests.support.agents import make_site, running
+from tests.support.waiting import wait_for
 
 COUNT = 60
 
@@ -234,6 +238,32 @@ def test_an_object_store_gives_what_no_site_holds(sites: tuple[Site, Site, Site]
         by = {found.name: found.chunks for found in report.sources}
         assert by["origin"] >= 1
         assert store.missing(FPS) == []
+
+
+def test_an_image_is_published(sites: tuple[Site, Site, Site], s3: str, tmp_path: Path) -> None:
+    root = tmp_path / "pub"
+    site = make_site(root, "pub")
+    with running(site) as agent:
+        image = Manifest(3 * CHUNK, b"".join(agent.store.put(chunk(1000 + n)) for n in range(3)))
+        agent.store.save_manifest("image/debian", image)
+        with pytest.raises(UsageError, match="no object store"):
+            agents_publish(agent, "debian")
+    config = site.root / "site.toml"
+    config.write_text(config.read_text() + f'origin = "s3://chunks/published"\norigin_endpoint = "{s3}"\n')
+    with running(Site.load(root)) as agent:
+        assert agents_publish(agent, "debian")["sent_chunks"] == 3
+        assert agents_publish(agent, "debian")["sent_chunks"] == 0
+        (origin,) = sources_of(agent.site, only=["origin"])
+    with ChunkStore(tmp_path / "there") as store:
+        assert fetch(image.unique(), [origin], store).chunks == 3
+
+
+def agents_publish(agent: Agent, image: str) -> dict[str, Any]:
+    job = publish(agent.core, agent.store, image)
+    wait_for(lambda: agent.core.jobs.get(job.id).state != "running", 30)
+    done = agent.core.jobs.get(job.id)
+    assert done.state == "done", done.error
+    return dict(done.result)
 
 
 def test_an_object_with_other_contents_is_not_believed(s3: str, tmp_path: Path) -> None:

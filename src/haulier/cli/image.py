@@ -1,4 +1,4 @@
-"""`haulier image`: import, commit, push, warm, list, show, tree, remove."""
+"""`haulier image`: import, commit, push, publish, warm, list, show, tree, remove."""
 
 from __future__ import annotations
 
@@ -101,6 +101,24 @@ def commit(guest: str, name: str, /, *, root: Root = None, json: Json = False) -
     console.print(
         plain(f"image {name} on {result['parent']}: {size(result['own_bytes'])} of its own ({how})"), highlight=False
     )
+
+
+@image_app.command
+def publish(name: str, /, *, root: Root = None, json: Json = False) -> None:
+    """Bring the chunks of an image to the object store that site.toml names, where every site of the fleet finds them.
+
+    Parameters
+    ----------
+    name
+        Name of the image.
+    """
+    agent = client(root)
+    result = wait(agent, agent.post(f"/v1/images/{path_segment(name)}/publish"), json)
+    if json:
+        print_json(result)
+        return
+    text = f"{result['sent_chunks']} of {result['chunks']} chunks were new there, {size(result['sent_bytes'])}"
+    console.print(plain(f"image {name} is published: {text}"), highlight=False)
 
 
 @image_app.command

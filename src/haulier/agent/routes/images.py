@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from haulier.agent import publishing
 from haulier.agent.images import ImportRequest, WarmRequest
 from haulier.agent.layers import CommitRequest, PushRequest
 from haulier.agent.routes import Access, Call, Route
@@ -39,6 +40,10 @@ def commit(agent: Agent, call: Call) -> dict[str, Any]:
     return dict(msgspec.to_builtins(agent.layers.commit(call.read(CommitRequest))))
 
 
+def publish(agent: Agent, call: Call) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(publishing.publish(agent.core, agent.store, call.names["name"])))
+
+
 def push(agent: Agent, call: Call) -> dict[str, Any]:
     return dict(msgspec.to_builtins(agent.layers.push(call.read(PushRequest))))
 
@@ -59,6 +64,7 @@ TABLE = (
     Route("DELETE", "/v1/images/{name}", Access.OPERATOR, remove),
     Route("GET", "/v1/image-tree", Access.FLEET, tree),
     Route("POST", "/v1/image-commits", Access.OPERATOR, commit),
+    Route("POST", "/v1/images/{name}/publish", Access.OPERATOR, publish),
     Route("POST", "/v1/image-pushes", Access.OPERATOR, push),
     Route("POST", "/v1/peer/pushes", Access.SITE, take),
 )
