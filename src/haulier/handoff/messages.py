@@ -65,6 +65,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """Pictures of memory that the source could start its mirror from, best first."""
     images: tuple[str, ...] = ()
     """Digests of images that the source holds, those that the guest was made from first."""
+    golden: bool = True
+    """The source has the disk of the golden snapshot that the guest was born from: both start from it, or neither."""
     qemu: str = ""
     accelerator: str = ""
     host: dict[str, str] = {}

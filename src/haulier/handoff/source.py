@@ -280,6 +280,7 @@ class SourceHandoff:
             disk_bytes=len(manifest.unique()) * 65536,
             memory_bases=tuple(retained.candidates(self.site, self.spec.name, self.spec.uuid, self.spec.golden)),
             images=self._held_images(),
+            golden=golden_manifest(self._store, self.spec.golden) is not None,
             accelerator=self._accelerator(),
             host=self._host(),
             options=self.job.options,

@@ -156,7 +156,7 @@ def accept(
         options=offer.options,
         offer=offer,
         manifest=_manifest_name(site, bytes.fromhex(offer.manifest)) if manifest else "",
-        golden=_has_golden(site, str(offer.spec.get("golden", ""))),
+        golden=offer.golden and _has_golden(site, str(offer.spec.get("golden", ""))),
         images=() if manifest else _common_images(site, offer.images),
         memory_base=memory_base,
     )
