@@ -56,9 +56,12 @@ from haulier.handoff.residence import (
 from haulier.handoff.shared import block_space, golden_manifest, images_by_digest
 from haulier.memory.proxy import TargetProxy
 from haulier.session import Session, TlsConfig
+from haulier.units import MIB
 
 log = logging.getLogger(__name__)
 CONNECT_S = 60.0
+OTHER_MEMORY = 256 * MIB
+"""Firmware, video memory and what devices bring along, beside a guest's RAM."""
 ELSEWHERE_S = 20.0
 """Other sites that give nothing for so long are not asked any more."""
 
@@ -310,7 +313,9 @@ class TargetHandoff:
         self._mark = qemu.qmp.mark()
         qemu.set_capabilities(events=True, late_block_activate=True, pause_before_switchover=True, return_path=True)
         qemu.prepare_incoming(f"unix:{paths.mig_sock}")
-        proxy = TargetProxy(self.site.mirror(self.job.handoff), base, self._space)
+        proxy = TargetProxy(
+            self.site.mirror(self.job.handoff), base, self._space, max_memory=spec.memory_bytes + OTHER_MEMORY
+        )
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         stream.connect(str(paths.mig_sock))
         self._sink = MemorySink(stream, proxy, self.control.session, self.control.tell)
