@@ -133,6 +133,8 @@ def test_a_game_goes_there_and_back_with_its_players(standing: ContainerStage) -
         pid = talk.ask("ping")["pid"]
         wait_for(lambda: len(player.ticks) > 20 and len(player.udp) > 2, 30)
         reports = []
+        plan = standing.site("oslo").facts("plan", "game1", "--to", "lisbon")
+        assert plan["reasons"] == [] and 0 < plan["downtime_ms"]["likely"] < 5000 and plan["bytes"]["total"] > 1e5
         for _ in range(2):
             began = time.monotonic()
             reports.append(standing.go("game1", "--check"))

@@ -20,15 +20,18 @@ from haulier.agent.site import Site
 from haulier.chunks.blocks import BlockIndex, StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.compress import StreamCompressor
+from haulier.containers.container import Container
+from haulier.containers.preflight import host_facts
 from haulier.disks.rounds import DiskRounds
 from haulier.errors import Conflict, GuestError, HaulierError
+from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu
-from haulier.handoff import retained
+from haulier.handoff import container_plan, retained
 from haulier.handoff.custody import record_of
-from haulier.handoff.journal import Journal
+from haulier.handoff.journal import GuestRow, Journal
 from haulier.handoff.messages import Offer
 from haulier.handoff.ownership import State
-from haulier.handoff.residence import guest_paths, spec_of
+from haulier.handoff.residence import container_paths, guest_paths, spec_of
 from haulier.handoff.shared import block_index, block_space, golden_manifest
 from haulier.images.layers import INSTANCE, Split, split_of
 from haulier.memory.base import MemoryBase
@@ -61,6 +64,8 @@ def make_plan(site: Site, journal: Journal, guest: str, to: str, peer: PlanPeer)
     if record.state is not State.OWNER:
         raise Conflict(f"guest {guest!r} is {record.state.value!r} at site {site.name!r}: only its owner can plan")
     spec = spec_of(row)
+    if spec.container is not None:
+        return _plan_container(site, row, spec, record.last + 1, to, peer)
     qemu = Qemu.adopt(guest_paths(site, guest), worker=True)
     try:
         if qemu.status() != "running":
@@ -108,6 +113,40 @@ def make_plan(site: Site, journal: Journal, guest: str, to: str, peer: PlanPeer)
         "reasons": found.get("reasons", []),
         "manifest_at_target": bool(found.get("manifest")),
         "memory_base": found.get("memory_base", ""),
+    }
+
+
+def _plan_container(site: Site, row: GuestRow, spec: GuestSpec, epoch: int, to: str, peer: PlanPeer) -> dict[str, Any]:
+    container = Container.adopt(container_paths(site, row.name))
+    if container.status() != "running":
+        raise GuestError(f"guest {row.name!r} is {container.status()}, not running: start it first")
+    with ChunkStore(site.store) as store:
+        manifest = store.load_manifest(row.manifest)
+    offer = Offer(
+        handoff="plan",
+        source=site.name,
+        spec=row.spec,
+        epoch=epoch,
+        secret="0" * 64,
+        manifest=manifest.digest.hex(),
+        disk_bytes=len(manifest.unique()) * CHUNK,
+        memory_bases=tuple(retained.candidates(site, spec.name, spec.uuid, "")),
+        host=host_facts(),
+    )
+    found = peer.look(offer)
+    rate, rtt = peer.measure()
+    missing = int(found.get("missing_bytes", 0 if found.get("manifest") else offer.disk_bytes))
+    picture = str(found.get("memory_base", ""))
+    sampled = container_plan.sample(site, spec, container, picture)
+    return container_plan.forecast(sampled, missing, rate or DEFAULT_RATE_BPS, rtt) | {
+        "guest": row.name,
+        "kind": "container",
+        "source": site.name,
+        "target": to,
+        "reasons": found.get("reasons", []),
+        "manifest_at_target": bool(found.get("manifest")),
+        "memory_base": picture,
+        "layers": {},
     }
 
 

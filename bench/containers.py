@@ -1,0 +1,225 @@
+"""Containers handed over by haulier and by the published method (rsync, dump, rsync, restore), the same ones, in turn.
+
+Applications: none, a game, 110 MB of random memory that changes, a server of a 180 MB file, and (not in --quick, which
+would have to fetch OpenCV) face detection; the application's layer found at the target or not; and a trip back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from report import Report, Target  # noqa: E402
+
+from haulier.chunks.store import ChunkStore  # noqa: E402
+from haulier.containers.importing import layers_of  # noqa: E402
+from haulier.containers.layers import layer_id, make_layers  # noqa: E402
+from haulier.containers.model import ContainerSpec  # noqa: E402
+from haulier.errors import HaulierError  # noqa: E402
+from haulier.lab import seed_method  # noqa: E402
+from haulier.lab.container_clients import Download, Talk  # noqa: E402
+from haulier.lab.containers import container_template  # noqa: E402
+from haulier.lab.scenario import GUEST_ADDRESS, Scenario, scenario, wan  # noqa: E402
+
+HOST = GUEST_ADDRESS.partition("/")[0]
+RTT_S = 0.04
+SETTLE_S = 1.0
+APPS = {"none": "base", "game": "game", "memory": "memory", "video": "video", "faces": "faces"}
+QUICK = [("none", 100, True), ("game", 100, True), ("game", 10, True), ("memory", 100, True), ("video", 100, True)]
+
+
+class Pinger:
+    """Asks a service over one connection, again and again; the longest time without an answer."""
+
+    def __init__(self, lab: Any) -> None:
+        self._talk = Talk(lab, "client", HOST)
+        self._over = threading.Event()
+        self.longest = 0.0
+        self.error = ""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while not self._over.wait(0.02):
+            try:
+                self._talk.ask("ping")
+            except (OSError, HaulierError) as error:
+                self.error = repr(error)
+                return
+            now = time.monotonic()
+            self.longest, last = max(self.longest, now - last), now
+
+    def gap_ms(self) -> float | None:
+        time.sleep(SETTLE_S)
+        self._over.set()
+        self._thread.join(30)
+        return None if self.error else round(self.longest * 1000)
+
+
+class _Streamed:
+    def __init__(self, lab: Any) -> None:
+        self._download = Download(lab, "client", HOST, "/video")
+        while self._download.received < 1e6:
+            time.sleep(0.05)
+
+    def gap_ms(self) -> float | None:
+        time.sleep(SETTLE_S)
+        gap, error = self._download.longest_gap, self._download.error
+        self._download.close()
+        return None if error else round(gap * 1000)
+
+
+class _Nobody:
+    def gap_ms(self) -> float | None:
+        return None
+
+
+def client_of(app: str, lab: Any) -> Any:
+    if app == "none":
+        return _Nobody()
+    return _Streamed(lab) if app == "video" else Pinger(lab)
+
+
+@contextlib.contextmanager
+def running(lab: Scenario, app: str, name: str) -> Iterator[Any]:
+    """The application's container at oslo and its client."""
+    words = ["--command", "sleep 1000000"] if app == "none" else []
+    lab.oslo.facts(
+        *("guest", "run", name, "--image", APPS[app], "--memory", "512M", "--address", GUEST_ADDRESS, *words),
+        timeout=300,
+    )
+    lab.route("oslo")
+    client = client_of(app, lab.lab)
+    time.sleep(2 * SETTLE_S)
+    try:
+        yield client
+    finally:
+        for site in (lab.oslo, lab.lisbon, lab.oslo, lab.lisbon):
+            with contextlib.suppress(HaulierError):
+                site.haulier("guest", "remove", name, "--force")
+
+
+def forget_layer(lab: Scenario, app: str) -> None:
+    """The target has the base and nothing else."""
+    for image in lab.lisbon.facts("image", "list")["images"]:
+        if image["name"] != "base":
+            lab.lisbon.haulier("image", "remove", image["name"])
+    lab.lisbon.haulier("gc", timeout=300)
+    layers = lab.lisbon.site.layers
+    for path in layers.iterdir() if layers.exists() else ():
+        # The base's own layer is the first of every image, and the only one that stays.
+        if path.name != base_layer(lab):
+            shutil.rmtree(path)
+
+
+def unpack_layers(lab: Scenario) -> None:
+    """What the target has found it has as directories too, for both methods."""
+    site = lab.lisbon.site
+    with ChunkStore(site.store) as store:
+        for name in store.manifest_names("image/"):
+            layers = layers_of(store.manifest_meta(name)).layers
+            make_layers(site.layers, store, ContainerSpec(layers=layers, command=("x",)), store.load_manifest(name))
+
+
+def base_layer(lab: Scenario) -> str:
+    with ChunkStore(lab.oslo.site.store) as store:
+        return layer_id(store.load_manifest("image/base"))
+
+
+def ours(lab: Scenario, app: str, back: bool) -> list[dict[str, Any]]:
+    """Figures of a handoff by haulier, and if asked for of the way back."""
+    found = []
+    with running(lab, app, "bench1") as client:
+        for source, target in (("oslo", "lisbon"), ("lisbon", "oslo"))[: 2 if back else 1]:
+            before = lab.wan_bytes()
+            done = lab.hand_over("bench1", source, target)
+            report = done.get("report", done)
+            found.append({"total": report["total_s"], "mb": (lab.wan_bytes() - before) / 1e6})
+            found[-1] |= {"down": report["downtime_ms"], "gap": client.gap_ms() if len(found) == 1 else None}
+            if back:
+                time.sleep(SETTLE_S)
+    return found
+
+
+def theirs(lab: Scenario, app: str, back: bool) -> list[dict[str, Any]]:
+    """The same by the published method."""
+    found = []
+    with running(lab, app, "bench1") as client:
+        done = seed_method.move(lab, "bench1", lab.oslo, lab.lisbon, HOST)
+        found.append({"total": done.total_s, "mb": done.wire_bytes / 1e6, "down": done.downtime_ms})
+        found[-1]["gap"] = client.gap_ms()
+        seed_method.end(lab.lisbon, "bench1")
+    return found
+
+
+def row(app: str, mbps: int, found: str, one: dict[str, Any], other: dict[str, Any]) -> dict[str, object]:
+    return {
+        "downtime ratio": other["down"] / one["down"],
+        "bytes ratio": other["mb"] / one["mb"],
+        "application": app,
+        "layer at target": found,
+        "Mbit/s": mbps,
+        "haulier ms down": round(one["down"]),
+        "rsync ms down": round(other["down"]),
+        "haulier ms gap": one["gap"],
+        "rsync ms gap": other["gap"],
+        "haulier MB": one["mb"],
+        "rsync MB": other["mb"],
+        "haulier s": one["total"],
+        "rsync s": other["total"],
+    }
+
+
+def run(quick: bool) -> Report:
+    rates = (100, 50, 10)
+    apps = ["none", "game", "memory", "video", "faces"]
+    cells = QUICK if quick else [(app, mbps, at) for app in apps for mbps in rates for at in (True, False)]
+    made = container_template(faces=not quick)
+    rows: list[dict[str, object]] = []
+    for mbps in sorted({cell[1] for cell in cells}, reverse=True):
+        for at in (True, False):
+            some = [cell for cell in cells if cell[1] == mbps and cell[2] == at]
+            if not some:
+                continue
+            with scenario("bench-ct", made, [wan(f"{mbps}mbit", f"{RTT_S / 2 * 1000:g}ms")]) as lab:
+                unpack_layers(lab)
+                for app, _, _ in some:
+                    one, other = [], []
+                    for method, into in ((theirs, other), (ours, one)):
+                        if not at:
+                            forget_layer(lab, app)
+                        into += method(lab, app, back=at)
+                    rows.append(row(app, mbps, "yes" if at else "no", one[0], other[0]))
+                    if at and len(one) > 1:
+                        # The published method keeps nothing of the container: its way back is its way there.
+                        rows.append(row(app, mbps, "way back", one[1], other[0]))
+    return Report(rows, targets(rows), f"{', '.join(str(rate) for rate in rates)} Mbit/s, 40 ms round trip", NOTES)
+
+
+NOTES = [
+    "the published method's way back is taken to be as its way there: it keeps nothing of a container that left",
+    "downtime: from the freeze until the processes run; gap: the longest time without an answer that a client saw",
+]
+
+
+def targets(rows: list[dict[str, object]]) -> list[Target]:
+    found = [Target.at_most("longest downtime ms", max(float(str(r["haulier ms down"])) for r in rows), 500)]
+    gaps = [float(str(r["haulier ms gap"])) for r in rows if r["haulier ms gap"] is not None]
+    if gaps:
+        found.append(Target.at_most("longest gap of a client ms", max(gaps), 800))
+    first = [float(str(r["bytes ratio"])) for r in rows if r["layer at target"] != "way back"]
+    back = [float(str(r["bytes ratio"])) for r in rows if r["layer at target"] == "way back"]
+    found.append(Target.at_least("least bytes ratio, first trip", min(first), 1.0))
+    if back:
+        found.append(Target.at_least("least bytes ratio, way back", min(back), 3.0))
+    return found

@@ -1,0 +1,130 @@
+"""The published way of handing a container over, to be measured beside haulier: rsync the application layer while it
+runs, stop and dump it, rsync what it wrote and the dump, restore.
+
+After Machen, Wang, Leung, Ko, Salonidis: Live service migration in mobile edge clouds (2018), with their LXC replaced
+by runc and with rsync's own compression on. It moves a container that haulier runs, and leaves haulier's records alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from haulier.agent.client import Client
+from haulier.chunks.store import ChunkStore
+from haulier.containers import container as containers
+from haulier.containers.bundle import criu_options
+from haulier.containers.container import Container
+from haulier.containers.layers import layer_id, regions
+from haulier.errors import GuestError, Unsupported
+from haulier.handoff.residence import container_paths
+from haulier.lab.scenario import LabSite, Scenario
+
+PORT: Final = 7990
+_RSYNC_S: Final = 1200
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """Seconds, bytes of IP packets on the link, milliseconds."""
+
+    total_s: float
+    wire_bytes: int
+    downtime_ms: float
+
+
+@contextlib.contextmanager
+def _daemon(target: LabSite, address: str) -> Iterator[None]:
+    if shutil.which("rsync") is None:
+        raise Unsupported("the published method needs rsync: install it")
+    config = target.root / "rsyncd.conf"
+    config.write_text("use chroot = no\nuid = root\ngid = root\n[root]\npath = /\nread only = no\n")
+    words = ["rsync", "--daemon", "--no-detach", f"--config={config}", f"--address={address}", f"--port={PORT}"]
+    process = target.lab.popen(target.name, words, stdin=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 10
+        while True:
+            with contextlib.suppress(OSError):
+                target.lab.call(target.name, lambda: socket.create_connection((address, PORT), timeout=1)).close()
+                break
+            if time.monotonic() > deadline:
+                raise GuestError("the rsync daemon did not start")
+            time.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def move(scenario: Scenario, guest: str, source: LabSite, target: LabSite, address: str) -> SeedResult:
+    """Moves the container; it runs at `target` afterwards, and the client `address`'s route leads there."""
+    lab = scenario.lab
+    ours, theirs = container_paths(source.site, guest), container_paths(target.site, guest)
+    row_spec = Client.local(source.site).guest(guest)["spec"]
+    with ChunkStore(source.site.store) as store:
+        manifest = store.load_manifest(f"guest/{guest}")
+    container = Container.adopt(ours)
+    spec = container.spec
+    assert spec.container is not None and row_spec["name"] == guest
+    names = [layer_id(region) for region in regions(spec.container, manifest)]
+    images = {site.name: site.site.ram_dir / "seed-images" for site in (source, target)}
+    for folder in images.values():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for folder in (target.site.layers, theirs.root, theirs.upper):
+        folder.mkdir(parents=True, exist_ok=True)
+    wan = lab.address(target.name, lab.links_between("oslo", "lisbon")[0])
+
+    def rsync(folder: Path, there: Path) -> None:
+        command = ["rsync", "-azX", "--delete", f"{folder}/", f"rsync://{wan}:{PORT}/root{there}/"]
+        done = subprocess.run(
+            lab.command(source.name, command), capture_output=True, text=True, timeout=_RSYNC_S, check=False
+        )
+        if done.returncode:
+            raise GuestError(f"rsync failed: {done.stderr[-500:]}")
+
+    with _daemon(target, wan):
+        before, began = scenario.wan_bytes(), time.monotonic()
+        for name in names[1:]:
+            rsync(source.site.layers / name, target.site.layers / name)
+        stop = time.monotonic()
+        lab.call(source.name, container.unplug)
+        container.dump(images[source.name])
+        for pid in container.pids():
+            os.kill(pid, 9)
+        rsync(ours.upper, theirs.upper)
+        rsync(images[source.name], images[target.name])
+        lower = [target.site.layers / name for name in names]
+        lab.call(target.name, lambda: _restore(spec, theirs, lower, images[target.name]))
+        lab.route_guest("client", address, target.name)
+        done_at = time.monotonic()
+        sent = scenario.wan_bytes() - before
+    lab.call(source.name, lambda: containers.clear_runtime(ours))
+    for folder in images.values():
+        shutil.rmtree(folder, ignore_errors=True)
+    return SeedResult(done_at - began, sent, (done_at - stop) * 1000)
+
+
+def _restore(spec: object, paths: containers.ContainerPaths, lower: list[Path], images: Path) -> None:
+    from haulier.guests.model import GuestSpec
+
+    assert isinstance(spec, GuestSpec)
+    made = Container.prepare(spec, paths, lower, "seed")
+    # Running as soon as it is restored, as the published method has it; but plugged in after, or clients are reset.
+    paths.criu_options.write_text(criu_options(restoring=False))
+    made.runc.restore(paths.id, paths.bundle, images, paths.log_dir, paths.pid_file)
+    made._started(int(paths.pid_file.read_text()))
+    made.plug()
+
+
+def end(target: LabSite, guest: str) -> None:
+    """Ends a container that `move` brought, and removes its files."""
+    target.lab.call(target.name, lambda: containers.clear(container_paths(target.site, guest)))
