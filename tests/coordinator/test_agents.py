@@ -18,8 +18,8 @@ from haulier.agent.site import Site
 from haulier.chunks.manifest import Manifest
 from haulier.coordinator import messages as m
 from haulier.coordinator.client import CoordinatorClient
-from haulier.coordinator.hints import CoordinatorHolders
 from haulier.errors import NotTrusted, PeerError, UnknownThing
+from haulier.fetch.holders import hints_for
 from haulier.units import CHUNK
 from tests.agent.conftest import short
 from tests.chunks.samples import chunk
@@ -171,8 +171,7 @@ def test_measured_links_are_reported(fleet: tuple[Agent, Agent]) -> None:
     (source,) = client(oslo.site).holders(fps, "oslo")
     assert source.cost_s == pytest.approx(10 * CHUNK * 8 / 8e6 + 0.05)
     # as `haulier.fetch` asks
-    hints = CoordinatorHolders.of(oslo.site)
-    assert hints is not None and hints.holders(fps[:3]) == {"lisbon": frozenset(fps[:3])}
+    assert hints_for(oslo.site, fps[:3]) == {"lisbon": fps[:3]}
     digest = lisbon.store.load_manifest("image/web").digest
     survey = wait_for(lambda: known(lambda: client(oslo.site).image_holders(digest, "oslo")), 90)
     assert (survey.chunks, survey.lacking, survey.unheld) == (10, 10, 0)

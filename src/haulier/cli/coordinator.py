@@ -19,8 +19,12 @@ coordinator_app = App(name="coordinator", help="Who holds which chunk, and what 
 @coordinator_app.command
 def run(
     *,
-    listen: Annotated[str, Parameter(help="HOST:PORT to listen on. [this site's control address]")] = "",
-    database: Annotated[str, Parameter(help="postgresql://..., instead of a file of this site.")] = "",
+    listen: Annotated[
+        str, Parameter(env_var="HAULIER_LISTEN", help="HOST:PORT to listen on. [this site's control address]")
+    ] = "",
+    database: Annotated[
+        str, Parameter(env_var="HAULIER_DATABASE", help="postgresql://..., instead of a file of this site.")
+    ] = "",
     root: Root = None,
 ) -> None:
     """Run the coordinator, in the foreground, until SIGTERM. Agents go on without it."""
@@ -100,8 +104,8 @@ def status(*, root: Root = None, json: Json = False) -> None:
         )
     if facts["images"]:
         print_table(
-            ("IMAGE", "DIGEST", "SIZE", "AT"),
-            [(i["name"], i["digest"][:12], size(i["size"]), " ".join(i["sites"])) for i in facts["images"]],
+            ("IMAGE", "LAYER", "DIGEST", "SIZE", "AT"),
+            [(i["name"], i["layer"], i["digest"][:12], size(i["size"]), " ".join(i["sites"])) for i in facts["images"]],
         )
     if facts["guests"]:
         print_table(

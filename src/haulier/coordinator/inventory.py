@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from haulier.chunks.manifest import HEADER, Manifest, peek
 from haulier.chunks.store import ChunkStore
+from haulier.coordinator.fleet import IMAGE
 from haulier.coordinator.messages import ManifestEntry
 from haulier.units import FINGERPRINT
 
 Rows = NDArray[np.uint8]
 """Fingerprints as rows of 32 bytes, ascending."""
 _FETCH: Final = 16384
+GUEST: Final = "guest/"
 
 
 class Inventory:
@@ -40,27 +42,28 @@ class Inventory:
         return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(-1, FINGERPRINT)
 
     def manifests(self) -> dict[str, ManifestEntry]:
-        """All manifests by name; their layer and parent from the notes kept with them."""
+        """All manifests by name; a parent is named by its digest, where it is at this site."""
         with self._store.index.read() as db:
             found = db.execute(
                 "SELECT name, substr(data, 1, ?), complete, meta FROM manifests ORDER BY name", (HEADER,)
             ).fetchall()
+        heads = {name: peek(head) for name, head, _, _ in found}
         entries = {}
-        for name, head, complete, meta in found:
-            size, digest = peek(head)
-            notes = json.loads(meta)
-            layer, parent = str(notes.get("layer", ""))[:200], str(notes.get("parent", ""))
-            try:
-                base = bytes.fromhex(parent)
-            except ValueError:
-                base = b""
+        for name, _, complete, meta in found:
+            parent = str(json.loads(meta).get("parent", ""))
+            base = heads.get(IMAGE + parent)
+            if name.startswith(IMAGE):
+                layer = "application" if parent else "base"
+            else:
+                layer = "instance" if name.startswith(GUEST) else ""
+            size, digest = heads[name]
             entries[name] = ManifestEntry(
                 name=name,
                 digest=digest,
                 size=size,
                 complete=bool(complete),
                 layer=layer,
-                parent=base if len(base) == FINGERPRINT else b"",
+                parent=base[1] if base is not None else b"",
             )
         return entries
 

@@ -17,10 +17,12 @@ import numpy as np
 
 from haulier.agent.client import Client
 from haulier.agent.site import Site
+from haulier.chunks.manifest import peek
 from haulier.chunks.store import ChunkStore
 from haulier.coordinator import messages as m
 from haulier.coordinator.address import Address
 from haulier.coordinator.client import CoordinatorClient
+from haulier.coordinator.fleet import IMAGE
 from haulier.coordinator.inventory import Inventory, Rows, minus, pages
 from haulier.errors import HaulierError
 from haulier.handoff.journal import ABSENT, HandoffRow, Journal
@@ -39,7 +41,6 @@ LINK_AGE_S: Final = 6 * 3600.0
 """A link is measured when its last measurement is so old, and then one link in a minute at most."""
 PROBED_SITES: Final = 16
 _NO_ROWS: Final[Rows] = np.empty((0, FINGERPRINT), dtype=np.uint8)
-_IMAGE: Final = "image/"
 
 
 class _Said:
@@ -212,19 +213,13 @@ class Reporter:
         While a handoff is under way only images are sent: the link has better things to carry.
         """
         for entry in (self._said.manifests or {}).values():
-            if entry.digest in self._said.unknown and (not images_only or entry.name.startswith(_IMAGE)):
+            if entry.digest in self._said.unknown and (not images_only or entry.name.startswith(IMAGE)):
                 encoded = self._inventory.encoded(entry.name)
-                if entry.digest == self._digest(encoded):
+                if entry.digest == peek(encoded)[1]:
                     client.report_manifest(entry.digest, encoded)
                 self._said.unknown.discard(entry.digest)
                 return True
         return False
-
-    @staticmethod
-    def _digest(encoded: bytes) -> bytes:
-        from haulier.chunks.manifest import peek
-
-        return peek(encoded)[1]
 
     def _report_chunks(self, client: CoordinatorClient, version: int) -> None:
         said = self._said
