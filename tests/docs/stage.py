@@ -89,6 +89,13 @@ class DocsStage:
         if text.startswith("systemctl enable --now "):
             self._start_agent(self.hosts[step.site])
             return ""
+        if text == "systemctl restart haulier-agent":
+            agent = self.hosts[step.site].agent
+            assert agent is not None, step.where
+            agent.terminate()
+            agent.wait(30)
+            self._start_agent(self.hosts[step.site])
+            return ""
         command = ["bash", "-c", text]
         environment = self.environment
         if step.site:

@@ -15,13 +15,13 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.manifest import Manifest
 from haulier.compress import zstd
 from haulier.coordinator import bitmaps, fleet
 from haulier.coordinator import messages as m
-from haulier.coordinator.backend import Backend, Rows, intern
+from haulier.coordinator.backend import Backend, Rows
 from haulier.coordinator.bitmaps import Bits
+from haulier.coordinator.dictionary import Dictionary
 from haulier.coordinator.fleet import Fleet, SiteRecord
 from haulier.coordinator.index import UNMEASURED, ChunkIndex, Holder, Link
 from haulier.coordinator.popularity import Popularity
@@ -40,6 +40,7 @@ class Coordinator:
 
     def __init__(self, backend: Backend, clock: Callable[[], float] = time.time) -> None:
         self.backend = backend
+        self.dictionary = Dictionary(backend)
         self.index = ChunkIndex()
         self.fleet = Fleet()
         self.popularity = Popularity()
@@ -83,14 +84,14 @@ class Coordinator:
 
     def lacking(self, query: m.LackingQuery) -> m.LackingAnswer:
         """Which of these chunks does the site lack."""
-        ids = self.backend.lookup(m.split(query.fingerprints))
+        ids = self.dictionary.lookup(query.fingerprints)
         with self._memory:
             mask = self.index.lacking(query.site, ids)
         return m.LackingAnswer(lacking=bitmaps.pack(mask))
 
     def holders(self, query: m.HoldersQuery) -> m.HoldersAnswer:
         """Which of these the site lacks, who holds which, and at what cost to the site. Counts as demand for them."""
-        ids = self.backend.lookup(m.split(query.fingerprints))
+        ids = self.dictionary.lookup(query.fingerprints)
         now = self._clock()
         with self._memory:
             links = self.fleet.links.get(query.site, {})
@@ -118,7 +119,7 @@ class Coordinator:
 
     def facts(self, query: m.FactsQuery) -> m.FactsAnswer:
         """What a cache has to know of each chunk: references, copies, popularity, cost of fetching it again."""
-        ids = self.backend.lookup(m.split(query.fingerprints))
+        ids = self.dictionary.lookup(query.fingerprints)
         with self._memory:
             links = self.fleet.links.get(query.site, {})
             refetch = np.full(len(ids), -1.0)
@@ -217,8 +218,8 @@ class Coordinator:
 
     def holdings(self, site: str, report: m.HoldingsReport) -> m.HoldingsAnswer:
         """A site says which chunks it has now, or no longer."""
-        removed = bitmaps.of_ids(self.backend.lookup(m.split(report.removed)))
-        added = bitmaps.of_ids(intern(self.backend, [fp for fp in m.split(report.added) if fp != ZERO]))
+        removed = bitmaps.of_ids(self.dictionary.lookup(report.removed))
+        added = bitmaps.of_ids(self.dictionary.intern(report.added))
         with self._writing:
             record = self.fleet.sites.get(site, SiteRecord(site))
             whole = [self.index.manifests.get(digest) for digest in report.complete]
@@ -292,8 +293,9 @@ class Coordinator:
 
     def register(self, digest: bytes, manifest: Manifest) -> None:
         """Enters a manifest; chunks that are new get ids in its order."""
-        unique = ordered(manifest)
-        pieces = [intern(self.backend, unique[at : at + _SCAN]) for at in range(0, len(unique), _SCAN)]
+        step = _SCAN * FINGERPRINT
+        table = manifest.fingerprints
+        pieces = [self.dictionary.intern(table[at : at + step]) for at in range(0, len(table), step)]
         bits = bitmaps.of_ids(np.concatenate(pieces)) if pieces else bitmaps.empty()
         data = bitmaps.dump(bits)
         with self._writing:
@@ -390,11 +392,3 @@ def _source(holder: Holder, record: SiteRecord, positions: bytes) -> m.SourceAns
         cost_s=holder.cost_s,
         positions=positions,
     )
-
-
-def ordered(manifest: Manifest) -> list[bytes]:
-    """Each fingerprint of a manifest once, without ZERO, in the order of the disk."""
-    rows = np.frombuffer(manifest.fingerprints, dtype=f"V{FINGERPRINT}").tolist()
-    found = dict.fromkeys(rows)
-    found.pop(ZERO, None)
-    return list(found)
