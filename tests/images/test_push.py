@@ -63,6 +63,7 @@ class Sites:
     errors: list[HaulierError] = field(default_factory=list)
     session: Session | None = None
     thread: threading.Thread | None = None
+    elsewhere: arrival.Elsewhere | None = None
 
     def goldens(self, site: str) -> Path:
         path = self.root / f"golden-{site}"
@@ -79,7 +80,9 @@ class Sites:
         def work() -> None:
             try:
                 with self.there.sibling() as own:
-                    arrival.Arrival(own, self.goldens("lisbon"), session, "oslo", offer.push, lambda text: None).run()
+                    arrival.Arrival(
+                        own, self.goldens("lisbon"), session, "oslo", offer.push, lambda text: None, self.elsewhere
+                    ).run()
             except HaulierError as error:
                 self.errors.append(error)
             finally:
@@ -156,6 +159,29 @@ def test_a_cancelled_push_leaves_what_arrived_for_the_next_one(sites: Sites, mon
     (item,) = sites.push("debian")["items"]
     assert 0 < item["lacking"] < 590, "what had arrived is not sent again"
     assert sites.there.manifest_names() == ["image/debian"]
+
+
+def test_what_other_sites_bring_is_not_sent(sites: Sites) -> None:
+    data = [chunk(number) for number in range(300)]
+    keep(sites.here, "debian", data)
+    begun = threading.Event()
+    asked: list[bytes] = []
+
+    def elsewhere(
+        store: ChunkStore, lacking: list[bytes], lease: str, enough: Callable[[], bool], came: Callable[[bytes], None]
+    ) -> None:
+        asked.extend(lacking)
+        for fp in lacking[:100]:
+            store.put(data[fps.index(fp)], fp, lease)
+            came(fp)
+        begun.set()
+
+    fps = [sites.here.put(each) for each in data]
+    sites.elsewhere = elsewhere
+    (item,) = sites.push("debian")["items"]
+    assert begun.is_set() and asked == fps[::-1]
+    assert 0 < item["elsewhere"] <= 100 and item["whole"] == 300 - item["elsewhere"]
+    assert sites.there.missing(sites.there.load_manifest("image/debian").unique()) == []
 
 
 def test_another_image_of_that_name_is_refused_before_anything_is_sent(sites: Sites) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +17,8 @@ from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, HaulierError, PeerError, UnknownThing, Unsupported, UsageError
+from haulier.fetch.fetching import fetch
+from haulier.fetch.holders import hints_for, sources_of
 from haulier.guests.golden import IMAGE_PREFIX, list_goldens
 from haulier.handoff import residence
 from haulier.handoff.journal import GuestRow
@@ -27,6 +31,7 @@ from haulier.session import Session, TlsConfig
 log = logging.getLogger(__name__)
 
 PUSH_OFFER_S: Final = 120.0
+FETCH_STALL_S: Final = 20.0
 
 
 class CommitRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -213,7 +218,13 @@ class Layers:
             try:
                 with self.store.sibling() as own:
                     arrival.Arrival(
-                        own, self.site.golden, session, caller, offer.push, lambda text: progress(0.5, text)
+                        own,
+                        self.site.golden,
+                        session,
+                        caller,
+                        offer.push,
+                        lambda text: progress(0.5, text),
+                        partial(self._fetch, caller),
                     ).run()
             finally:
                 session.close(linger_s=3)
@@ -221,6 +232,29 @@ class Layers:
 
         self.core.jobs.start("arrival", offer.images[-1][0], work)
         return msgspec.structs.replace(accept, port=session.port, bulk=self.site.bulk)
+
+    def _fetch(
+        self,
+        pusher: str,
+        store: ChunkStore,
+        lacking: list[bytes],
+        lease: str,
+        enough: Callable[[], bool],
+        came: Callable[[bytes], None],
+    ) -> None:
+        """Brings chunks of a push from sites other than the one that pushes."""
+        sources = sources_of(self.site, exclude={pusher})
+        if sources:
+            fetch(
+                lacking,
+                sources,
+                store,
+                lease=lease,
+                cancelled=enough,
+                hints=hints_for(self.site, lacking),
+                on_kept=came,
+                stall_s=FETCH_STALL_S,
+            )
 
     def _tls(self, peer: str) -> TlsConfig:
         return TlsConfig(self.site.certificate, self.site.key, self.site.ca_certificate, peer)

@@ -91,6 +91,9 @@ def layer_rows(layers: dict[str, dict[str, int]]) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     for name, each in layers.items():
         text = f"{size(each['wire_bytes'])} for {each['chunks']} chunks, {each['at_target']} were there"
+        for key, words in (("elsewhere", "came from other sites"), ("left", "left behind")):
+            if each.get(key):
+                text += f", {each[key]} {words}"
         if each.get("memory_wire_bytes"):
             text += f"; {size(each['memory_wire_bytes'])} of memory"
         rows.append((f"layer {name}", text))

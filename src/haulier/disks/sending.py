@@ -92,6 +92,10 @@ class LayerCounters:
 
     chunks: int = 0
     at_target: int = 0
+    elsewhere: int = 0
+    """Came to the target from other sites meanwhile."""
+    left: int = 0
+    """Left behind, to be fetched when they are needed."""
     wire_bytes: int = 0
 
 
@@ -202,6 +206,7 @@ class DiskSender:
             if hot is not None and fp not in hot:
                 self.left.add(fp)
                 self.counters.chunks_left += 1
+                self._layer(self._layer_of(fp)).left += 1
                 continue
             self._add(fp, self._store.get(fp), None)
             self._sent.add(fp)
@@ -237,6 +242,7 @@ class DiskSender:
             if leave:
                 self.left.add(fp)
                 self.counters.chunks_left += 1
+                self._layer(self._layer_of(fp)).left += 1
                 continue
             self.left.discard(fp)
             if not ask:
@@ -351,6 +357,7 @@ class DiskSender:
             self._at_target.add(fp)
             self._shared.present(fp)
             self.counters.chunks_elsewhere += 1
+            self._layer(self._layer_of(fp)).elsewhere += 1
 
     def _take(self, index: int, data: bytes) -> bytes | None:
         """Note the chunk's new contents; its fingerprint when the target may lack it."""

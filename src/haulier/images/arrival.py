@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,9 @@ from haulier.images.talk import Talk
 from haulier.session import Session
 from haulier.units import CHUNK, MIB
 
+Elsewhere = Callable[[ChunkStore, list[bytes], str, Callable[[], bool], Callable[[bytes], None]], None]
+"""Fetches chunks from other sites into a store, under a lease, until that is enough; tells of each that came."""
+ENOUGH_S: Final = 10.0
 COMMIT_BYTES: Final = 8 * MIB
 """Of messages, after which what has come is made durable, so that a push that dies need not bring it again."""
 SLACK: Final = 64 * MIB
@@ -102,8 +106,16 @@ class Arrival:
     """Takes one push. `run` returns when the other side says it was all."""
 
     def __init__(
-        self, store: ChunkStore, goldens: Path, session: Session, peer: str, push: str, progress: Callable[[str], None]
+        self,
+        store: ChunkStore,
+        goldens: Path,
+        session: Session,
+        peer: str,
+        push: str,
+        progress: Callable[[str], None],
+        elsewhere: Elsewhere | None = None,
     ) -> None:
+        self._elsewhere = elsewhere
         self._store = store
         self._goldens = goldens
         self._progress = progress
@@ -115,6 +127,7 @@ class Arrival:
         self._room = 0
         self._receiver: DiskReceiver | None = None
         self._uncommitted = 0
+        self._asking: threading.Thread | None = None
 
     def run(self) -> None:
         """Raises what went wrong; the other side has been told, and what has arrived is kept for the next time."""
@@ -172,6 +185,7 @@ class Arrival:
             raise Corrupt(f"item {begin.number} of a push of {len(self._items)}")
         item = self._items[begin.number]
         self._progress(f"{item.kind} {item.name[:12]}")
+        enough = threading.Event()
         here = common.held(self._store)
         unknown = [digest for digest in begin.common if digest not in here]
         if unknown:
@@ -184,15 +198,34 @@ class Arrival:
             lambda data: self._session.send(DISK, data, urgent=True),
             self._lease,
             manifest_name=item.incoming,
+            on_lacking=lambda lacking: self._ask_others(lacking, enough),
         )
         self._talk.send(Ready())
-        while not self._receiver.wait_final(0.2):
-            if self._session.error is not None:
-                raise self._session.error
-            if self._session.over:
-                raise Conflict("the push was ended by the other site; what came is kept for the next one")
+        try:
+            while not self._receiver.wait_final(0.2):
+                if self._session.error is not None:
+                    raise self._session.error
+                if self._session.over:
+                    raise Conflict("the push was ended by the other site; what came is kept for the next one")
+        finally:
+            enough.set()
+            if self._asking is not None:
+                self._asking.join(ENOUGH_S)
         self._keep(item)
         self._talk.send(Kept())
+
+    def _ask_others(self, lacking: list[bytes], enough: threading.Event) -> None:
+        """Other sites may hold what is lacking: they are asked from the end, while one sends from the beginning."""
+        ask, receiver = self._elsewhere, self._receiver
+        if ask is None or receiver is None:
+            return
+
+        def work() -> None:
+            with contextlib.suppress(HaulierError):
+                ask(self._store, lacking[::-1], self._lease, enough.is_set, lambda fp: receiver.came([fp]))
+
+        self._asking = threading.Thread(target=work, name="elsewhere", daemon=True)
+        self._asking.start()
 
     def _disk(self, data: bytes) -> None:
         receiver = self._receiver

@@ -20,7 +20,7 @@ from haulier.chunks.blocks import BlockIndex
 from haulier.chunks.images import PREFIX as IMAGE_PREFIX
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.disks.transfer import DiskSender
+from haulier.disks.transfer import DiskCounters, DiskSender
 from haulier.errors import HaulierError
 from haulier.guests.golden import Golden, list_goldens
 from haulier.images import common, layers, snapshots
@@ -213,6 +213,7 @@ class Push:
             "lacking": load.lacking,
             "recipes": counters.chunks_recipe,
             "whole": counters.chunks_sent,
+            "elsewhere": counters.chunks_elsewhere,
             "wire_bytes": counters.wire_bytes,
         }
         self._done += load.lacking
@@ -240,7 +241,8 @@ class Push:
 
     def _tell(self, session: Session) -> None:
         sender = self._sender
-        now = sender.counters.chunks_recipe + sender.counters.chunks_sent if sender is not None else 0
+        counters = sender.counters if sender is not None else DiskCounters()
+        now = counters.chunks_recipe + counters.chunks_sent + counters.chunks_elsewhere
         # Beyond what the transport has taken nothing is known: the last item's chunks are counted when it is kept.
         done = min(self._total, self._done + now) if self._total else 0
         share = done / self._total if self._total else 1.0
