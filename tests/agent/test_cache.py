@@ -227,7 +227,7 @@ def test_the_coordinator_says_what_chunks_cost(fleet: Fleet, cache: Cache, monke
     class Told:
         def facts(self, fps: list[bytes], for_site: str) -> list[ChunkFacts]:
             assert for_site == "oslo"
-            return [ChunkFacts(0, n, 3.0, (0.5, float("inf"))[n % 2]) for n in range(len(fps))]
+            return [ChunkFacts(0, n + 1, 3.0, (0.5, float("inf"))[n % 2]) for n in range(len(fps))]
 
     monkeypatch.setattr(prices.CoordinatorClient, "of", lambda site: Told())
     facts = cache.prices.of([b"a", b"b"])
