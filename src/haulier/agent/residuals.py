@@ -175,14 +175,23 @@ class Residuals:
 
     def supervise(self) -> None:
         """Lets guests go on that stopped at a read, once what they read is here; notes which disks are whole."""
+        for guest in self.journal.guests():
+            # Not only data left behind: a chunk that was damaged here and has to come from elsewhere is the same.
+            if guest.state in MAY_RUN and not self.core.is_busy(guest.name) and self._refused(guest.name):
+                self._let_go_on(guest)
         for row in self.held():
-            guest = self.journal.find_guest(row.guest)
-            if guest is None or guest.state not in MAY_RUN or self.core.is_busy(guest.name):
+            kept = self.journal.find_guest(row.guest)
+            if row.state != "ended" or kept is None or kept.state not in MAY_RUN or self.core.is_busy(kept.name):
                 continue
-            self._let_go_on(guest)
             with contextlib.suppress(UnknownThing):
-                if row.state == "ended" and guest.manifest and not self.missing(guest):
-                    self._complete(guest)
+                if kept.manifest and not self.missing(kept):
+                    self._complete(kept)
+
+    def _refused(self, guest: str) -> bool:
+        """Whether its export ever had to refuse a read because nobody brought it in time."""
+        with contextlib.suppress(HaulierError, OSError):
+            return bool(DiskExport.attach(residence.guest_paths(self.site, guest).nbd_ctl).stats()["errors"])
+        return False
 
     def _let_go_on(self, guest: GuestRow) -> None:
         with self.core.asking:
