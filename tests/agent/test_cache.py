@@ -178,6 +178,18 @@ def test_gc_takes_what_is_not_worth_its_room_and_a_dry_run_says_so_exactly(fleet
     assert collect(fleet, dry_run=False)["chunks"] == 10
 
 
+def test_gc_without_a_budget_spares_what_still_belongs_to_something(fleet: Fleet, cache: Cache) -> None:
+    store = cache.store
+    moved, past = fill(store, "retained/web1", 5), fill(store, "past", 4)
+    store.pin_manifest("retained/web1", False)
+    store.drop_manifest("past")
+    assert collect(fleet, dry_run=True)["chunks"] == collect(fleet)["chunks"] == 4
+    assert (left(store, moved), left(store, past)) == (5, 0)
+    age(store, moved[:2], 40 * 86400)
+    assert collect(fleet)["chunks"] == 2
+    assert collect(fleet, everything=True)["chunks"] == 3
+
+
 def test_a_disk_that_is_nearly_full_makes_the_cache_give_way(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     store = cache.store
     past = fill(store, "past", 10)

@@ -7,6 +7,7 @@ any time. Sizes are bytes of pack that records take.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -22,7 +23,7 @@ from haulier.agent.site import Site, check_name
 from haulier.chunks import books
 from haulier.chunks.collect import Cached, GcReport, Room
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, HaulierError, UnknownThing, UsageError
+from haulier.errors import Conflict, Corrupt, HaulierError, UnknownThing, UsageError
 from haulier.guests.golden import IMAGE_PREFIX, MANIFEST_PREFIX, list_goldens
 from haulier.policy.choice import Choice, choose
 from haulier.policy.model import COORDINATED_NAME, DEFAULT_NAME, GDSF_NAME, S3FIFO_NAME, Item, check_policy
@@ -195,12 +196,18 @@ class Cache:
         return report
 
     def collect(self, dry_run: bool, everything: bool, leases: list[str], manifests: list[str]) -> GcReport:
-        """What `gc` takes: with a budget, what is beyond it or unused for a month; without one, all of the cache."""
+        """What `gc` takes of the cache: what was not used for a month, and with a budget what is beyond it.
+
+        Without one: what no manifest names, pinned or not (of disks that moved away, of images that were let go).
+        """
 
         def victims(found: list[Cached]) -> set[bytes]:
-            if everything or not self.budget:
+            if everything:
                 return {row.fp for row in found}
             old = {row.fp for row in found if row.used < time.time() - UNUSED_S}
+            if not self.budget:
+                named = self._named()
+                return old | {row.fp for row in found if row.fp not in named}
             over = used() - self.budget - sum(row.room for row in found if row.fp in old)
             choice = self._choose([row for row in found if row.fp not in old], over, frozenset())
             if not dry_run:
@@ -215,6 +222,15 @@ class Cache:
         if not dry_run:
             self._count(report)
         return report
+
+    def _named(self) -> set[bytes]:
+        """Chunks of unpinned manifests."""
+        found: set[bytes] = set()
+        for name in self.store.manifest_names():
+            with contextlib.suppress(UnknownThing, Corrupt):
+                if not self.store.is_pinned(name):
+                    found |= self.store.load_manifest(name).unique()
+        return found
 
     def _count(self, report: GcReport) -> None:
         with self._lock:

@@ -51,6 +51,7 @@ class Health:
         self._lock = threading.Lock()
         self._stepped = time.monotonic()
         self._healed = float("-inf")
+        store.drop_lease(_LEASE)  # of an agent that was killed meanwhile
 
     def _from_sites(self, fps: list[bytes]) -> None:
         sources = sources_of(self.core.site)

@@ -19,7 +19,8 @@ def gc(
 ) -> None:
     """Free chunks that no guest, image or handoff refers to, and that are not worth their room.
 
-    With a store budget that is what is beyond it, and what was not used for a month; without one, all of it.
+    With a store budget that is what is beyond it, and what was not used for a month. Without one it is what was not
+    used for a month, and what does not even belong to a disk that moved away or to an image that was let go.
     """
     agent = client(root)
     found = wait(agent, agent.post("/v1/gc", {"dry_run": dry_run, "everything": everything}), json)
