@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from haulier.agent.jobs import Jobs
-from haulier.errors import NoRoom, UnknownThing
+from haulier.errors import Cancelled, NoRoom, UnknownThing
 from tests.support.waiting import wait_for
 
 
@@ -56,3 +56,23 @@ def test_unknown_and_forgotten_jobs() -> None:
     with pytest.raises(UnknownThing):
         jobs.get(first.id)
     assert len(jobs.all()) <= 202
+
+
+def test_a_cancelled_job_ends_at_its_next_word() -> None:
+    jobs, go = Jobs(), threading.Event()
+
+    def work(progress):
+        progress(0.1, "begun")
+        assert go.wait(10)
+        progress(0.2, "never said")
+        raise AssertionError("it went on")
+
+    job = jobs.start("push", "debian", work)
+    wait_for(lambda: job.message == "begun", 10)
+    assert jobs.cancel(job.id).state == "running"
+    go.set()
+    wait_for(lambda: job.state == "failed", 10)
+    assert job.code == Cancelled.exit_code and "cancelled" in job.error
+    assert jobs.cancel(job.id).state == "failed", "one that is over stays as it is"
+    with pytest.raises(UnknownThing):
+        jobs.cancel("j123")

@@ -1,0 +1,166 @@
+"""Images in layers as two agents serve them: what is refused, what keeps an image, pushes from agent to agent."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+import pytest
+
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.errors import Conflict, HaulierError, NotTrusted, UnknownThing, UsageError
+from haulier.guests.model import new_spec
+from haulier.handoff import residence
+from haulier.images import commit
+from haulier.units import CHUNK
+from tests.agent.conftest import Fleet
+
+
+def keep(store: ChunkStore, name: str, seeds: list[int], **meta: str) -> Manifest:
+    fps = [store.put(random.Random(seed).randbytes(CHUNK)) for seed in seeds]
+    manifest = Manifest(len(fps) * CHUNK, b"".join(fps))
+    store.save_manifest(name, manifest, meta)
+    return manifest
+
+
+@pytest.fixture
+def stack(fleet: Fleet) -> Fleet:
+    store = fleet.at_oslo.store
+    keep(store, "image/debian", [1, 2, 3, 4])
+    keep(store, "image/web", [1, 2, 13, 4], parent="debian", guest="web1", uuid="u")
+    guest(fleet, "web1", "web", "owner", "stopped")
+    return fleet
+
+
+def guest(fleet: Fleet, name: str, image: str, state: str, wanted: str, owner: str = "oslo") -> None:
+    spec = msgspec.to_builtins(new_spec(name, image, memory_mib=64, disk_size=4 * CHUNK))
+    manifest = residence.manifest_name(name)
+    fleet.at_oslo.journal.advance(
+        name, {"absent"}, state, owner=owner, epoch=1, last_epoch=1, spec=spec, manifest=manifest, wanted=wanted
+    )
+    keep(fleet.at_oslo.store, manifest, [1, 2, 13, 99])
+
+
+def test_the_tree_has_guests_as_leaves(stack: Fleet) -> None:
+    (debian,) = stack.client.get("/v1/image-tree")["images"]
+    assert (debian["name"], debian["bytes"], debian["guests"]) == ("debian", 4 * CHUNK, [])
+    (web,) = debian["children"]
+    assert (web["name"], web["layer"], web["bytes"]) == ("web", "application", CHUNK)
+    assert [(g["name"], g["layer"], g["bytes"]) for g in web["guests"]] == [("web1", "instance", CHUNK)]
+    shown = stack.client.get("/v1/images/web")
+    assert [(part["name"], part["bytes"]) for part in shown["layers"]] == [("debian", 4 * CHUNK), ("web", CHUNK)]
+    assert shown["guests"] == ["web1"] and shown["children"] == []
+    listed = {each["name"]: each for each in stack.client.images()}
+    assert listed["debian"]["children"] == ["web"] and listed["web"]["parent"] == "debian"
+
+
+def test_an_image_that_something_needs_is_kept(stack: Fleet) -> None:
+    with pytest.raises(Conflict, match="'web' is a layer on image 'debian'"):
+        stack.client.delete("/v1/images/debian")
+    with pytest.raises(Conflict, match="'web1' was made from image 'web'"):
+        stack.client.delete("/v1/images/web")
+    stack.at_oslo.journal.advance("web1", "owner", "absent", spec={})
+    stack.client.delete("/v1/images/web")
+    stack.client.delete("/v1/images/debian")
+    with pytest.raises(UnknownThing):
+        stack.client.delete("/v1/images/debian")
+
+
+def test_commits_that_are_refused(stack: Fleet) -> None:
+    def ask(guest: str, name: str = "new") -> dict[str, Any]:
+        return stack.client.wait(stack.client.post("/v1/image-commits", {"guest": guest, "name": name}))
+
+    with pytest.raises(UnknownThing, match="nobody"):
+        ask("nobody")
+    with pytest.raises(UsageError):
+        ask("web1", "New Image")
+    with pytest.raises(Conflict, match="already"):
+        ask("web1", "debian")
+    guest(stack, "gone", "web", "away", "", owner="lisbon")
+    with pytest.raises(Conflict, match="at site 'lisbon'"):
+        ask("gone")
+    guest(stack, "half", "web", "owner", "creating")
+    with pytest.raises(Conflict, match="creating"):
+        ask("half")
+    guest(stack, "orphan", "lost", "owner", "stopped")
+    with pytest.raises(UnknownThing, match="push it here first"):
+        ask("orphan")
+    with pytest.raises(HaulierError):
+        ask("web1")  # it has no overlay
+    assert stack.at_oslo.store.manifest_names("image/") == ["image/debian", "image/web"]
+
+
+def test_a_push_from_agent_to_agent(stack: Fleet) -> None:
+    def push(**words: str) -> dict[str, Any]:
+        return stack.client.wait(stack.client.post("/v1/image-pushes", words))
+
+    report = push(name="web", to="lisbon")
+    assert (report["source"], report["target"], report["layers"]) == ("oslo", "lisbon", ["debian", "web"])
+    assert [item["lacking"] for item in report["items"]] == [4, 1]
+    there = stack.at_lisbon.layers.show("web")
+    assert there["digest"] == stack.at_oslo.layers.show("web")["digest"] and there["parent"] == "debian"
+    assert push(name="web", to="lisbon")["items"] == []
+    with pytest.raises(UnknownThing):
+        push(name="web", to="nowhere")
+    with pytest.raises(Conflict, match="this site"):
+        push(name="web", to="oslo")
+    with pytest.raises(UnknownThing):
+        push(name="nothing", to="lisbon")
+
+
+def test_offers_of_a_push_are_checked(stack: Fleet) -> None:
+    offer = {"push": "p1", "secret": "0" * 64, "images": [["web", "0" * 64]]}
+    with pytest.raises(NotTrusted):
+        stack.client.post("/v1/peer/pushes", offer)
+    for wrong in (
+        {"secret": "short"},
+        {"images": []},
+        {"images": [["../x", "0" * 64]]},
+        {"push": "/"},
+        {"images": "x"},
+    ):
+        with pytest.raises(HaulierError):
+            stack.to_lisbon().post("/v1/peer/pushes", offer | wrong)
+    assert stack.at_lisbon.core.jobs.all() == []
+
+
+def test_leases_of_pushes_end_with_the_agent(stack: Fleet) -> None:
+    stack.at_oslo.store.add_lease("push/p1")
+    stack.at_oslo.store.add_lease("handoff/h1")
+    stack.at_oslo.layers.adopt()
+    assert stack.at_oslo.store.leases() == ["handoff/h1"]
+
+
+def test_a_guest_that_stands_still_for_a_commit_is_let_go(stack: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = residence.guest_paths(stack.oslo, "web1")
+    paths.root.mkdir(parents=True)
+    done: list[str] = []
+
+    class Qmp:
+        def execute(self, command: str, args: Any = None, timeout: float = 30) -> Any:
+            done.append(command)
+            return []
+
+    class Paused:
+        qmp = Qmp()
+
+        def status(self) -> str:
+            return "paused"
+
+        def cont(self) -> None:
+            done.append("cont")
+
+        def guest_agent(self, timeout: float) -> Any:
+            raise commit.GuestError("no agent")
+
+        def close(self) -> None:
+            done.append("close")
+
+    monkeypatch.setattr(commit.Qemu, "adopt", lambda paths, worker: Paused())
+    stack.at_oslo.layers.adopt()
+    assert done == [], "no guest stands still"
+    (paths.root / "still").touch()
+    stack.at_oslo.layers.adopt()
+    assert done[-2:] == ["cont", "close"] and not (paths.root / "still").exists()
