@@ -8,12 +8,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, HaulierError, NotTrusted, UnknownThing, UsageError
 from haulier.guests.model import new_spec
 from haulier.handoff import residence
-from haulier.images import commit
+from haulier.handoff.journal import HandoffRow
+from haulier.images import commit, layers
 from haulier.units import CHUNK
 from tests.agent.conftest import Fleet
 
@@ -164,3 +166,46 @@ def test_a_guest_that_stands_still_for_a_commit_is_let_go(stack: Fleet, monkeypa
     (paths.root / "still").touch()
     stack.at_oslo.layers.adopt()
     assert done[-2:] == ["cont", "close"] and not (paths.root / "still").exists()
+
+
+def arrived(fleet: Fleet, name: str, image: str) -> None:
+    """A guest of `image` that came to lisbon from oslo."""
+    spec = msgspec.to_builtins(new_spec(name, image, memory_mib=64, disk_size=4 * CHUNK))
+    fleet.at_lisbon.journal.advance(
+        name, {"absent"}, "owner", owner="lisbon", epoch=2, last_epoch=2, spec=spec, manifest="", wanted="running"
+    )
+    fleet.at_lisbon.journal.add_handoff(HandoffRow(id="h1", guest=name, role="target", peer="oslo"))
+
+
+def test_a_site_learns_what_the_images_of_its_guests_consist_of(stack: Fleet) -> None:
+    store, learn = stack.at_lisbon.store, stack.at_lisbon.layers.learn
+    arrived(stack, "web1", "web")
+    learn()
+    assert store.manifest_names() == ["layer/debian", "layer/web"]
+    split = layers.split_of(store, "web")
+    seeds = {1: "base", 13: "application", 99: "instance"}
+    assert {seed: split.of(fingerprint(random.Random(seed).randbytes(CHUNK))) for seed in seeds} == seeds
+    assert stack.at_lisbon.layers.tree() == [] and store.stats().chunks == 0, "an image that is not here is not shown"
+    # Where the image itself comes, what was learnt goes; and so where the guest goes.
+    stack.client.wait(stack.client.post("/v1/image-pushes", {"name": "debian", "to": "lisbon"}))
+    learn()
+    assert store.manifest_names() == ["image/debian", "layer/web"]
+    assert layers.chain(store, "web", learnt=True) == ["debian", "web"]
+    stack.at_lisbon.journal.advance("web1", "owner", "absent", spec={})
+    learn()
+    assert store.manifest_names() == ["image/debian"]
+
+
+def test_a_site_that_says_nothing_is_not_asked_all_the_time(stack: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrived(stack, "odd", "nobody-has-it")
+    asked: list[str] = []
+    peer = stack.at_lisbon.core.peer
+
+    def counted(name: str) -> Any:
+        asked.append(name)
+        return peer(name)
+
+    monkeypatch.setattr(stack.at_lisbon.core, "peer", counted)
+    for _ in range(3):
+        stack.at_lisbon.layers.learn()
+    assert asked == ["oslo"] and stack.at_lisbon.store.manifest_names() == []

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
 import msgspec
 
-from haulier.agent.client import Client
+from haulier.agent.client import Client, path_segment
 from haulier.agent.core import Core
 from haulier.agent.images import Images
 from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
+from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, HaulierError, PeerError, UnknownThing, Unsupported, UsageError
+from haulier.errors import Conflict, HaulierError, NoRoom, PeerError, UnknownThing, Unsupported, UsageError
 from haulier.fetch.fetching import fetch
 from haulier.fetch.holders import hints_for, sources_of
 from haulier.guests.golden import IMAGE_PREFIX, list_goldens
@@ -27,11 +30,14 @@ from haulier.images import arrival, commit, layers
 from haulier.images.messages import PushAccept, PushOffer
 from haulier.images.push import Push
 from haulier.session import Session, TlsConfig
+from haulier.units import MIB
 
 log = logging.getLogger(__name__)
 
 PUSH_OFFER_S: Final = 120.0
 FETCH_STALL_S: Final = 20.0
+LEARN_AGAIN_S: Final = 300.0
+MAX_LEARNT: Final = 16 * MIB
 
 
 class CommitRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -71,6 +77,7 @@ class Layers:
         self.site = core.site
         self.store = store
         self.images = images
+        self._ask_again: dict[str, float] = {}
 
     def adopt(self) -> None:
         """At the agent's start: lets guests run on that stood still for a commit when the agent was killed."""
@@ -137,6 +144,60 @@ class Layers:
 
     def _guests_of(self, image: str) -> list[GuestRow]:
         return [row for row in self.core.journal.guests() if row.state in MAY_RUN and row.spec.get("image") == image]
+
+    # -- learnt --------------------------------------------------------------------------------------------------
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """What an image consists of, for a site that has guests of it: its manifest in base64, and its parent."""
+        check_name(name, "image")
+        stored = layers.stored_as(self.store, name)
+        data = self.store.load_manifest(stored).encode()
+        if len(data) > MAX_LEARNT:
+            raise NoRoom(f"the manifest of image {name!r} has {len(data)} bytes: push the image instead")
+        return {
+            "manifest": base64.b64encode(data).decode(),
+            "parent": layers.parent_of(self.store.manifest_meta(stored)),
+        }
+
+    def learn(self) -> None:
+        """Asks where guests came from what their images consist of, so that their layers can be told apart here.
+
+        Called now and then: nothing waits for it, and a site that does not answer is asked again later.
+        """
+        needed = {}
+        for row in self.core.journal.guests():
+            if row.state == State.OWNER and row.spec.get("image"):
+                for handoff in self.core.journal.handoffs(guest=row.name)[:1]:
+                    needed[str(row.spec["image"])] = handoff.peer
+        kept: set[str] = set()
+        for image, site in needed.items():
+            while image and image not in kept:
+                kept.add(image)
+                try:
+                    image = layers.parent_of(self.store.manifest_meta(layers.stored_as(self.store, image)))
+                except UnknownThing:
+                    image = self._learn(image, site)
+        for name in self.store.manifest_names(layers.LEARNT):
+            image = name.removeprefix(layers.LEARNT)
+            if image not in kept or IMAGE_PREFIX + image in self.store.manifest_names(IMAGE_PREFIX + image):
+                self.store.drop_manifest(name)
+
+    def _learn(self, image: str, site: str) -> str:
+        """The parent of an image that `site` knows; "" where it says nothing."""
+        if self._ask_again.get(image, 0.0) > time.monotonic():
+            return ""
+        self._ask_again[image] = time.monotonic() + LEARN_AGAIN_S
+        try:
+            found = self.core.peer(site).get(f"/v1/images/{path_segment(image)}/manifest")
+            manifest = Manifest.decode(base64.b64decode(str(found.get("manifest", "")), validate=True))
+            parent = check_name(str(found["parent"]), "image") if found.get("parent") else ""
+            self.store.save_manifest(
+                layers.LEARNT + image, manifest, {"parent": parent} if parent else {}, partial=True, pinned=False
+            )
+        except (HaulierError, ValueError) as error:
+            log.info("what image %s consists of is not known: %s", image, error)
+            return ""
+        return parent
 
     # -- committed and removed -----------------------------------------------------------------------------------
 

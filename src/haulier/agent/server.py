@@ -51,6 +51,7 @@ MAX_BODY: Final = 1 << 20
 _THREADS: Final = 32
 _GRACE_S: Final = 3.0
 GUESTS_EVERY_S: Final = 2.0
+LAYERS_EVERY_S: Final = 10.0
 HANDOFFS_EVERY_S: Final = 0.5
 CACHE_EVERY_S: Final = 5.0
 STORE_EVERY_S: Final = 60.0
@@ -153,6 +154,7 @@ class Agent:
         for name, every_s, watch in (
             ("guests", GUESTS_EVERY_S, self.guests.supervise),
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
+            ("layers", LAYERS_EVERY_S, self.layers.learn),
             ("data left behind", GUESTS_EVERY_S, self.residuals.supervise),
             ("what other sites keep for guests here", TELL_EVERY_S, self.residuals.tell),
             ("the coordinator", REPORT_EVERY_S, self.reporter.step),

@@ -10,8 +10,9 @@ The three layers are those of Machen et al., "Migrating Running Applications Acr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from haulier.chunks.images import PREFIX as IMAGE_PREFIX
@@ -26,6 +27,8 @@ INSTANCE: Final = "instance"
 LAYERS: Final = (BASE, APPLICATION, INSTANCE)
 """In the order in which a handoff sends them."""
 MAX_DEPTH: Final = 64
+LEARNT: Final = "layer/"
+"""Manifests of images that are not here, but that guests here were made from: they keep no chunks."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,28 @@ def parent_of(meta: Mapping[str, Any]) -> str:
     return str(meta.get("parent", ""))
 
 
-def chain(store: ChunkStore, image: str) -> list[str]:
+def stored_as(store: ChunkStore, image: str) -> str:
+    """The manifest of an image, or what was learnt of one that is not here. Raises UnknownThing."""
+    name = IMAGE_PREFIX + image
+    if name in store.manifest_names(name):
+        return name
+    if LEARNT + image in store.manifest_names(LEARNT + image):
+        return LEARNT + image
+    raise UnknownThing(f"nothing is known here of image {image!r}")
+
+
+def chain(store: ChunkStore, image: str, *, learnt: bool = False) -> list[str]:
     """Names of the images that `image` consists of, the base first and itself last.
 
-    It begins later where a parent is not at this site. Raises UnknownThing if `image` is not.
+    It begins later where a parent is not at this site. Raises UnknownThing if `image` is not. With `learnt` an image
+    counts of which no more is here than what it consists of.
     """
+    known: Callable[[str], str] = partial(stored_as, store) if learnt else lambda name: IMAGE_PREFIX + name
     found = [image]
-    meta = store.manifest_meta(IMAGE_PREFIX + image)
+    meta = store.manifest_meta(known(image))
     while (parent := parent_of(meta)) and parent not in found and len(found) < MAX_DEPTH:
         try:
-            meta = store.manifest_meta(IMAGE_PREFIX + parent)
+            meta = store.manifest_meta(known(parent))
         except UnknownThing:
             break
         found.append(parent)
@@ -82,9 +97,9 @@ def split_of(store: ChunkStore, image: str, golden: str = "", guest: str = "") -
     """
     names: list[str] = []
     with contextlib.suppress(UnknownThing):
-        names = chain(store, image)
-    base = _chunks(store, IMAGE_PREFIX + names[0]) if names else frozenset[bytes]()
-    application = frozenset[bytes]().union(*(_chunks(store, IMAGE_PREFIX + name) for name in names[1:]))
+        names = [stored_as(store, name) for name in chain(store, image, learnt=True)]
+    base = _chunks(store, names[0]) if names else frozenset[bytes]()
+    application = frozenset[bytes]().union(*(_chunks(store, name) for name in names[1:]))
     if golden:
         booted = _chunks(store, GOLDEN_PREFIX + golden)
         if len(names) > 1:

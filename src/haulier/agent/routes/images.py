@@ -24,6 +24,10 @@ def show(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.layers.show(call.names["name"])
 
 
+def manifest(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.layers.manifest(call.names["name"])
+
+
 def tree(agent: Agent, call: Call) -> dict[str, Any]:
     return {"images": agent.layers.tree()}
 
@@ -60,6 +64,7 @@ TABLE = (
     Route("GET", "/v1/images", Access.FLEET, listing),
     Route("POST", "/v1/images", Access.OPERATOR, add),
     Route("GET", "/v1/images/{name}", Access.FLEET, show),
+    Route("GET", "/v1/images/{name}/manifest", Access.FLEET, manifest),
     Route("POST", "/v1/images/{name}/warm", Access.OPERATOR, warm),
     Route("DELETE", "/v1/images/{name}", Access.OPERATOR, remove),
     Route("GET", "/v1/image-tree", Access.FLEET, tree),
