@@ -15,6 +15,7 @@ def plan(
     /,
     *,
     to: Annotated[str, Parameter(help="The site that the guest would go to.")],
+    disk: Annotated[str, Parameter(help="full, or on-demand: data at rest would stay here.")] = "full",
     root: Root = None,
     json: Json = False,
 ) -> int:
@@ -27,7 +28,7 @@ def plan(
     guest
         The guest.
     """
-    found = client(root).post("/v1/plan", {"guest": guest, "to": to}, timeout=180)
+    found = client(root).post("/v1/plan", {"guest": guest, "to": to, "options": {"disk": disk}}, timeout=180)
     reasons: list[Any] = list(found.get("reasons", []))
     if json:
         print_json(found)
@@ -56,6 +57,8 @@ def _show(found: dict[str, Any]) -> None:
         ("disk", size(amount["disk"])),
         ("  changed chunks", amount["disk_chunks"]),
     ]
+    if amount.get("left_behind"):
+        rows.append(("  left behind for now", size(amount["left_behind"])))
     for name, layer in found.get("layers", {}).items():
         text = f"{size(layer['bytes'])}, {size(layer['missing'])} missing there, about {size(layer['wire'])} to send"
         rows.append((f"  layer {name}", text))

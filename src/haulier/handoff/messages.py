@@ -13,6 +13,9 @@ import msgspec
 
 from haulier.errors import Corrupt
 
+LEAVE_BYTES = 16 << 20
+"""An overlay of fewer bytes than this travels whole, also on demand."""
+
 
 class Channel(enum.IntEnum):
     """Channels of the session between the two workers."""

@@ -29,7 +29,7 @@ from haulier.guests.qemu import Qemu
 from haulier.handoff import container_plan, retained
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import GuestRow, Journal
-from haulier.handoff.messages import Offer
+from haulier.handoff.messages import LEAVE_BYTES, Offer, Options
 from haulier.handoff.ownership import State
 from haulier.handoff.residence import container_paths, guest_paths, spec_of
 from haulier.handoff.shared import block_index, block_space, golden_manifest
@@ -57,7 +57,9 @@ class PlanPeer(Protocol):
     def lacking(self, fingerprints: Sequence[bytes]) -> list[int]: ...
 
 
-def make_plan(site: Site, journal: Journal, guest: str, to: str, peer: PlanPeer) -> dict[str, Any]:
+def make_plan(
+    site: Site, journal: Journal, guest: str, to: str, peer: PlanPeer, options: Options | None = None
+) -> dict[str, Any]:
     """A forecast as JSON values. Raises what stands against the handoff before anything would be sent."""
     row = journal.guest(guest)
     record = record_of(row)
@@ -99,7 +101,13 @@ def make_plan(site: Site, journal: Journal, guest: str, to: str, peer: PlanPeer)
             dirty_bps = _dirty_rate(qemu)
     finally:
         qemu.close()
+    left = 0
+    if options is not None and options.disk == "on-demand":
+        left, missing = missing, 0
+        if disk["chunks"] * CHUNK > LEAVE_BYTES:
+            left, disk = left + round(disk["chunks"]) * CHUNK, disk | {"chunks": 0}
     forecast = _forecast(spec.memory_bytes, memory, disk, missing, dirty_bps, rate or DEFAULT_RATE_BPS, rtt)
+    forecast["bytes"]["left_behind"] = left
     for name, layer in layers.items():
         layer["wire"] = round(layer["missing"] * MISSING_SHARE)
         if name == INSTANCE:

@@ -47,6 +47,7 @@ from haulier.handoff.custody import Happened, happen
 from haulier.handoff.journal import Journal
 from haulier.handoff.memory_link import MemoryPump
 from haulier.handoff.messages import (
+    LEAVE_BYTES,
     Accept,
     Arrived,
     Base,
@@ -71,7 +72,7 @@ from haulier.images.layers import INSTANCE, LAYERS, chain, split_of
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import SourceProxy
 from haulier.session import PathAddress, Session, TlsConfig
-from haulier.units import CHUNK, MIB, PAGE
+from haulier.units import CHUNK, PAGE
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,6 @@ SWITCHOVER_MARKS = (
     "running",
 )
 """What the report tells of the switchover, in the order in which it mostly happens."""
-LEAVE_BYTES = 16 * MIB
-"""An overlay of fewer bytes than this travels whole, also on demand."""
 SMALL_DISK = 500_000
 DISK_CHUNK_WIRE = 20_000
 """Wire bytes of a changed chunk, more or less."""

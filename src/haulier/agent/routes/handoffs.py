@@ -43,7 +43,11 @@ def plan(agent: Agent, call: Call) -> dict[str, Any]:
 
     request = call.read(PlanRequest)
     agent.guests.show(request.guest)
-    return dict(make_plan(agent.site, agent.journal, request.guest, request.to, _Peer(agent.core.peer(request.to))))
+    return dict(
+        make_plan(
+            agent.site, agent.journal, request.guest, request.to, _Peer(agent.core.peer(request.to)), request.options
+        )
+    )
 
 
 def listing(agent: Agent, call: Call) -> dict[str, Any]:
