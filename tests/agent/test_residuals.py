@@ -155,6 +155,17 @@ def test_only_the_new_site_may_speak_of_it(two: Two) -> None:
     assert two.old.residuals.told(message, "new") == {"kept": False}
 
 
+def test_a_manifest_that_is_lost_lets_nothing_go(two: Two) -> None:
+    two.new.store.drop_manifest(manifest_name("web1"))
+    two.new.residuals.tell()
+    assert two.pinned()
+    with pytest.raises(Conflict, match="does not say"):
+        two.old.residuals.release("web1", force=False)
+    with pytest.raises(UnknownThing):
+        two.new.residuals.release("web1", force=False)
+    assert two.pinned()
+
+
 def test_by_force_where_the_new_site_is_gone_for_good(two: Two) -> None:
     assert two.old.residuals.release("web1", force=True)["released"] == ["h1"]
     assert not two.pinned()

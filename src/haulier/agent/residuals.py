@@ -72,26 +72,25 @@ class Residuals:
         ]
 
     def missing(self, guest: GuestRow) -> int:
-        """Bytes of the guest's disk that are not at this site."""
+        """Bytes of the guest's disk that are not at this site. UnknownThing where its manifest is not in the store:
+        then nobody knows, and nothing may be let go of."""
         if guest.state not in MAY_RUN or not guest.manifest:
             return 0
-        with contextlib.suppress(UnknownThing):
-            if self.store.is_complete(guest.manifest):
-                return 0
-            # The export counts as it goes; only its "nothing" is looked into.
-            told = self._fill_facts(guest.name, guest.manifest).get("missing_bytes", 0)
-            if isinstance(told, int) and told > 0:
-                return told
-            manifest = self.store.load_manifest(guest.manifest)
-            return len(self.store.missing(manifest.unique())) * CHUNK
-        return 0
+        if self.store.is_complete(guest.manifest):
+            return 0
+        # The export counts as it goes; only its "nothing" is looked into.
+        told = self._fill_facts(guest.name, guest.manifest).get("missing_bytes", 0)
+        if isinstance(told, int) and told > 0:
+            return told
+        manifest = self.store.load_manifest(guest.manifest)
+        return len(self.store.missing(manifest.unique())) * CHUNK
 
     def here(self) -> list[dict[str, Any]]:
         """Guests here of whose disk something is elsewhere."""
         found = []
         for row in self.held():
             guest = self.journal.find_guest(row.guest)
-            if row.state != "ended" or guest is None or guest.state not in MAY_RUN:
+            if row.state != "ended" or guest is None or guest.state not in MAY_RUN or not guest.manifest:
                 continue
             found.append(
                 {
@@ -229,9 +228,13 @@ class Residuals:
             if guest.state in MAY_RUN:
                 if not guest.manifest:
                     return  # still being settled
-                left = self.missing(guest)
-                if not left:
-                    self._complete(guest)
+                try:
+                    left = self.missing(guest)
+                    if not left:
+                        self._complete(guest)
+                except UnknownThing as error:
+                    log.error("what guest %s lacks cannot be told: %s", row.guest, error)
+                    return
             elif guest.state not in (State.AWAY, State.ABSENT, State.REFUSED):
                 return  # under way: this is told when it is over
         said, at = self._said.get(row.id, (-1, 0.0))
@@ -278,7 +281,7 @@ class Residuals:
             return {"kept": False}
         if self.store.manifest_meta(name).get("target") != caller:
             raise NotTrusted(f"what guest {message.guest!r} left behind is not site {caller!r}'s to speak of")
-        if message.left > 0:
+        if message.left != 0:
             self._told[name] = (message.left, time.time())
             return {"kept": True}
         live = self.journal.find_handoff(message.handoff)
