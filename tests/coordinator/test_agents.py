@@ -66,6 +66,8 @@ def test_sites_report_and_ask(fleet: tuple[Agent, Agent]) -> None:
     asked = client(lisbon.site)
     assert asked.lacking("lisbon", fps) == [*range(10), *range(14, 20)]
     assert asked.lacking("oslo", fps) == []
+    (check,) = [c for c in Client.local(lisbon.site).get("/v1/doctor")["checks"] if c["name"] == "coordinator"]
+    assert check["ok"] and "knows 2 sites" in check["found"]
     (source,) = asked.holders(fps, "lisbon")
     assert (source.site, source.control, source.positions.tolist()) == ("oslo", oslo.site.control, list(range(20)))
     assert source.cost_s == pytest.approx(20 * CHUNK * 8 / source.rate_bps + source.rtt_s)
@@ -157,6 +159,8 @@ def test_a_lasting_lack_of_the_database_stops_nobody(short: Path) -> None:
         with pytest.raises(PeerError, match="cannot be reached"):
             client(oslo).sites()
         assert Client.local(oslo).guests() == []
+        (check,) = [c for c in Client.local(oslo).get("/v1/doctor")["checks"] if c["name"] == "coordinator"]
+        assert not check["ok"] and "cannot be reached" in check["found"]
 
 
 def test_measured_links_are_reported(fleet: tuple[Agent, Agent]) -> None:

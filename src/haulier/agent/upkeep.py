@@ -122,6 +122,11 @@ def examine(core: Core, health: Health) -> dict[str, Any]:
         _check("certificate", lambda: _certificate(core), "set the site up anew with 'haulier site token --site NAME'"),
         _check("store", health.check, "run 'haulier doctor --repair'"),
         *(
+            [_check("coordinator", lambda: _coordinator(core), "it is not needed; 'haulier coordinator status' there")]
+            if core.site.coordinator
+            else []
+        ),
+        *(
             _check(f"site {row.name}", partial(_peer, core, row), "start its agent, or check the link and address")
             for row in core.journal.sites()
             if row.name != core.site.name
@@ -186,6 +191,17 @@ def _bridge() -> tuple[bool, str]:
 def _certificate(core: Core) -> tuple[bool, str]:
     days = authority.days_left(core.site.certificate)
     return days > RENEW_DAYS, f"good for {days:.0f} days"
+
+
+def _coordinator(core: Core) -> tuple[bool, str]:
+    from haulier.coordinator.client import CoordinatorClient
+
+    client = CoordinatorClient.of(core.site)
+    if client is None:
+        return True, "none"
+    began = time.monotonic()
+    sites = client.sites()
+    return True, f"{client.where} answers in {(time.monotonic() - began) * 1000:.0f} ms, knows {len(sites)} sites"
 
 
 def _peer(core: Core, row: Any) -> tuple[bool, str]:
