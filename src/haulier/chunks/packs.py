@@ -62,7 +62,9 @@ def extent(stored: int) -> int:
 def disk_error(error: OSError, path: Path) -> HaulierError:
     """NoRoom for a full disk, Corrupt for a failing one."""
     if error.errno in _FULL:
-        return NoRoom(f"no room left for the chunk store at {path}; free some space or run haulier gc, then try again")
+        return NoRoom(
+            f"no room left for the chunk store at {path}; free some space or run haulier gc --all, then try again"
+        )
     return Corrupt(f"the disk under {path} failed: {error.strerror}; check it, then run haulier doctor")
 
 

@@ -327,7 +327,7 @@ class ChunkStore:
             if space.f_bavail * space.f_frsize < self._reserve + _ROOM_EVERY * (CHUNK + 64):
                 raise NoRoom(
                     f"less than {(self._reserve + _ROOM_EVERY * CHUNK) // MIB} MiB are left for the chunk store at"
-                    f" {self.path}; free some space or run haulier gc, then try again"
+                    f" {self.path}; free some space or run haulier gc --all, then try again"
                 )
         self._since_room += 1
 

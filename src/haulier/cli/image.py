@@ -241,7 +241,7 @@ def remove(name: str, /, *, root: Root = None, json: Json = False) -> None:
     if json:
         print_json(result)
     else:
-        console.print(f"image {name} removed; 'haulier gc' frees its space", highlight=False)
+        console.print(f"image {name} removed; 'haulier gc --all' frees its space now", highlight=False)
 
 
 @image_app.command
