@@ -152,6 +152,18 @@ def test_an_unfinished_copy_is_thrown_away(hosts: Hosts, status: str | None, rea
     again(hosts, lisbon)
 
 
+@pytest.mark.parametrize("state", [State.REFUSED, State.AWAY])
+def test_a_crash_while_a_copy_was_thrown_away(hosts: Hosts, state: State) -> None:
+    """The step is in the journal, by whoever died in the middle of carrying it out."""
+    lisbon = hosts.lisbon
+    lisbon.record(state, 0, 0, role="target", last=4)
+    lisbon.qemu = "inmigrate"
+    assert hosts.recover(lisbon)
+    assert_cleared(lisbon)
+    assert (lisbon.handoff.state, lisbon.handoff.outcome) == ("ended", "failed")
+    again(hosts, lisbon)
+
+
 def test_a_finished_copy_waits_stopped_while_nobody_answers(hosts: Hosts) -> None:
     oslo, lisbon = hosts.both
     lisbon.record(State.READY, 0, 4, role="target")

@@ -68,6 +68,8 @@ def recover(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[
     """Brings a handoff without a worker to its end. False: the other site has to be asked again later."""
     guest = journal.find_guest(row.guest)
     if guest is None or guest.handoff != row.id:
+        if guest is None and row.role == "target":
+            discard_copy(site, row.guest, row.id)
         journal.end_handoff(row.id, "failed")
         return True
     state = record_of(guest).state
@@ -136,6 +138,8 @@ def _recover_target(
         settle_arrival(site, journal, row)
         _end(site, journal, row, "done")
     else:
+        # The step may have been written down by one who died before the copy was gone. Throwing away twice does no harm.
+        discard_copy(site, row.guest, row.id)
         _end(site, journal, row, "failed")
     return True
 
