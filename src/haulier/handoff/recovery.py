@@ -138,7 +138,7 @@ def _recover_target(
         settle_arrival(site, journal, row)
         _end(site, journal, row, "done")
     else:
-        # The step may have been written down by one who died before the copy was gone. Throwing away twice does no harm.
+        # Whoever wrote the step down may have died before the copy was gone, and throwing away twice does no harm.
         discard_copy(site, row.guest, row.id)
         _end(site, journal, row, "failed")
     return True
