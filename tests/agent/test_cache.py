@@ -253,3 +253,18 @@ def test_the_coordinator_says_what_chunks_cost(fleet: Fleet, cache: Cache, monke
     monkeypatch.setattr(prices.CoordinatorClient, "of", lambda site: Gone())
     assert cache.prices.of([os.urandom(32)]).popitem()[1].copies == 0
     assert cache.prices.of([]) == {}
+
+
+def test_upkeep_rests_in_proportion(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looked = [100.0], []
+
+    def look() -> None:
+        looked.append(now[0])
+        now[0] += 3.0
+
+    monkeypatch.setattr(cache, "_monotonic", lambda: now[0])
+    monkeypatch.setattr(cache, "upkeep", look)
+    for _ in range(40):
+        cache.tick()
+        now[0] += 5.0
+    assert looked == [100.0, 163.0, 226.0, 289.0]

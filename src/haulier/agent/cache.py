@@ -35,6 +35,8 @@ LOW_DISK: Final = 2 << 30
 """Without a budget the cache gives way when less than this is free on the disk."""
 SLACK: Final = 0.02
 """Of the budget: evicted beyond what is needed, so that it need not be done again at once."""
+REST: Final = 20.0
+"""Times as long as upkeep took, until it is done again."""
 UNUSED_S: Final = 30 * 86_400.0
 """What was not used for so long is not worth its room to `gc`, even when the budget has some left."""
 MAX_BUDGET: Final = 1 << 60
@@ -63,6 +65,8 @@ class Cache:
         self.prices = Prices(core)
         self._lock = threading.Lock()
         self._seen: tuple[int, int] | None = None
+        self._monotonic = time.monotonic
+        self._rest_until = float("-inf")
         self.evicted_chunks = 0
         self.evicted_bytes = 0
 
@@ -170,7 +174,13 @@ class Cache:
 
     def tick(self) -> None:
         """What the agent's loop calls."""
+        began = self._monotonic()
+        if began < self._rest_until:
+            return
         self.upkeep()
+        # adding up a million chunks takes a while; it must not become the agent's main occupation
+        now = self._monotonic()
+        self._rest_until = now + REST * (now - began)
 
     def room(self) -> Room:
         """What the chunks take; `cached` of it could be evicted."""
