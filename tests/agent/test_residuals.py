@@ -42,11 +42,11 @@ class Two:
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Iterator[Two]:
+def two(short: Path) -> Iterator[Two]:
     """web1 went from old to new and left all but its first chunks behind."""
-    first = make_site(tmp_path / "old", "old")
+    first = make_site(short / "old", "old")
     with running(first) as old:
-        second = agents.join(first, tmp_path / "new", "new")
+        second = agents.join(first, short / "new", "new")
         with running(second) as new:
             contents = [bytes([n + 1]) * 16 + os.urandom(CHUNK - 16) for n in range(COUNT)]
             with ChunkStore(first.store) as store:
