@@ -28,6 +28,8 @@ class Rate:
     def __init__(self) -> None:
         self._rtts: deque[tuple[float, float]] = deque()
         self._samples: deque[tuple[float, float]] = deque()
+        self._rtt = FIRST_RTT_S
+        self._bps = 0.0
         self._since = 0.0
         self._bytes = 0
         self._measuring = False
@@ -40,12 +42,12 @@ class Rate:
     @property
     def rtt(self) -> float:
         """Shortest round trip seen lately, in seconds."""
-        return min((rtt for _at, rtt in self._rtts), default=FIRST_RTT_S)
+        return self._rtt
 
     @property
     def bps(self) -> float:
         """Bytes (not bits) a second; 0 until known."""
-        return max((rate for _at, rate in self._samples), default=0.0)
+        return self._bps
 
     @property
     def window(self) -> int:
@@ -62,6 +64,7 @@ class Rate:
         while len(self._rtts) > 1 and self._rtts[0][0] < now - RTT_MEMORY_S:
             # The shortest stays for as long as nothing newer is close to it: a busy link only shows longer ones.
             self._rtts.popleft()
+        self._rtt = min(rtt for _at, rtt in self._rtts)
 
     def busy(self, now: float) -> None:
         """Something is outstanding from now on."""
@@ -89,4 +92,5 @@ class Rate:
         memory = max(MEMORY_S, 10 * self.rtt)
         while self._samples[0][0] < now - memory:
             self._samples.popleft()
+        self._bps = max(rate for _at, rate in self._samples)
         self._since, self._bytes = now, 0

@@ -40,6 +40,8 @@ BATCH: Final = 64
 EASE: Final = 0.25
 """Share of the window that others keep while a guest waits."""
 SCAN: Final = 64
+LOOK_S: Final = 0.02
+"""How often it is looked for what is late."""
 
 
 class Urgency(enum.IntEnum):
@@ -95,7 +97,7 @@ class _Want:
     hurried: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Source:
     name: str
     cost: float
@@ -155,6 +157,7 @@ class Scheduler:
         self._demands: set[bytes] = set()
         self._numbers = itertools.count()
         self._again = 0.0
+        self._looked = float("-inf")
         self._hurries: list[Hurry] = []
         self.eased_until = 0.0
         """Until then only demand uses whole windows."""
@@ -486,8 +489,13 @@ class Scheduler:
 
     def _ask_twice(self, now: float, asks: dict[tuple[str, bool], list[bytes]]) -> None:
         """What is late, and what somebody with nothing else to do would bring sooner."""
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
+        free = [s for s in self._sources.values() if s.usable and s.outstanding() + s.rate.chunk_bytes <= s.rate.window]
+        idle = {s.name for s in free if not any(s.queues[u] for u in (Urgency.SOON, Urgency.BULK))}
         for source in self._sources.values():
-            if not source.usable:
+            if not source.usable or not any(other is not source for other in free):
                 continue
             late = 0
             for fp, (at, expected, urgent) in list(source.out.items())[:SCAN]:
@@ -495,13 +503,14 @@ class Scheduler:
                 if want is None or len(want.at) >= TWICE:
                     continue
                 overdue = now > at + 2 * (expected - at) + 0.2
+                if not overdue and not idle:
+                    continue
                 for other in self._live_holders(fp):
-                    if other is source or other.name in want.at or fp in other.out:
+                    if other is source or other not in free or other.name in want.at or fp in other.out:
                         continue
-                    idle = not any(other.queues[u] for u in (Urgency.SOON, Urgency.BULK))
-                    room = other.outstanding() + other.rate.chunk_bytes <= other.rate.window
                     sooner = now + other.wait_for_one(other.outstanding()) < expected - 0.5 * source.rate.rtt
-                    if room and ((overdue and other.cost <= source.cost) or (idle and sooner and not other.cost)):
+                    rests = other.name in idle and not other.cost
+                    if (overdue and other.cost <= source.cost) or (rests and sooner):
                         self._ask(other, fp, want, now, urgent or want.urgency is Urgency.DEMAND, asks)
                         late += 1
                         break
