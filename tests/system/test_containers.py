@@ -367,5 +367,12 @@ def test_an_agent_that_starts_again_finds_its_container(standing: ContainerStage
     assert oslo.facts("guest", "stop", "game1", "--force")["status"] == "stopped"
     assert not alive(pid)
     assert oslo.facts("guest", "start", "game1")["status"] == "running"
+    assert oslo.facts("image", "commit", "game1", "kept")["kind"] == "container"
+    oslo.facts("guest", "run", "kept1", "--image", "kept", "--memory", "128M")
+    other = Path(oslo.client.guest("kept1")["root_files"])
+    assert (other / "srv/note").read_text() == "kept"
+    oslo.haulier("guest", "remove", "kept1", "--force")
+    oslo.haulier("image", "remove", "kept")
+    assert len(oslo.facts("gc")["handoffs"]) >= 1, "the layer that nobody has any more"
     assert (root / "srv/note").read_text() == "kept"
     assert "haulier-game1" in Path(f"/proc/{oslo.client.guest('game1')['pid']}/cgroup").read_text()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haulier.chunks.fingerprint import ZERO
+from haulier.chunks.images import PREFIX
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.containers import container as containers
 from haulier.containers.container import Container
 from haulier.containers.files import region_reader, write_tree
-from haulier.containers.importing import is_container, layers_of
-from haulier.containers.layers import make_layers, sync_files
+from haulier.containers.importing import import_container, is_container, layers_of
+from haulier.containers.layers import layer_id, make_layers, regions, sync_files, unused
 from haulier.containers.model import DEFAULT_DISK, DEFAULT_PATH, ContainerSpec, ImageConfig, parse_user
 from haulier.containers.runc import runc_binary
 from haulier.containers.tree import Tree
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from haulier.agent.guests import RunRequest
     from haulier.agent.jobs import Progress
     from haulier.agent.site import Site
+    from haulier.handoff.journal import Journal
 
 
 def spec_for(request: RunRequest, meta: dict[str, Any], image: Manifest, gateway: str) -> GuestSpec:
@@ -82,6 +86,44 @@ def start_again(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, p
         write_upper(store, spec, store.load_manifest(manifest), paths)
         arriving(paths).unlink(missing_ok=True)
     launch(site, store, spec, manifest, progress)
+
+
+def commit(site: Site, store: ChunkStore, spec: GuestSpec, name: str, progress: Progress) -> float:
+    """Makes an image out of what a container wrote, on top of its own; seconds for which it stood still."""
+    assert spec.container is not None
+    paths = residence.container_paths(site, spec.name)
+    if not paths.upper.is_dir():
+        raise UsageError(f"guest {spec.name!r} has written nothing here yet: start it first")
+    config = ImageConfig(command=spec.container.command, env=spec.container.env, cwd=spec.container.cwd)
+    container = residence.adopt_container(site, spec.name)
+    began = time.monotonic()
+    if container is not None:
+        container.freeze()
+    try:
+        import_container(store, name, paths.upper, base=spec.image, config=config, uuid=spec.uuid, progress=progress)
+    finally:
+        if container is not None:
+            container.thaw()
+    return time.monotonic() - began if container is not None else 0.0
+
+
+def unused_layers(site: Site, journal: Journal, store: ChunkStore) -> list[Path]:
+    """Unpacked layers that neither a guest nor an image of this site has."""
+    wanted: set[str] = set()
+    for image in store.manifest_names(PREFIX):
+        meta = store.manifest_meta(image)
+        if is_container(meta):
+            spec = ContainerSpec(layers=layers_of(meta).layers, command=("-",))
+            wanted |= {layer_id(region) for region in regions(spec, store.load_manifest(image))}
+    for row in journal.guests():
+        if row.spec.get("container"):
+            made = residence.spec_of(row).container
+            names = [row.manifest, residence.manifest_name(row.name), residence.retained_name(row.name)]
+            names += [residence.incoming_name(row.handoff)] if row.handoff else []
+            for known in names:
+                if made is not None and known and known in store.manifest_names(known):
+                    wanted |= {layer_id(region) for region in regions(made, store.load_manifest(known))}
+    return unused(site.layers, wanted)
 
 
 def arriving(paths: containers.ContainerPaths) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
+from haulier.agent import containers
 from haulier.agent.client import Client, path_segment
 from haulier.agent.core import Core
 from haulier.agent.images import Images
@@ -19,7 +20,7 @@ from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, HaulierError, NoRoom, PeerError, UnknownThing, Unsupported, UsageError
+from haulier.errors import Conflict, HaulierError, NoRoom, PeerError, UnknownThing, UsageError
 from haulier.fetch.fetching import fetch
 from haulier.fetch.holders import hints_for, sources_of
 from haulier.guests.golden import IMAGE_PREFIX, list_goldens
@@ -223,6 +224,11 @@ class Layers:
         return self.core.jobs.start("commit", request.name, work)
 
     def _commit(self, row: GuestRow, name: str, parent: str, progress: Progress) -> dict[str, Any]:
+        spec = residence.spec_of(row)
+        if spec.container is not None:
+            with self.store.sibling() as own:
+                still_s = containers.commit(self.site, own, spec, name, progress)
+            return self.show(name) | {"still_ms": round(still_s * 1000, 1)}
         paths = residence.guest_paths(self.site, row.name)
         below = self.store.load_manifest(row.manifest)
         # Of its own, so that a commit that fails holds on to nothing.
@@ -328,8 +334,6 @@ class Layers:
             raise UnknownThing(f"no guest {guest!r} at this site: 'haulier guest list' shows those there are")
         if row.state == State.AWAY:
             raise Conflict(f"guest {guest!r} is at site {row.owner!r}: commit it there")
-        if residence.spec_of(row).kind != "vm":
-            raise Unsupported(f"guest {guest!r} is a container: import its application layer with --base instead")
         if row.state != State.OWNER or row.wanted not in ("running", "stopped"):
             raise Conflict(f"guest {guest!r} is {row.wanted or row.state}: wait until that has ended")
         return row

@@ -21,6 +21,7 @@ from haulier.chunks.store import ChunkStore
 from haulier.containers.preflight import differences
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, NotTrusted, UnknownThing, Unsupported, UsageError
 from haulier.guests.accel import probe, qemu_info, qemu_version
+from haulier.guests.golden import IMAGE_PREFIX
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import memory_reasons, refuse_reasons
 from haulier.guests.tap import BRIDGE, exists
@@ -28,6 +29,7 @@ from haulier.handoff import residence, retained, spawning
 from haulier.handoff.custody import record_of
 from haulier.handoff.messages import Accept, Offer
 from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, Event, State, find
+from haulier.handoff.shared import grown
 from haulier.units import CHUNK, FINGERPRINT, MIB
 
 _HEX64: Final = re.compile(r"[0-9a-f]{64}")
@@ -90,6 +92,8 @@ def find_manifest(store: ChunkStore, offer: Offer) -> Manifest | None:
     for name in store.manifest_names():
         with contextlib.suppress(Corrupt, UnknownThing):
             manifest = store.load_manifest(name)
+            if name.startswith(IMAGE_PREFIX) and offer.spec.get("container"):
+                manifest = grown(manifest, int(offer.spec["disk_size"]))
             if manifest.digest == wanted:
                 return manifest
     return None

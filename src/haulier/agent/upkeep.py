@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from haulier.agent import authority
+from haulier.agent import authority, containers
 from haulier.agent.cache import Cache
 from haulier.agent.client import Client
 from haulier.agent.core import Core
@@ -51,7 +51,7 @@ def collect(core: Core, store: ChunkStore, cache: Cache, request: GcRequest) -> 
         with core.alone("the store", "being collected"):
             progress(0.1, "handoffs that are over")
             leases, manifests = _over(core, store)
-            files = _old_files(core, request.dry_run)
+            files = _old_files(core, store, request.dry_run)
             progress(0.2, "chunks")
             report = cache.collect(request.dry_run, request.everything, leases, manifests)
         over = [*leases, *manifests, *files]
@@ -73,8 +73,8 @@ def _over(core: Core, store: ChunkStore) -> tuple[list[str], list[str]]:
     return leases, manifests
 
 
-def _old_files(core: Core, dry_run: bool) -> list[str]:
-    """Mirrors and directories of handoffs that are over; removed unless it is a dry run."""
+def _old_files(core: Core, store: ChunkStore, dry_run: bool) -> list[str]:
+    """Mirrors and files of handoffs that are over, unpacked layers that nobody has; removed unless it is a dry run."""
     live = {row.id for row in core.journal.handoffs(live=True)}
     found = []
     for path in core.site.handoffs.iterdir() if core.site.handoffs.is_dir() else ():
@@ -89,6 +89,10 @@ def _old_files(core: Core, dry_run: bool) -> list[str]:
             found.append(str(path))
             if not dry_run:
                 shutil.rmtree(path, ignore_errors=True)
+    for path in containers.unused_layers(core.site, core.journal, store):
+        found.append(str(path))
+        if not dry_run:
+            shutil.rmtree(path, ignore_errors=True)
     return found
 
 

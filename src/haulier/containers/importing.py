@@ -73,12 +73,14 @@ def import_container(
     *,
     base: str = "",
     config: ImageConfig | None = None,
+    uuid: str = "",
     progress: Progress = silent,
 ) -> Manifest:
     """Puts an image into the store as manifest `image/<name>`; its layers lie in it one after the other.
 
     `source` is a root file system (directory or tar) or an OCI layout. With `base` it holds what comes on top of that
-    image of the store. Raises UnknownThing, UsageError, Unsupported, Corrupt, NoRoom; the store is then as before.
+    image of the store; `uuid` is the guest's that it was made of. Raises UnknownThing, UsageError, Unsupported,
+    Corrupt, NoRoom; the store is then as before.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,63}", name):
         raise UsageError(f"image name {name!r}: use 1 to 64 of a-z, 0-9, - and ., a letter or digit first")
@@ -98,6 +100,10 @@ def import_container(
         manifest = Manifest(len(table) // 32 * CHUNK, bytes(table))
         meta = Layers(kind=KIND, layers=tuple(counts), config=chosen)
         notes = dict(msgspec.to_builtins(meta)) | {"source": source.name, "imported": time.time()}
+        if base:
+            notes["parent"] = base
+        if uuid:
+            notes["uuid"] = uuid
         own.save_manifest(PREFIX + name, manifest, notes)
     progress(1.0, "done")
     return manifest

@@ -95,7 +95,7 @@ def sync_files(folder: Path) -> None:
 
 
 def unused(root: Path, wanted: set[str]) -> list[Path]:
-    """Directories of layers that are not among `wanted`."""
+    """Directories of layers that are not among `wanted`; those that are being made are left alone."""
     if not root.is_dir():
         return []
-    return [path for path in sorted(root.iterdir()) if path.name not in wanted]
+    return [path for path in sorted(root.iterdir()) if path.name not in wanted and path.suffix != ".new"]

@@ -75,6 +75,8 @@ class ContainerSource(SourceHandoff):
     def _preflight(self) -> None:
         """Looks at open files, and tries a dump: it is frozen for that for about as long as for the real one."""
         self.progress.phase("offer", "looking whether the container can be dumped")
+        if self.job.options.disk != "full":
+            raise Unsupported(f"guest {self.job.guest!r} is a container: all of its files go with it, use --disk full")
         state = self.container.status()
         if state != "running":
             raise GuestError(f"guest {self.job.guest!r} is {state}, not running: 'haulier guest show' tells more")

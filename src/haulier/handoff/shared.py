@@ -11,7 +11,15 @@ from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict
 from haulier.guests.golden import MANIFEST_PREFIX, block_fingerprints
 from haulier.images import common
-from haulier.units import BLOCKS_PER_CHUNK
+from haulier.units import BLOCKS_PER_CHUNK, CHUNK
+
+
+def grown(manifest: Manifest, size: int) -> Manifest:
+    """The manifest with zeros behind, up to `size` bytes: the disk of a container that has written nothing."""
+    more = size // CHUNK - len(manifest)
+    if size % CHUNK or manifest.size % CHUNK or more <= 0:
+        return manifest
+    return Manifest(size, manifest.fingerprints + ZERO * more)
 
 
 def golden_manifest(store: ChunkStore, golden: str) -> Manifest | None:

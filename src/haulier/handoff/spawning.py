@@ -22,7 +22,7 @@ from haulier.handoff.messages import Accept, Job, Offer, Status
 from haulier.handoff.ownership import Action, Event, State
 from haulier.handoff.recovery import worker_alive
 from haulier.handoff.residence import discard_copy, retire
-from haulier.handoff.shared import golden_manifest
+from haulier.handoff.shared import golden_manifest, grown
 from haulier.images import common
 
 LISTEN_S = 20.0
@@ -155,7 +155,7 @@ def accept(
         peer=offer.source,
         options=offer.options,
         offer=offer,
-        manifest=_manifest_name(site, bytes.fromhex(offer.manifest)) if manifest else "",
+        manifest=_manifest_name(site, offer) if manifest else "",
         golden=offer.golden and _has_golden(site, str(offer.spec.get("golden", ""))),
         images=() if manifest else _common_images(site, offer.images),
         memory_base=memory_base,
@@ -197,11 +197,13 @@ def _await_port(site: Site, handoff: str, process: subprocess.Popen[bytes]) -> i
     )
 
 
-def _manifest_name(site: Site, digest: bytes) -> str:
+def _manifest_name(site: Site, offer: Offer) -> str:
+    digest = bytes.fromhex(offer.manifest)
+    size = int(offer.spec["disk_size"]) if offer.spec.get("container") else 0
     with ChunkStore(site.store) as store:
         for name in store.manifest_names():
             with contextlib.suppress(Corrupt):
-                if store.load_manifest(name).digest == digest:
+                if grown(store.load_manifest(name), size).digest == digest:
                     return name
     return ""
 
