@@ -32,7 +32,6 @@ from haulier.handoff.custody import happen
 from haulier.handoff.messages import Arrived, Channel, Finish, MemoryReady, Prepared, PrepareMemory, Running
 from haulier.handoff.ownership import Event
 from haulier.handoff.residence import container_paths, images_dir
-from haulier.handoff.shared import grown
 from haulier.handoff.target import TargetHandoff
 from haulier.memory.picture import PICTURE
 from haulier.memory.proxy import TargetProxy
@@ -61,10 +60,6 @@ class ContainerTarget(TargetHandoff):
         self._start_receiver(manifest)
         session.on(Channel.DISK, self._disk)
         self._prepare_memory(PrepareMemory(self.job.memory_base))
-
-    def _prepare_disk(self) -> None:
-        if self.job.manifest:
-            self._start_receiver(grown(self._store.load_manifest(self.job.manifest), self.spec.disk_size))
 
     def _prepare_memory(self, news: PrepareMemory) -> None:
         if self._receiver is None or self._proxy is not None:

@@ -53,7 +53,7 @@ from haulier.handoff.residence import (
     run_copy,
     spec_of,
 )
-from haulier.handoff.shared import block_space, golden_manifest, images_by_digest
+from haulier.handoff.shared import block_space, golden_manifest, grown, images_by_digest
 from haulier.memory.proxy import TargetProxy
 from haulier.session import Session, TlsConfig
 from haulier.units import MIB
@@ -122,7 +122,7 @@ class TargetHandoff:
             self._store.add_lease(lease_of(self.job.handoff))
             session.on(Channel.PROBE, lambda data: None)
             if self.job.manifest:
-                self._prepare_early(session, self._store.load_manifest(self.job.manifest))
+                self._prepare_early(session, grown(self._store.load_manifest(self.job.manifest), self.spec.disk_size))
             else:
                 session.on(Channel.DISK, self._disk)
             self.control.wait_connected(CONNECT_S)
