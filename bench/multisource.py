@@ -90,7 +90,7 @@ def run(quick: bool) -> Any:
     ]
     for what, rates, rtts, least in cases:
         total = sum(rates)
-        chunks = int(total * 1e6 / 8 * (10 if quick else 20) / CHUNK)
+        chunks = int(total * 1e6 / 8 * (16 if quick else 24) / CHUNK)
         links = [
             (name, "target", f"{rate}mbit", f"{rtt / 2}ms")
             for name, rate, rtt in zip(SOURCES, rates, rtts, strict=True)
