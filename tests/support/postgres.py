@@ -115,7 +115,8 @@ class Server:
         words += ["-c", f"unix_socket_directories={self.data.parent}", *_FAST.split()]
         with open(self.data.parent / f"{self.data.name}.log", "ab") as log:
             self._process = subprocess.Popen(
-                [str(programs() / "postgres"), *words],
+                # ends with this process, even where that is killed
+                ["setpriv", "--pdeathsig", "QUIT", str(programs() / "postgres"), *words],
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=log,
