@@ -272,6 +272,24 @@ def test_a_hungry_link_gets_pages_that_qemu_has_not_come_to(link: Callable[..., 
     assert one.pump.proxy.counters.pages["literal"] == 1025 and one.pump.proxy.counters.pages["same"] == 1023
 
 
+def test_the_queue_of_the_first_pass_drains_before_its_end_is_read(link: Callable[..., Link], tmp_path: Path) -> None:
+    one = link(Window(64 * MIB, 64 * MIB), run=False)
+    data = begin(4000) + part(enumerate(noise(4000)))
+    last = part([(1, b"changed".ljust(PAGE))]) + end([])
+    give(one.source_qemu, data)
+    wait_for(lambda: one.pump.raw >= len(data) - 4096)
+    wait_for(lambda: not one.pump.first_pass)
+    # As the source does from then on.
+    one.window = Window(100_000, 64 * MIB)
+    raw = one.pump.raw
+    give(one.source_qemu, last)
+    assert one.left.unacked(Channel.MEMORY) > 10 * one.window.wire and one.pump.raw <= raw + len(last)
+    one.left.run()
+    one.right.run()
+    wait_for(lambda: len(one.received) == len(data) + len(last))
+    assert bytes(one.received) == data + last and one.pump.proxy.first_pass_share == 1.0
+
+
 def test_a_link_with_enough_to_do_gets_none_ahead(link: Callable[..., Link], tmp_path: Path) -> None:
     one = link(Window(64 * MIB, 64 * MIB, 0), ahead=ram(tmp_path, noise(1024)))
     data = begin(1024) + part(enumerate(noise(1024))) + end([])

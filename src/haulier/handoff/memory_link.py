@@ -29,6 +29,8 @@ READ = 512 * 1024
 """Raw bytes in one batch at most."""
 QEMU_SNDBUF = 65536
 FIRST_PASS_SNDBUF = 1 << 20
+NEARLY = 0.97
+"""Of the first pass."""
 PIECES = 8
 """Decoded batches that may wait for the target's QEMU."""
 IDLE_S = 0.002
@@ -71,6 +73,8 @@ class MemoryPump:
         self._window = window
         self._progress = threading.Condition()
         self._closing = False
+        self.first_pass = True
+        """QEMU has not come to the end of its first pass yet, nor near it."""
         self._ahead_over = False
         self._qemus: socket.socket | None = None
         self._kept: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
@@ -163,6 +167,7 @@ class MemoryPump:
 
     def first_pass_over(self) -> None:
         """QEMU has come to every page once: from now on only its stream knows what is still to be sent."""
+        self.first_pass = False
         self._ahead_over = True
         self._narrow()
 
@@ -182,6 +187,10 @@ class MemoryPump:
         view = memoryview(buffer)
         try:
             while not self._closing:
+                if self.first_pass and self.proxy.first_pass_share > NEARLY:
+                    # Where the guest has changed nothing meanwhile, QEMU stops it at the end of this very pass: what
+                    # is queued then is downtime. So the queue drains before that end is read.
+                    self.first_pass = False
                 window = self._window()
                 # The link first; once it has enough, turn by turn, for the target has to keep up with the stream.
                 if self._feed_ahead(window) and self._carrier.unacked(Channel.MEMORY) < window.hungry // 2:

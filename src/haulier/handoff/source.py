@@ -132,7 +132,7 @@ class SourceHandoff:
         self._granted = False
         self._refused = False
         self._ending = False
-        self._first_pass = True
+        self._first_pass_over = False
         self._rate = 0.0
         self._rates = RecentMost()
         self._ratios = RecentRatio()
@@ -457,7 +457,8 @@ class SourceHandoff:
 
     def _window(self) -> Window:
         assert self._session is not None
-        return window(self._rate or 10e6, self._session.rtt_s(), self._ending, self._first_pass)
+        first_pass = self._pump is not None and self._pump.first_pass
+        return window(self._rate or 10e6, self._session.rtt_s(), self._ending, first_pass)
 
     def _stopped(self) -> bool:
         """The guest has stopped for the switchover (or QEMU gave up, which `_converge` finds out)."""
@@ -498,8 +499,8 @@ class SourceHandoff:
             self._remaining = int(ram.get("remaining", self.spec.memory_bytes))
             reading = self._reading(int(ram.get("dirty-sync-count", 0)))
             self._ending = gate.near(reading)
-            if reading.rounds >= 2 and self._first_pass:
-                self._first_pass = False
+            if reading.rounds >= 2 and not self._first_pass_over:
+                self._first_pass_over = True
                 self._pump.first_pass_over()
             self._note(reading, gate.is_open)
             self.progress.left(0, self._memory_left())

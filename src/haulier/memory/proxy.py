@@ -146,6 +146,13 @@ class SourceProxy:
         return self.parser.device_state
 
     @property
+    def first_pass_share(self) -> float:
+        """How much of the guest's memory the stream has come to, 0 to 1: in its first pass each page comes once."""
+        if self.mirror is None:
+            return 0.0
+        return min(1.0, (sum(self.counters.pages.values()) - self.counters.ahead) / self.mirror.pages)
+
+    @property
     def unsent(self) -> int:
         """Bytes fed that are in no batch yet."""
         return self._token_bytes + (0 if self.opaque else len(self.parser.pending))
