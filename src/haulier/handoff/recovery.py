@@ -257,6 +257,8 @@ def _forget(site: Site, row: HandoffRow) -> None:
 
 
 def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str) -> None:
+    # What a worker that was killed was just writing.
+    (site.handoff_root(row.id) / "status.new").unlink(missing_ok=True)
     site.mirror(row.id).unlink(missing_ok=True)
     shutil.rmtree(images_dir(site, row.id), ignore_errors=True)
     detail = dict(journal.handoff(row.id).detail)
