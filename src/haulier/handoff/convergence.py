@@ -88,7 +88,7 @@ def window(rate_bps: float, rtt_s: float, ending: bool, first_pass: bool = False
     if first_pass and not ending:
         # At first the rate is a guess, and only a link that is full shows it.
         queued = max(wire, MIB, min(MOST_QUEUED, int(rate_bps / 8 * 2.0)))
-        return Window(queued, FIRST_PASS_RAW, max(wire, 512 * 1024))
+        return Window(queued, FIRST_PASS_RAW, max(wire * 3 // 4, 768 * 1024))
     return Window(wire, max((1 if ending else 4) * MIB, 8 * wire), wire // 2)
 
 

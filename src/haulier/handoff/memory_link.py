@@ -29,7 +29,7 @@ READ = 512 * 1024
 """Raw bytes in one batch at most."""
 QEMU_SNDBUF = 65536
 FIRST_PASS_SNDBUF = 1 << 20
-NEARLY = 0.97
+NEARLY = 0.99
 """Of the first pass."""
 PIECES = 8
 """Decoded batches that may wait for the target's QEMU."""
@@ -192,8 +192,8 @@ class MemoryPump:
                     # is queued then is downtime. So the queue drains before that end is read.
                     self.first_pass = False
                 window = self._window()
-                # The link first; once it has enough, turn by turn, for the target has to keep up with the stream.
-                if self._feed_ahead(window) and self._carrier.unacked(Channel.MEMORY) < window.hungry // 2:
+                # The link first; as soon as it has enough, the stream, with which the target has to keep up.
+                if self._feed_ahead(window):
                     continue
                 window = self._wait_for_room()
                 limit = max(4096, min(READ, window.raw - (self.raw - self.delivered)))
