@@ -12,7 +12,7 @@ from haulier.chunks.blocks import BlockIndex
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict
-from haulier.handoff.shared import block_index, block_list, block_space, images_by_digest
+from haulier.handoff.shared import block_list, blocks_of, images_by_digest
 from haulier.units import BLOCK, CHUNK
 
 
@@ -38,9 +38,9 @@ def test_the_snapshots_chunks_come_first_then_common_images_then_the_disks(tmp_p
 def test_a_chunk_is_told_by_blocks_of_an_image_that_both_hold(tmp_path: Path, ready: bool) -> None:
     with ChunkStore(tmp_path) as store:
         golden, image, base = disk(store, 1000), disk(store, 0, 16), disk(store, 5)
-        index = BlockIndex.build(store, [golden[0]]) if ready else None
-        found = block_index(store, base, golden, index, [image])
-        space = block_space(store, base, golden, [image])
+        if ready:
+            BlockIndex.build(store, [golden[0]]).save(tmp_path / "blocks.idx")
+        found, space = blocks_of(store, base, golden, tmp_path / "blocks.idx", [image])
         told = recipe.encode(chunk(5), found, space)
         assert told is not None and len(told) < 100
         assert recipe.decode(told, space) == chunk(5)

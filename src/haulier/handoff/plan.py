@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from haulier.agent.site import Site
-from haulier.chunks.blocks import BlockIndex, StoreBlockFinder
+from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.compress import StreamCompressor
 from haulier.containers.container import Container
@@ -32,7 +32,7 @@ from haulier.handoff.journal import GuestRow, Journal
 from haulier.handoff.messages import LEAVE_BYTES, Offer, Options
 from haulier.handoff.ownership import State
 from haulier.handoff.residence import container_paths, guest_paths, spec_of
-from haulier.handoff.shared import block_index, block_space, golden_manifest
+from haulier.handoff.shared import blocks_of, golden_manifest
 from haulier.images.layers import INSTANCE, Split, split_of
 from haulier.memory.base import MemoryBase
 from haulier.units import CHUNK, PAGE
@@ -89,8 +89,7 @@ def make_plan(
             rate, rtt = peer.measure()
             golden = golden_manifest(store, spec.golden)
             ready = site.golden / spec.golden / "blocks.idx"
-            index = block_index(store, manifest, golden, BlockIndex.load(ready) if golden and ready.exists() else None)
-            finder = StoreBlockFinder(index, block_space(store, manifest, golden))
+            finder = StoreBlockFinder(*blocks_of(store, manifest, golden, ready))
             base = retained.open_base(site, spec.name, spec.uuid, str(found.get("memory_base", "")))
             memory = _sample_memory(guest_paths(site, guest).ram, base, finder)
             disk = _sample_disk(qemu, guest_paths(site, guest).rounds_sock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from haulier.chunks.blocks import BlockIndex, BlockSpace, hash_blocks
 from haulier.chunks.fingerprint import ZERO
@@ -60,21 +61,23 @@ def block_space(
     return space
 
 
-def block_index(
-    store: ChunkStore,
-    base: Manifest,
-    golden: Manifest | None,
-    ready: BlockIndex | None,
-    images: Sequence[Manifest] = (),
-) -> BlockIndex:
-    """Where blocks are to be found in `block_space`; `ready` is the golden snapshot's own index."""
+def blocks_of(
+    store: ChunkStore, base: Manifest, golden: Manifest | None, ready: Path, images: Sequence[Manifest] = ()
+) -> tuple[BlockIndex, BlockSpace]:
+    """The block space as a handoff begins, and where blocks are to be found in it.
+
+    `ready`: the file with the golden snapshot's own index, used if it is there and both sites have the snapshot.
+    """
     fps, count = block_list(base, golden, images)
+    space = BlockSpace(store)
+    space.append(fps)
     # What still lies elsewhere can be referred to by nobody.
     missing = set(store.missing(fps))
     if missing:
         fps = [ZERO if fp in missing else fp for fp in fps]
-    if golden is None or ready is None:
-        return BlockIndex.build(store, fps)
+    if golden is None or not ready.exists():
+        return BlockIndex.build(store, fps), space
+    index = BlockIndex.load(ready)
     if count < len(fps):
-        ready.add(*hash_blocks(store, fps[count:], count * BLOCKS_PER_CHUNK))
-    return ready
+        index.add(*hash_blocks(store, fps[count:], count * BLOCKS_PER_CHUNK))
+    return index, space

@@ -66,7 +66,7 @@ from haulier.handoff.messages import (
 from haulier.handoff.ownership import Action, Event
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import guest_paths, incoming_name, lease_of, pin_name, retire, spec_of
-from haulier.handoff.shared import block_index, block_space, golden_manifest, images_by_digest
+from haulier.handoff.shared import blocks_of, golden_manifest, images_by_digest
 from haulier.images import common
 from haulier.images.layers import INSTANCE, LAYERS, chain, split_of
 from haulier.memory.ahead import AheadReader
@@ -132,7 +132,6 @@ class SourceHandoff:
         self._granted = False
         self._refused = False
         self._ending = False
-        self._first_pass_over = False
         self._rate = 0.0
         self._rates = RecentMost()
         self._ratios = RecentRatio()
@@ -325,11 +324,7 @@ class SourceHandoff:
         golden = golden_manifest(self._store, self.spec.golden) if accept is None or accept.golden else None
         images = images_by_digest(self._store, accept.images) if accept is not None else []
         ready = self.site.golden / self.spec.golden / "blocks.idx"
-        loaded = BlockIndex.load(ready) if golden is not None and ready.exists() else None
-        return (
-            block_index(self._store, self._manifest, golden, loaded, images),
-            block_space(self._store, self._manifest, golden, images),
-        )
+        return blocks_of(self._store, self._manifest, golden, ready, images)
 
     def _begin_rounds(self) -> Round | None:
         """From here on the guest is touched: QEMU notes what it writes."""
@@ -499,8 +494,7 @@ class SourceHandoff:
             self._remaining = int(ram.get("remaining", self.spec.memory_bytes))
             reading = self._reading(int(ram.get("dirty-sync-count", 0)))
             self._ending = gate.near(reading)
-            if reading.rounds >= 2 and not self._first_pass_over:
-                self._first_pass_over = True
+            if reading.rounds >= 2:
                 self._pump.first_pass_over()
             self._note(reading, gate.is_open)
             self.progress.left(0, self._memory_left())
