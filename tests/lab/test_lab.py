@@ -514,3 +514,15 @@ def test_topologies_are_checked_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="back end 'magic'"):
         Lab.up(PAIR, backend="magic")
     assert sorted(namespaces.RUN_NETNS.iterdir()) == before
+
+
+def test_ipv6_crosses_the_link_where_it_is_asked_for() -> None:
+    with lab("ipv6 = true\n" + PAIR.lstrip() + 'rate = "10mbit"\ndelay = "5ms"') as made:
+        for target in (made.address6("b"), made.address6("b", "a-b")):
+            said = made.exec("a", ["ping", "-6", "-c", "2", "-i", "0.2", target]).stdout
+            times = [float(found) for found in re.findall(r"time=([0-9.]+)", said)]
+            assert len(times) == 2 and min(times) > 9, said
+        crossed = made.wire_bytes("a-b")[0]
+        assert crossed > 4 * 104
+    with lab(PAIR) as made, pytest.raises(UsageError, match="no IPv6"):
+        made.address6("b")

@@ -131,6 +131,40 @@ def test_every_address_is_reached_without_loops_from_everywhere() -> None:
             assert here == owner
 
 
+def test_ipv6_stands_beside_ipv4_where_it_is_asked_for() -> None:
+    text = """
+name = "six"
+ipv6 = true
+[[site]]
+name = "a"
+[[site]]
+name = "b"
+[[site]]
+name = "c"
+[[link]]
+a = "a"
+b = "b"
+[[link]]
+a = "b"
+b = "c"
+"""
+    made = topology.load(text)
+    assert str(made.site("b").address6) == "fd90::2"
+    assert str(made.links[1].address6("c")) == "fd91:0:0:1::2/126"
+    ways = {str(route.to): (str(route.via), str(route.source)) for route in made.routes("a") if route.to.version == 6}
+    assert ways == {
+        "fd90::2/128": ("fd91::2", "fd90::1"),
+        "fd90::3/128": ("fd91::2", "fd90::1"),
+        "fd91:0:0:1::1/128": ("fd91::2", "None"),
+        "fd91:0:0:1::2/128": ("fd91::2", "None"),
+    }
+    without = topology.load(text.replace("ipv6 = true", ""))
+    assert without.site("b").address6 is without.links[1].address6("c") is None
+    assert all(route.to.version == 4 for route in without.routes("a"))
+    with pytest.raises(UsageError, match="ipv6"):
+        topology.load(text.replace("true", "1"))
+
+
 def test_path_between_sites_that_are_not_joined() -> None:
     text = 'name="x"\n[[site]]\nname="a"\n[[site]]\nname="b"\n'
     found = topology.load(text)

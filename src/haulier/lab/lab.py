@@ -74,7 +74,7 @@ class Lab:
                 _down(plan.name)
             fresh = _plan_state(plan, text, backend)
             try:
-                _make_namespaces(fresh, force)
+                _make_namespaces(fresh, force, plan.ipv6)
                 _make_links(plan, fresh)
                 _configure(plan, fresh)
                 fresh.complete = True
@@ -140,6 +140,17 @@ class Lab:
             there = ", ".join(found.links) or "none"
             raise UsageError(f"site {site} has no end of link {link!r}: it has {there}")
         return found.links[link]
+
+    def address6(self, site: str, link: str | None = None) -> str:
+        """The same for IPv6; `UsageError` in a lab that was brought up without it."""
+        self.address(site, link)
+        found = self.topology.site(site).address6
+        if link is not None:
+            there = self.topology.link(link).address6(site)
+            found = there.ip if there else None
+        if found is None:
+            raise UsageError(f"lab {self.name} has no IPv6: write ipv6 = true at the top of its topology")
+        return str(found)
 
     def link(self, name: str) -> Link:
         """A link, to look at or change."""
@@ -294,7 +305,7 @@ def _plan_state(plan: Topology, text: str, backend: str) -> state.LabState:
     )
 
 
-def _make_namespaces(fresh: state.LabState, force: bool) -> None:
+def _make_namespaces(fresh: state.LabState, force: bool, ipv6: bool) -> None:
     # One lab at a time from here: lab "a" with site "b-c" and lab "a-b" with site "c" want the same name.
     with state.lock_names():
         for site in fresh.sites.values():
@@ -309,7 +320,7 @@ def _make_namespaces(fresh: state.LabState, force: bool) -> None:
         state.directory(fresh.lab).mkdir(parents=True, exist_ok=True)
         state.save(fresh)
         for site in fresh.sites.values():
-            namespaces.add(site.namespace)
+            namespaces.add(site.namespace, ipv6=ipv6)
 
 
 def _others(lab: str) -> set[str]:
@@ -354,10 +365,14 @@ def _configure(plan: Topology, fresh: state.LabState) -> None:
     """Addresses, bridge and routes of every site: one batch each."""
     for site in plan.sites:
         lines = [f"addr add {site.address}/32 dev lo"]
+        if site.address6 is not None:
+            lines.append(f"addr add {site.address6}/128 dev lo")
         for link in plan.links_of(site.name):
             if fresh.backend == "tun":
                 lines.append(f"link set {link.interface} mtu {link.mtu} txqueuelen {_TUN_QUEUE}")
             lines.append(f"addr add {link.address(site.name)} dev {link.interface}")
+            if (address6 := link.address6(site.name)) is not None:
+                lines.append(f"addr add {address6} dev {link.interface} nodad")
             lines.append(f"link set {link.interface} up")
         if site.guest_gateway is not None:
             # A MAC given by hand stays; otherwise a bridge takes over the lowest one of its ports.

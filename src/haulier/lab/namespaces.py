@@ -52,20 +52,22 @@ def exists(name: str) -> bool:
     return (RUN_NETNS / name).exists()
 
 
-def add(name: str) -> None:
-    """Makes a namespace with its loopback up, forwarding on, reverse-path filter off and no IPv6."""
+def add(name: str, *, ipv6: bool = False) -> None:
+    """Makes a namespace with its loopback up, forwarding on, reverse-path filter off and no IPv6 unless asked for."""
     run(["ip", "netns", "add", name])
-    sysctl(
-        name,
-        {
-            "net/ipv4/ip_forward": "1",
-            "net/ipv4/conf/all/rp_filter": "0",
-            "net/ipv4/conf/default/rp_filter": "0",
-            # Router and neighbour discovery would show up in the byte counters of an idle link.
-            "net/ipv6/conf/all/disable_ipv6": "1",
-            "net/ipv6/conf/default/disable_ipv6": "1",
-        },
-    )
+    values = {
+        "net/ipv4/ip_forward": "1",
+        "net/ipv4/conf/all/rp_filter": "0",
+        "net/ipv4/conf/default/rp_filter": "0",
+    }
+    for which in ("all", "default"):
+        # Router and neighbour discovery would show up in the byte counters of an idle link.
+        values[f"net/ipv6/conf/{which}/disable_ipv6"] = "0" if ipv6 else "1"
+        if ipv6:
+            # Who forwards asks no router; and an address is of use at once, not after it was asked for in vain.
+            values[f"net/ipv6/conf/{which}/forwarding"] = "1"
+            values[f"net/ipv6/conf/{which}/accept_dad"] = "0"
+    sysctl(name, values)
     ip(name, ["link set lo up"])
 
 

@@ -1,6 +1,7 @@
 """A lab's description: TOML in, checked dataclasses out, and the routes that follow from it. No I/O.
 
     name = "demo"
+    ipv6 = true                         # IPv6 beside IPv4, at every site and on every link; left out: IPv4 alone
     [[site]]
     name = "oslo"
     guest_gateway = "10.77.0.1/24"      # gives the site a bridge br0 for guests
@@ -26,8 +27,8 @@ import itertools
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Address, IPv6Interface, IPv6Network
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,10 @@ SITE_ADDRESSES: Final = IPv4Network("10.90.0.0/24")
 """Each site's own address, the same whatever link a packet takes."""
 LINK_ADDRESSES: Final = IPv4Network("10.91.0.0/16")
 """Cut into a /30 for each link that names no subnet."""
+SITE_ADDRESSES6: Final = IPv6Network("fd90::/64")
+"""The same for IPv6: `::1` for the first site, and so on."""
+LINK_ADDRESSES6: Final = IPv6Network("fd91::/48")
+"""Cut into a /126 for each link of a lab with IPv6."""
 GATEWAY_MAC: Final = "02:68:61:75:6c:01"
 """The same at every site: a guest's ARP cache stays right after a move."""
 BRIDGE: Final = "br0"
@@ -55,11 +60,15 @@ _SHAPE_KEYS = ("rate", "delay", "jitter", "loss", "queue", "up")
 
 @dataclass(frozen=True, slots=True)
 class SiteSpec:
-    """One site. `address`: its own; `guest_gateway`: address of its guest bridge, None = no bridge."""
+    """One site. `address`: its own; `guest_gateway`: address of its guest bridge, None = no bridge.
+
+    `address6`: its own IPv6 address, None in a lab without IPv6.
+    """
 
     name: str
     address: IPv4Address
     guest_gateway: IPv4Interface | None
+    address6: IPv6Address | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,7 @@ class LinkSpec:
     mtu: int
     a_to_b: Shape
     b_to_a: Shape
+    subnet6: IPv6Network | None = None
 
     @property
     def address_a(self) -> IPv4Interface:
@@ -91,6 +101,11 @@ class LinkSpec:
             raise UsageError(f"link {self.name} joins {self.a} and {self.b}, not {site}")
         return self.address_a if site == self.a else self.address_b
 
+    def address6(self, site: str) -> IPv6Interface | None:
+        """The link's IPv6 address at `site`, one of its ends; None in a lab without IPv6."""
+        number = 1 if self.address(site) == self.address_a else 2
+        return IPv6Interface((self.subnet6[number], self.subnet6.prefixlen)) if self.subnet6 else None
+
     def other(self, site: str) -> str:
         """The site at the other end."""
         return self.b if site == self.a else self.a
@@ -100,10 +115,10 @@ class LinkSpec:
 class Route:
     """An entry of a site's routing table: `to` through `via` on `interface`, from `source` (None: the interface's)."""
 
-    to: IPv4Network
-    via: IPv4Address
+    to: IPv4Network | IPv6Network
+    via: IPv4Address | IPv6Address
     interface: str
-    source: IPv4Address | None
+    source: IPv4Address | IPv6Address | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +128,7 @@ class Topology:
     name: str
     sites: tuple[SiteSpec, ...]
     links: tuple[LinkSpec, ...]
+    ipv6: bool = False
 
     def site(self, name: str) -> SiteSpec:
         """The site of that name; `UsageError` with the names there are."""
@@ -166,7 +182,19 @@ class Topology:
             if gateway is not None and (here.guest_gateway is None or here.guest_gateway.network != gateway.network):
                 # `ways` is in order of distance, so the first one is the nearest.
                 nearest.setdefault(gateway.network, Route(gateway.network, via, first.interface, here.address))
+            found += self._routes6(site, target, first)
         return found + list(nearest.values())
+
+    def _routes6(self, site: str, target: SiteSpec, first: LinkSpec) -> list[Route]:
+        """What `site` needs to reach the IPv6 addresses of `target`, the first link on the way being `first`."""
+        hop = first.address6(first.other(site))
+        if hop is None or target.address6 is None:
+            return []
+        found = [Route(IPv6Network(target.address6), hop.ip, first.interface, self.site(site).address6)]
+        for link in self.links_of(target.name):
+            if site not in (link.a, link.b) and (there := link.address6(target.name)) is not None:
+                found.append(Route(IPv6Network(there.ip), hop.ip, first.interface, None))
+        return found
 
     def _ways(self, start: str) -> dict[str, list[LinkSpec]]:
         """Site -> links of the quickest way from `start`, nearest first (Dijkstra)."""
@@ -210,12 +238,20 @@ def load(source: str | Path) -> Topology:
 
 def parse(table: Mapping[str, Any]) -> Topology:
     """Checks a topology that was read from TOML."""
-    _only(table, {"name", "site", "link"}, "the topology")
+    _only(table, {"name", "ipv6", "site", "link"}, "the topology")
     name = check_name(table.get("name"), "the lab")
+    ipv6 = table.get("ipv6", False)
+    if not isinstance(ipv6, bool):
+        raise UsageError(f"ipv6 = {ipv6!r}: give true or false")
     sites = _sites(_tables(table.get("site", []), "site"))
     links = _links(_tables(table.get("link", []), "link"), [site.name for site in sites])
     _check_networks(sites, links)
-    return Topology(name, sites, links)
+    if ipv6:
+        sites = tuple(replace(s, address6=SITE_ADDRESSES6[n]) for n, s in enumerate(sites, 1))
+        links = tuple(
+            replace(link, subnet6=IPv6Network((LINK_ADDRESSES6[n << 64], 126))) for n, link in enumerate(links)
+        )
+    return Topology(name, sites, links, ipv6)
 
 
 def parse_rate(value: object, where: str = "rate") -> float:
