@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import select
+import selectors
 import socket
 import struct
 import threading
@@ -66,7 +66,10 @@ class TcpRelay:
                 if self._listener is not None and not self.hang:
                     watch.append(self._listener)
             try:
-                readable = select.select(watch, [], [], 0.05)[0]
+                with selectors.PollSelector() as selector:
+                    for sock in watch:
+                        selector.register(sock, selectors.EVENT_READ)
+                    readable = [key.fileobj for key, _ in selector.select(0.05)]
             except (OSError, ValueError):
                 continue  # closed meanwhile
             with self._lock:

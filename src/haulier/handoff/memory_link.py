@@ -185,6 +185,8 @@ class MemoryPump:
     def _run(self) -> None:
         buffer = bytearray(READ)
         view = memoryview(buffer)
+        more_now = select.poll()
+        more_now.register(self._stream, select.POLLIN)
         try:
             while not self._closing:
                 if self.first_pass and self.proxy.first_pass_share > NEARLY:
@@ -200,7 +202,7 @@ class MemoryPump:
                 got = self._stream.recv_into(view[:limit])
                 if not got:
                     break
-                while got < limit and select.select([self._stream], [], [], IDLE_S)[0]:
+                while got < limit and more_now.poll(IDLE_S * 1000):
                     more = self._stream.recv_into(view[got:limit])
                     if not more:
                         break
