@@ -204,6 +204,46 @@ def test_a_path_that_collapses_does_not_take_the_others_with_it() -> None:
     assert (received(wan) - before) / 5 >= 0.93 * 60 * MBPS
 
 
+def carried(wan: Wan, key: int) -> int:
+    """Bytes of data that both ends put on a path."""
+    return sum(end.core.path(key).sent_bytes for end in (wan.a, wan.b))
+
+
+def test_a_dear_path_carries_nothing_until_it_may() -> None:
+    wan = Wan([Link(10 * MBPS, 0.02), Link(20 * MBPS, 0.01, cost=2)])
+    assert fill(wan, 5) >= 0.95 * 10 * MBPS
+    wan.b.send(2, bytes(100_000))
+    assert wan.run(lambda: len(wan.a.got) == 1, limit_s=2)
+    assert carried(wan, 1) == 0, "neither end uses it: the listener was told"
+    for cost in (1, 2):
+        wan.a.core.may_spend(cost, wan.now)
+        wan.run(limit_s=2)
+        assert (carried(wan, 1) > 0) is (cost == 2)
+    before = received(wan)
+    wan.run(limit_s=5)
+    assert (received(wan) - before) / 5 >= 0.93 * 30 * MBPS
+    wan.a.core.may_spend(0, wan.now)
+    wan.run(limit_s=1)
+    before = carried(wan, 1)
+    wan.run(limit_s=3)
+    assert carried(wan, 1) == before, "in reserve again"
+
+
+def test_a_dear_path_stands_in_while_no_cheaper_one_works() -> None:
+    wan = Wan([Link(10 * MBPS, 0.02), Link(5 * MBPS, 0.02, cost=1)])
+    fill(wan, 3)
+    wan.set_up(0, False)
+    wan.run(limit_s=2)
+    before = received(wan)
+    wan.run(limit_s=4)
+    assert (received(wan) - before) / 4 >= 0.9 * 5 * MBPS
+    wan.set_up(0, True)
+    wan.run(limit_s=3)
+    before = carried(wan, 1)
+    wan.run(limit_s=3)
+    assert carried(wan, 1) == before, "the cheap one is back"
+
+
 def test_a_longer_way_is_noticed() -> None:
     """A route that becomes three times as long must not strangle the window."""
     wan = Wan([Link(20 * MBPS, 0.01)])

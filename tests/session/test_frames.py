@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haulier.errors import Corrupt
-from haulier.session.frames import ABORT, END, HEADER, MAX_CONTROL, MAX_PAYLOAD, Frame, FrameReader, Kind, encode
+from haulier.session.frames import END, HEADER, MAX_CONTROL, MAX_PAYLOAD, Frame, FrameReader, Kind, encode
 
 data_frames = st.builds(
     Frame,
@@ -59,7 +59,7 @@ def test_a_header_is_laid_out_as_documented() -> None:
         struct.pack("!BBHIQ", Kind.DATA, 0, 0, MAX_PAYLOAD + 1, 0),
         struct.pack("!BBHIQ", 0, 0, 0, 0, 0),
         struct.pack("!BBHIQ", 11, 0, 0, 0, 0),
-        struct.pack("!BBHIQ", Kind.PING, 0, ABORT, 0, 0),
+        struct.pack("!BBHIQ", Kind.PING, 0, 2, 0, 0),
         struct.pack("!BBHIQ", Kind.BYE, 0, 2, 0, 0),
         struct.pack("!BBHIQ", Kind.HELLO, 0, 0, MAX_CONTROL + 1, 0),
         b"GET / HTTP/1.1\r\n\r\n",

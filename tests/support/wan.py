@@ -38,6 +38,8 @@ class Link:
     """Each piece comes up to twice this later (s); none overtakes another."""
     loss: float = 0.0
     """Chance that a piece is lost and comes one round trip later, with all behind it."""
+    cost: int = 0
+    """As the operator of end `a` says."""
 
 
 class Pipe:
@@ -312,7 +314,7 @@ class Wan:
         )
         end.pipes[key] = generation
         end.readers[key] = FrameReader()
-        end.core.path_up(key, f"path {key}", self.now, rtt)
+        end.core.path_up(key, f"path {key}", self.now, rtt, self.links[key].cost if end is self.a else 0)
         self.poke()
 
     def _carry(self, to: End, key: int, pipe: Pipe, data: bytes) -> None:

@@ -366,7 +366,7 @@ def _configure(plan: Topology, fresh: state.LabState) -> None:
     for site in plan.sites:
         lines = [f"addr add {site.address}/32 dev lo"]
         if site.address6 is not None:
-            lines.append(f"addr add {site.address6}/128 dev lo")
+            lines.append(f"addr add {site.address6}/128 dev lo nodad")
         for link in plan.links_of(site.name):
             if fresh.backend == "tun":
                 lines.append(f"link set {link.interface} mtu {link.mtu} txqueuelen {_TUN_QUEUE}")

@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Final
 
 from haulier.errors import HaulierError, PeerError
+from haulier.session import mptcp
 from haulier.session.frames import Frame, FrameReader
 from haulier.session.handshake import ConnectorHandshake, ListenerHandshake, Refused
 from haulier.session.tls import TlsConfig, explain
@@ -28,23 +29,39 @@ _USER_TIMEOUT: Final = getattr(socket, "TCP_USER_TIMEOUT", 18)
 _NOTSENT_LOWAT: Final = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 _LEAST_LOWAT: Final = 16 * 1024
 
-_TCP_INFO: Final = 148
-"""struct tcp_info of linux/tcp.h up to tcpi_notsent_bytes (Linux 4.6)."""
+_TCP_INFO: Final = 160
+"""struct tcp_info of linux/tcp.h up to tcpi_data_segs_out (Linux 4.6)."""
+_MAX_PACING_RATE: Final = getattr(socket, "SO_MAX_PACING_RATE", 47)
 _U32: Final = struct.Struct("=I")
 _COUNTS: Final = struct.Struct("=IIII")
 
 
 @dataclass(frozen=True)
 class PathAddress:
-    """Where a path leads: the listener's host and port; `source` is the own address or interface to leave by."""
+    """Where a path leads: the listener's host and port; `source` is the own address or interface to leave by.
+
+    `local`: the own address on that interface. `cap_bps`: bits per second that it may carry, 0 = no limit. `cost`: a
+    path that costs more than the session may spend is kept in reserve.
+    """
 
     host: str
     port: int
     source: str | None = None
+    local: str | None = None
+    cap_bps: float = 0.0
+    cost: int = 0
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.source}>{host}:{self.port}" if self.source else f"{host}:{self.port}"
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Stage(Enum):
@@ -87,30 +104,41 @@ class Connection:
         self._reader = FrameReader()
         self._out = memoryview(b"")
         self._lowat = 0
-        for option, value in ((socket.TCP_NODELAY, 1), (_USER_TIMEOUT, int(dead_s * 2000))):
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        self.mptcp = sock.proto == mptcp.IPPROTO_MPTCP
+        """Made to speak MPTCP; whether it does, `subflows` tells."""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, int(dead_s * 2000))
+        except OSError:
+            if not self.mptcp:
+                raise
+            # MPTCP has none; silence is noticed by our own pings.
         self._raw: socket.socket = sock
         self._ssl: ssl.SSLSocket | None = None
         self.shorten_queue(4 * _LEAST_LOWAT)
 
     @classmethod
-    def dial(cls, address: PathAddress) -> socket.socket:
+    def dial(cls, address: PathAddress, *, with_mptcp: bool = False) -> socket.socket:
         """A socket on its way to `address`. Raises PeerError, OSError."""
         try:
             found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         except socket.gaierror as e:
             raise PeerError(f"{address.host} is no address and no known name ({e}): check `haulier site list`") from e
-        family, kind, proto, _, where = found[0]
-        sock = socket.socket(family, kind, proto)
+        family, kind, _, _, where = found[0]
+        sock = socket.socket(family, kind, mptcp.protocol(with_mptcp))
         try:
             sock.setblocking(False)
-            if address.source:
-                try:
-                    ipaddress.ip_address(address.source)
-                except ValueError:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, address.source.encode())
-                else:
-                    sock.bind((address.source, 0))
+            local = address.local
+            if address.source and _is_address(address.source):
+                local = address.source
+            elif address.source and not with_mptcp:
+                # All subflows of MPTCP would be bound to it.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, address.source.encode())
+            if address.cap_bps:
+                # TCP paces itself; no queueing discipline has to help. It counts IP packets.
+                sock.setsockopt(socket.SOL_SOCKET, _MAX_PACING_RATE, max(1, int(address.cap_bps / 8)))
+            if local:
+                sock.bind((local, 0))
             code = sock.connect_ex(where)
             if code not in (0, errno.EINPROGRESS):
                 raise OSError(code, os.strerror(code))
@@ -136,16 +164,28 @@ class Connection:
         self._lowat = most
         (self._ssl or self._raw).setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, most)
 
-    def tcp_state(self) -> tuple[int, float]:
-        """Bytes that TCP has in flight or has not sent yet, and its smoothed round trip in seconds."""
+    def subflows(self) -> int:
+        """Subflows of MPTCP; 0 where it is plain TCP."""
+        return mptcp.subflows(self._ssl or self._raw) if self.mptcp else 0
+
+    def tcp_state(self) -> tuple[int, float, float] | None:
+        """What TCP says of itself; None of MPTCP, which would tell of its first subflow alone.
+
+        Bytes in flight or not sent yet, the smoothed round trip in seconds, and the share of segments sent again.
+        """
+        if self.mptcp:
+            return None
         info = (self._ssl or self._raw).getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
         (mss,) = _U32.unpack_from(info, 16)
         unacked, sacked, lost, again = _COUNTS.unpack_from(info, 24)
         (rtt_us,) = _U32.unpack_from(info, 68)
         (not_sent,) = _U32.unpack_from(info, 144)
+        (resent,) = _U32.unpack_from(info, 100)
+        (segments,) = _U32.unpack_from(info, 156)
         # Packets of acks are small: never more than what is in the socket altogether.
         (held,) = _U32.unpack(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)))
-        return min(max(unacked - sacked - lost + again, 0) * mss + not_sent, held), rtt_us / 1e6
+        flight = min(max(unacked - sacked - lost + again, 0) * mss + not_sent, held)
+        return flight, rtt_us / 1e6, min(1.0, resent / segments) if segments else 0.0
 
     # -- before it is open
 

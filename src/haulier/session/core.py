@@ -31,7 +31,7 @@ from typing import Final
 from haulier.errors import Corrupt, HaulierError, PeerError, UsageError
 from haulier.session.channel import Inbox, Outbox, OutFrame
 from haulier.session.flow import PathFlow
-from haulier.session.frames import ABORT, CHANNELS, HEADER, Frame, Kind, encode
+from haulier.session.frames import ABORT, CHANNELS, HEADER, RESERVE, Frame, Kind, encode
 from haulier.session.settings import Settings
 
 _CREDIT: Final = struct.Struct("!Q")
@@ -77,6 +77,8 @@ class SessionCore:
         self._unsent = 0
         self._unacked = 0
         self._paths: dict[int, PathFlow] = {}
+        self._spend = 0
+        self._waits_for_cheap = now + settings.first_cheap_s
         self._outage_since: float | None = now
         self.ever_up = False
         self._ticked = now
@@ -160,18 +162,19 @@ class SessionCore:
 
     # -- paths
 
-    def path_up(self, key: int, name: str, now: float, rtt: float | None = None) -> None:
-        """A connection has proved itself; `rtt` if the handshake showed it."""
+    def path_up(self, key: int, name: str, now: float, rtt: float | None = None, cost: int = 0) -> None:
+        """A connection has proved itself; `rtt` if the handshake showed it, `cost` as the operator says."""
         if key in self._paths:
             self.path_down(key, now, "replaced by a new connection")
         path = self._paths[key] = PathFlow(key, name, now, self.settings, rtt)
+        path.cost = cost
         self._outage_since = None
         self.ever_up = True
         for box in self._inbox:
             if box.next or box.granted != self.settings.receive_window:
                 box.grant(always=True)
                 path.control.append(_state(box))
-        path.control.append(encode(Kind.PING, number=path.ping(now)))
+        self._ping(path, now)
         if self.state is State.PARTING:
             self._say_bye(path)
         self._requeue_stalled()
@@ -185,6 +188,34 @@ class SessionCore:
         self.why_no_path = f"{path.name}: {why}"
         if not self._paths:
             self._outage_since = now
+
+    def _ping(self, path: PathFlow, now: float) -> None:
+        flags = RESERVE if path.cost > self._spend else 0
+        path.control.append(encode(Kind.PING, flags=flags, number=path.ping(now)))
+
+    @property
+    def spend(self) -> int:
+        """The cost up to which paths carry data."""
+        return self._spend
+
+    def may_spend(self, cost: int, now: float) -> None:
+        """From now on paths of up to this cost carry data; dearer ones only when no cheaper one works."""
+        if cost != self._spend:
+            self._spend = cost
+            for path in self._paths.values():
+                self._ping(path, now)
+            self.progress += 1
+
+    def held(self, path: PathFlow, now: float) -> bool:
+        """`path` is in reserve now: it is too dear, and another one works that is not, or may be about to come up."""
+        if not self._dear(path):
+            return False
+        if any(not self._dear(other) and not other.stalled for other in self._paths.values()):
+            return True
+        return now < self._waits_for_cheap and all(self._dear(other) for other in self._paths.values())
+
+    def _dear(self, path: PathFlow) -> bool:
+        return path.cost > self._spend or path.reserved
 
     def paths(self) -> Iterable[PathFlow]:
         """The paths that are up."""
@@ -237,6 +268,7 @@ class SessionCore:
             self.progress += 1
             self._maybe_part()
         elif kind == Kind.PING:
+            path.reserved = bool(flags & RESERVE)
             path.control.append(encode(Kind.PONG, number=number))
             if len(path.control) > 1000:
                 raise Corrupt(f"{self.peer} floods {path.name} with pings: check what listens there")
@@ -303,7 +335,7 @@ class SessionCore:
         if path.acked_to_peer != path.received:
             path.acked_to_peer = path.received
             out.append(encode(Kind.ACK, number=path.received))
-        if path.stalled or self.state in (State.ENDED, State.FAILED):
+        if path.stalled or self.state in (State.ENDED, State.FAILED) or self.held(path, now):
             return out
         while room > 0:
             if not self._unsent and not self._ring and not self._again and not self._again_urgent:
@@ -340,7 +372,9 @@ class SessionCore:
             return True
         mine = path.eta(now)
         return all(
-            mine <= other.eta(now, waiting) for other in self._paths.values() if other is not path and not other.stalled
+            mine <= other.eta(now, waiting)
+            for other in self._paths.values()
+            if other is not path and not other.stalled and not self.held(other, now)
         )
 
     def _pop_again(self, queue: deque[OutFrame], path: PathFlow) -> OutFrame | None:
@@ -404,7 +438,7 @@ class SessionCore:
             elif path.in_flight and not path.stalled and now - path.progress >= path.stall_after():
                 path.stalled = True
             if now >= path.ping_due():
-                path.control.append(encode(Kind.PING, number=path.ping(now)))
+                self._ping(path, now)
         self._requeue_stalled()
         since = self._outage_since
         if since is not None and now - since >= self.settings.outage_limit_s:

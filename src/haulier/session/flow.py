@@ -64,6 +64,12 @@ class PathFlow:
         self.resent_bytes = 0
         self.window = settings.first_window
         self.frame_limit = 16 * 1024
+        self.cost = 0
+        """Carries data only when the session may spend so much, or when no cheaper path works."""
+        self.reserved = False
+        """The peer keeps this path in reserve."""
+        self.loss = 0.0
+        """Share of TCP's segments that it had to send again."""
         self.rtt = RoundTrip(rtt, now)
         self.rate = Rate()
         self._settings = settings
@@ -150,9 +156,10 @@ class PathFlow:
         self._resize()
         return frames
 
-    def on_tcp(self, in_flight: int, rtt: float, now: float) -> None:
-        """What TCP says of itself: bytes that it has in flight or not sent yet, and its smoothed round trip."""
+    def on_tcp(self, in_flight: int, rtt: float, now: float, loss: float = 0.0) -> None:
+        """What TCP says of itself: bytes in flight or not sent yet, its smoothed round trip, the share sent again."""
         self._tcp = in_flight
+        self.loss = loss
         # Its round trip is an average already; more often than this would only repeat it.
         if self.in_flight and rtt > 0 and now - self._tcp_at > rtt / 8:
             self._tcp_at = now

@@ -29,6 +29,8 @@ END: Final = 1
 """Flag of DATA: the last frame of its message."""
 ABORT: Final = 1
 """Flag of BYE: given up, not finished; the payload says why."""
+RESERVE: Final = 1
+"""Flag of PING: I keep this path in reserve, send data on another one if you can."""
 
 
 class Kind(IntEnum):
@@ -56,7 +58,7 @@ class Frame(NamedTuple):
     payload: bytes
 
 
-_KNOWN_FLAGS: Final = {int(kind): 0 for kind in Kind} | {Kind.DATA: END, Kind.BYE: ABORT}
+_KNOWN_FLAGS: Final = {int(kind): 0 for kind in Kind} | {Kind.DATA: END, Kind.BYE: ABORT, Kind.PING: RESERVE}
 _DATA: Final = int(Kind.DATA)
 
 

@@ -23,7 +23,10 @@ log = logging.getLogger("haulier.session")
 
 @dataclass(frozen=True)
 class PathStats:
-    """One path: bytes are of data frames over all its connections, `rate_bps` bits per second, `rtt_s` the shortest."""
+    """One path: bytes are of data frames over all its connections, `rate_bps` bits per second, `rtt_s` the shortest.
+
+    `loss`: share of TCP's segments that were sent again. `cap_bps`, `cost`: as configured. `held`: in reserve now.
+    """
 
     name: str
     up: bool
@@ -32,6 +35,10 @@ class PathStats:
     sent: int
     acked: int
     resent: int
+    loss: float = 0.0
+    cap_bps: float = 0.0
+    cost: int = 0
+    held: bool = False
 
 
 class Session:
@@ -65,23 +72,32 @@ class Session:
         bind: Sequence[str] = ("0.0.0.0",),
         port: int = 0,
         settings: Settings | None = None,
+        mptcp: bool = False,
     ) -> Session:
         """Wait for the peer on `bind` at `port` (0: any; see `.port`). Raises UsageError.
 
         The first session that proves the secret is ours; any other is refused.
         """
         session = cls(tls, secret, settings)
-        session.port = session._transport.listen(bind, port)
+        session.port = session._transport.listen(bind, port, mptcp)
         session._transport.thread.start()
         return session
 
     @classmethod
     def connect(
-        cls, tls: TlsConfig, secret: bytes, peers: Sequence[PathAddress], settings: Settings | None = None
+        cls,
+        tls: TlsConfig,
+        secret: bytes,
+        peers: Sequence[PathAddress],
+        settings: Settings | None = None,
+        mptcp: bool = False,
     ) -> Session:
-        """Dial the peer on every path, again and again while the session lives. Raises UsageError."""
+        """Dial the peer on every path, again and again while the session lives. Raises UsageError.
+
+        With `mptcp` one connection is made that is to spread over all paths; where it does not, there are several.
+        """
         session = cls(tls, secret, settings)
-        session._transport.connect(peers)
+        session._transport.connect(peers, mptcp)
         session._transport.thread.start()
         return session
 
@@ -170,6 +186,22 @@ class Session:
         with self._lock:
             return min((path.rtt.least for path in self._core.paths() if path.rtt.least is not None), default=0.0)
 
+    def may_spend(self, cost: int) -> None:
+        """From now on paths of up to this cost carry data (at first those of cost 0); others are kept in reserve."""
+        with self._lock:
+            self._core.may_spend(cost, time.monotonic())
+        self._transport.wake()
+
+    def transport(self) -> str:
+        """How the bytes travel now, in words, and why not as was asked for."""
+        transport = self._transport
+        if transport.subflows:
+            return f"MPTCP, {transport.subflows} subflows" if transport.subflows > 1 else "MPTCP, 1 subflow"
+        with self._lock:
+            count = sum(1 for _ in self._core.paths())
+        said = "one TCP connection" if count == 1 else f"striping over {count} paths"
+        return f"{said} ({transport.fallback})" if transport.fallback else said
+
     def paths(self) -> list[PathStats]:
         """Every path there is or was."""
         with self._lock:
@@ -177,6 +209,7 @@ class Session:
             found = []
             for key, totals in sorted(self._transport.totals.items()):
                 flow = flows.get(key)
+                address = self._transport.address(key)
                 found.append(
                     PathStats(
                         name=totals.name,
@@ -186,6 +219,10 @@ class Session:
                         sent=totals.sent + (flow.sent_bytes if flow else 0),
                         acked=totals.acked + (flow.acked_bytes if flow else 0),
                         resent=totals.resent + (flow.resent_bytes if flow else 0),
+                        loss=flow.loss if flow else 0.0,
+                        cap_bps=address.cap_bps if address else 0.0,
+                        cost=address.cost if address else 0,
+                        held=flow is not None and self._core.held(flow, time.monotonic()),
                     )
                 )
             return found

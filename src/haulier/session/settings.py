@@ -30,9 +30,14 @@ class Settings:
     dead_rtts: float = 8.0
     """Nothing heard for max(dead_s, dead_rtts * RTT): the connection is given up and dialled again."""
     redial_first_s: float = 0.2
-    redial_most_s: float = 2.0
+    redial_most_s: float = 1.0
+    """A path that returns is to carry again within two seconds, TLS and hello included."""
     dial_s: float = 2.0
     """One TCP connect; short, since a lost SYN is repeated only after 1 and 3 s."""
+    first_cheap_s: float = 2.0
+    """At its start a session waits so long for a path that costs nothing before it uses one that does."""
+    subflows_s: float = 3.0
+    """MPTCP has so long to show all its subflows; then there are several connections instead."""
     handshake_s: float = 10.0
     """TCP, TLS and hello together."""
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from haulier.errors import Corrupt, HaulierError, NoRoom, NotTrusted, PeerError, UsageError
+from haulier.session import mptcp
 from haulier.session.connection import Connection, PathAddress, Stage
 from haulier.session.core import SessionCore, State
 from haulier.session.frames import Frame
@@ -94,21 +95,33 @@ class Transport:
         self._leaving: list[Connection] = []
         self._dialled: list[_Dialled] = []
         self._session = b""
+        self._mptcp = 0  # subflows that are wanted of the one connection
+        self._verified = False
+        self._verify_by = 0.0
+        self.fallback = ""
+        """Why there is no MPTCP although it was asked for."""
+        self.subflows = 0
+        """Of MPTCP, at the last look."""
         self._stopping = False
         self._clock = time.monotonic
 
     # -- set-up, before the thread runs
 
-    def listen(self, bind: Sequence[str], port: int) -> int:
-        """Listen on every address of `bind`; the port. Raises UsageError."""
+    def listen(self, bind: Sequence[str], port: int, with_mptcp: bool = False) -> int:
+        """Listen on every address of `bind`; the port. Raises UsageError.
+
+        Listeners stay open as long as the session lives: with MPTCP a new subflow would be refused otherwise.
+        """
         self._server_context = self._tls.context(server=True)
         for _ in range(20):
             chosen = port
             try:
                 for host in bind:
                     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                    sock = socket.socket(family, socket.SOCK_STREAM)
+                    sock = socket.socket(family, socket.SOCK_STREAM, mptcp.protocol(with_mptcp))
                     self._listeners.append(sock)
+                    if family == socket.AF_INET6:
+                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # beside 0.0.0.0
                     sock.setblocking(False)
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     sock.bind((host, chosen))
@@ -124,8 +137,12 @@ class Transport:
             return chosen
         raise NoRoom(f"no port is free on all of {', '.join(bind)}: name one")
 
-    def connect(self, peers: Sequence[PathAddress]) -> None:
-        """Dial every peer address, for ever. Raises UsageError."""
+    def connect(self, peers: Sequence[PathAddress], with_mptcp: bool = False) -> None:
+        """Dial every peer address, for ever. Raises UsageError.
+
+        With MPTCP only the first is dialled, and its connection is to spread over as many subflows as there are peers;
+        when it does not, or breaks, all are dialled as without.
+        """
         if not 0 < len(peers) <= MAX_PATHS:
             raise UsageError(f"{len(peers)} paths given: a session needs 1 to {MAX_PATHS}")
         self._client_context = self._tls.context(server=False)
@@ -134,6 +151,11 @@ class Transport:
         for key, address in enumerate(peers):
             self._dialled.append(_Dialled(address, now, self.core.settings.redial_first_s))
             self.totals[key] = Totals(str(address))
+        if with_mptcp:
+            if mptcp.available():
+                self._mptcp = len(peers)
+            else:
+                self.fallback = "this kernel has no MPTCP, or it is off (sysctl net.mptcp.enabled)"
 
     # -- from other threads
 
@@ -145,6 +167,10 @@ class Transport:
                 os.eventfd_write(self._wake_fd, 1)
             except OSError:
                 pass  # it is closed: the thread is at its end
+
+    def address(self, key: int) -> PathAddress | None:
+        """Where the path of that key leads; None at the listener."""
+        return self._dialled[key].address if key < len(self._dialled) else None
 
     def wire_bytes(self) -> tuple[int, int]:
         """Bytes of TLS records sent and received so far."""
@@ -189,6 +215,8 @@ class Transport:
                 self._drop(connection, PeerError(path.why))
         if moved:
             self._changed(set())
+        if self._mptcp:
+            timeout = min(timeout, self._count_subflows(now))
         timeout = min(timeout, self._dial(now))
         timeout = min(timeout, self._expire(now))
         busy = False
@@ -251,7 +279,8 @@ class Transport:
             tcp = connection.tcp_state()
             with self._lock:
                 before = self.core.progress
-                self.core.path(key).on_tcp(*tcp, now)
+                if tcp is not None:
+                    self.core.path(key).on_tcp(tcp[0], tcp[1], now, tcp[2])
                 out = self.core.output(key, now)
                 moved = self.core.progress != before
             if moved:
@@ -296,9 +325,39 @@ class Transport:
         except (HaulierError, OSError) as e:
             self._drop(connection, e)
 
+    def _count_subflows(self, now: float) -> float:
+        """Look whether MPTCP does what it should; seconds until the next look."""
+        connection = self._open.get(0)
+        if connection is None:
+            return 60.0
+        self.subflows = connection.subflows()
+        if self._verified:
+            return 1.0
+        if self.subflows >= self._mptcp:
+            self._verified = True
+            log.info("MPTCP to %s has %d subflows", connection.peer, self.subflows)
+        elif not self.subflows:
+            self._no_mptcp("the peer, or something on the way, speaks plain TCP only")
+        elif now >= self._verify_by:
+            self._no_mptcp(f"only {self.subflows} of {self._mptcp} subflows came up")
+        return 0.05
+
+    def _no_mptcp(self, why: str) -> None:
+        """Several connections instead of one."""
+        log.warning("no MPTCP to %s: %s", self.core.peer, why)
+        self._mptcp = self.subflows = 0
+        self.fallback = why
+        if (connection := self._open.get(0)) is not None:
+            self._drop(connection, PeerError(why))
+            self._dialled[0].next_at = self._clock()
+
     def _drop(self, connection: Connection, why: BaseException) -> None:
         """Close a connection that failed; dial again if it was ours."""
         now = self._clock()
+        if self._mptcp and self._dialled and connection is self._dialled[0].connection:
+            # Its first address may be the one that is gone, and MPTCP always begins with that.
+            self._mptcp = self.subflows = 0
+            self.fallback = f"its connection was lost ({why})"
         self._unregister(connection.fileno())
         self.tx += connection.tx
         self.rx += connection.rx
@@ -380,7 +439,10 @@ class Transport:
         log.info("path %s up, %s", connection.name, connection.peer)
         with self._lock:
             self.core.peer = connection.peer
-            self.core.path_up(key, connection.name, self._clock(), connection.rtt)
+            cost = self._dialled[key].address.cost if self._dialled else 0
+            self.core.path_up(key, connection.name, self._clock(), connection.rtt, cost)
+        if self._mptcp:
+            self._verify_by = self._clock() + self.core.settings.subflows_s
         self._changed(set())
         # What came in with the hello goes first: the peer's state may spare us sending again what it has.
         self._read(key, connection)
@@ -390,14 +452,14 @@ class Transport:
         soonest = 60.0
         s = self.core.settings
         for key, dialled in enumerate(self._dialled):
-            if dialled.connection is not None:
+            if dialled.connection is not None or (self._mptcp and key):
                 continue
             if now < dialled.next_at:
                 soonest = min(soonest, dialled.next_at - now)
                 continue
             assert self._client_context is not None
             try:
-                sock = Connection.dial(dialled.address)
+                sock = Connection.dial(dialled.address, with_mptcp=bool(self._mptcp))
             except (HaulierError, OSError) as e:
                 self._redial_later(dialled, now, e)
                 continue

@@ -1,0 +1,52 @@
+"""`ip` and `bridge` of iproute2, in the network namespace of the caller."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import Any, Final
+
+from haulier.errors import HaulierError, Unsupported
+
+PATIENCE_S: Final = 20.0
+
+
+def run(words: Sequence[str], given: str | None = None) -> str:
+    """Runs a command of iproute2; its output. HaulierError with what it said, Unsupported if it is not installed."""
+    try:
+        done = subprocess.run(
+            list(words),
+            input=given,
+            stdin=subprocess.DEVNULL if given is None else None,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+            # An agent under systemd may have a PATH without sbin.
+            env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin", "LC_ALL": "C"},
+        )
+    except FileNotFoundError:
+        raise Unsupported(f"{words[0]} is not installed: install iproute2") from None
+    except subprocess.TimeoutExpired:
+        raise HaulierError(
+            f"{' '.join(words)} did not end within {PATIENCE_S:g} s: see whether the host hangs"
+        ) from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()[-300:]
+        shown = given.strip().replace("\n", "; ") if given else ""
+        raise HaulierError(f"{' '.join(words)} failed ({said}){': ' + shown[:500] if shown else ''}")
+    return done.stdout
+
+
+def batch(lines: Sequence[str]) -> None:
+    """Lines of `ip`, one process for all, up to the first that fails."""
+    if lines:
+        run(["ip", "-batch", "-"], "\n".join(lines) + "\n")
+
+
+def facts(*words: str) -> list[dict[str, Any]]:
+    """What `ip -j WORDS` tells; empty entries left out."""
+    found = json.loads(run(["ip", "-j", *words]) or "[]")
+    return [entry for entry in found if isinstance(entry, dict) and entry]
