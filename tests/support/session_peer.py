@@ -3,6 +3,8 @@
     python -m tests.support.session_peer listen CERTS SITE PEER
     python -m tests.support.session_peer connect CERTS SITE PEER COUNT HOST:PORT...
 
+With `mptcp` as the last word both speak MPTCP where they can.
+
 The listener prints its port, then, when the session is over, what it got. The connector sends COUNT numbered
 messages of 100 kB, prints `under way` after a quarter (so that faults come in the middle), then its figures.
 """
@@ -26,11 +28,15 @@ def message(n: int) -> bytes:
 
 
 def main() -> None:
+    mptcp = sys.argv[-1] == "mptcp"
+    del sys.argv[len(sys.argv) - mptcp :]
     mode, certs, site, peer = sys.argv[1:5]
     directory = Path(certs)
     tls = TlsConfig(directory / f"{site}.pem", directory / f"{site}.key", directory / "ca.pem", peer)
-    if mode == "listen":
-        session = Session.listen(tls, SECRET)
+    if mode.startswith("listen"):
+        session = Session.listen(
+            tls, SECRET, bind=("0.0.0.0", "::") if mode == "listen6" else ("0.0.0.0",), mptcp=mptcp
+        )
         got: list[bool] = []
         session.on(1, lambda data: got.append(data == message(len(got))))
         print(session.port, flush=True)
@@ -40,7 +46,8 @@ def main() -> None:
     else:
         count = int(sys.argv[5])
         pairs = (word.rsplit(":", 1) for word in sys.argv[6:])
-        session = Session.connect(tls, SECRET, [PathAddress(host, int(port)) for host, port in pairs])
+        peers = [PathAddress(host.strip("[]"), int(port)) for host, port in pairs]
+        session = Session.connect(tls, SECRET, peers, mptcp=mptcp)
         session.wait_connected(20)
         try:
             for n in range(count):
@@ -55,6 +62,7 @@ def main() -> None:
             "rtt_s": session.rtt_s(),
             "paths": [asdict(path) for path in session.paths()],
             "wire": session.wire_bytes(),
+            "transport": session.transport(),
         }
         session.close()
     print(json.dumps(result | {"error": str(session.error or "")}), flush=True)

@@ -129,7 +129,7 @@ def create_authority(site: Site) -> None:
     write_atomically(site.ca_key, _private_pem(key), 0o600)
     write_atomically(site.ca_certificate, certificate.public_bytes(serialization.Encoding.PEM))
     own, request = new_request(site.name)
-    install(site, own, sign(site, site.name, request, (site.control_host, *site.bulk)))
+    install(site, own, sign(site, site.name, request, (site.control_host, *site.reachable())))
 
 
 def new_request(name: str) -> tuple[bytes, bytes]:

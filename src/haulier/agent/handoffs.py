@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.agent.core import Core
-from haulier.agent.site import check_name
+from haulier.agent.site import check_name, check_transport
 from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, UsageError
 from haulier.handoff import recovery, spawning, worker
 from haulier.handoff.custody import record_of
@@ -256,6 +256,10 @@ class Handoffs:
 def _check_options(options: Options) -> None:
     if options.disk not in ("full", "on-demand"):
         raise UsageError(f"a disk cannot go {options.disk[:40]!r}: give full or on-demand")
+    if options.transport:
+        check_transport(options.transport)
+    if options.paths not in ("cheap", "all", "deadline"):
+        raise UsageError(f"there is no choice of paths {options.paths[:40]!r}: give cheap, all or deadline")
     if not 10 <= options.downtime_ms <= 60_000:
         raise UsageError(f"a downtime of {options.downtime_ms} ms cannot be aimed for: give 10 to 60000")
     if not 0 <= options.deadline_s < 1e7 or not 0 < options.stall_s < 1e7 or not -50 <= options.level <= 19:

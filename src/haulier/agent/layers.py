@@ -30,6 +30,7 @@ from haulier.handoff.ownership import MAY_RUN, State
 from haulier.images import arrival, commit, layers
 from haulier.images.messages import PushAccept, PushOffer
 from haulier.images.push import Push
+from haulier.network import paths as networks
 from haulier.session import Session, TlsConfig
 from haulier.units import MIB
 
@@ -266,7 +267,9 @@ class Layers:
 
         def work(progress: Progress) -> dict[str, Any]:
             with self.core.alone(f"push of {request.name} to {peer.name}", "under way"), self.store.sibling() as own:
-                pushing = Push(own, self.site.golden, self._tls(peer.name), request.name, progress, warm=request.warm)
+                find = partial(networks.find, rules=self.site.paths, explore=self.site.explores)
+                tls = self._tls(peer.name)
+                pushing = Push(own, self.site.golden, tls, request.name, progress, warm=request.warm, find=find)
                 return pushing.run(_PushPeer(client)) | {"source": self.site.name, "target": peer.name}
 
         return self.core.jobs.start("push", request.name, work)
@@ -279,7 +282,7 @@ class Layers:
         accept = arrival.look(self.store, self.site.golden, offer)
         if arrival.complete(offer, accept):
             return accept
-        session = Session.listen(self._tls(caller), bytes.fromhex(offer.secret), bind=self.site.bulk)
+        session = Session.listen(self._tls(caller), bytes.fromhex(offer.secret), bind=self.site.listening())
 
         def work(progress: Progress) -> dict[str, Any]:
             try:
@@ -298,7 +301,7 @@ class Layers:
             return {"images": [name for name, _ in offer.images]}
 
         self.core.jobs.start("arrival", offer.images[-1][0], work)
-        return msgspec.structs.replace(accept, port=session.port, bulk=self.site.bulk)
+        return msgspec.structs.replace(accept, port=session.port, bulk=self.site.reachable())
 
     def _fetch(
         self,

@@ -1,6 +1,6 @@
 """A site's directory: what lies where, and the settings in ``site.toml``.
 
-site.toml      name, control address, bulk addresses, moved_hook, store budget, cache policy
+site.toml      name, control address, bulk addresses, paths, moved_hook, store budget, cache policy
 tls/           ca.pem, site.pem, site.key; ca.key only at the site that made the fleet
 journal.sqlite who owns which guest, handoffs, known sites
 store/         chunks and manifests
@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from haulier.errors import Conflict, Corrupt, UnknownThing, UsageError
+from haulier.network import addresses
+from haulier.network.paths import AUTO, Rule, read_rules
 from haulier.policy.model import check_policy
 
 DEFAULT_ROOT = Path("/var/lib/haulier")
@@ -51,6 +53,13 @@ def check_host(host: str, what: str) -> str:
         if not _HOST.fullmatch(host):
             raise UsageError(f"bad {what} {host[:80]!r}: give an IP address or a host name") from None
     return host
+
+
+def check_transport(transport: str) -> str:
+    """`transport` if there is one of that name; UsageError otherwise."""
+    if transport not in ("striping", "mptcp"):
+        raise UsageError(f"there is no transport {transport[:40]!r}: give striping or mptcp")
+    return transport
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -98,7 +107,8 @@ class Site:
     """One site as configured on this host.
 
     `control` is "host:port" of the HTTPS API; `bulk` are the addresses on which handoffs arrive, one for each
-    path (at least one: the control host, if none is configured); `store_budget` is in bytes, 0 = no limit.
+    path (at least one: the control host, if none is configured; "auto": those of all uplinks of the host);
+    `store_budget` is in bytes, 0 = no limit.
     """
 
     root: Path
@@ -121,6 +131,10 @@ class Site:
     """Of a coordinator at this site: postgresql://..., or empty for a file of its own."""
     cache_policy: str = ""
     """Of haulier.policy; empty = the default."""
+    transport: str = ""
+    """"striping" (also when empty) or "mptcp": how bytes go over several paths, unless a handoff says otherwise."""
+    paths: tuple[Rule, ...] = ()
+    """Caps and costs of uplinks, ``[[path]]`` in site.toml."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "site")
@@ -129,8 +143,12 @@ class Site:
             object.__setattr__(self, "bulk", (host,))
         for address in self.bulk:
             check_host(address, "bulk address")
+        if AUTO in self.bulk and len(self.bulk) > 1:
+            raise UsageError(f"bulk addresses {', '.join(self.bulk)}: give either {AUTO!r} or addresses")
         if self.cache_policy:
             check_policy(self.cache_policy)
+        if self.transport:
+            check_transport(self.transport)
 
     # -- configuration
 
@@ -151,7 +169,7 @@ class Site:
         known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int}
         known |= {"ram": str, "cache_policy": str}
         known |= {"origin": str, "origin_endpoint": str, "origin_cost": int}
-        known |= {"coordinator": str, "database": str}
+        known |= {"coordinator": str, "database": str, "transport": str, "path": list}
         for key, value in data.items():
             if key not in known:
                 raise Corrupt(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")
@@ -161,7 +179,8 @@ class Site:
             if key not in data:
                 raise Corrupt(f"{path}: {key} is missing")
         try:
-            return Site(root=root, **{**data, "bulk": tuple(str(a) for a in data.get("bulk", ()))})
+            rules = read_rules(data.pop("path", []))
+            return Site(root=root, paths=rules, **{**data, "bulk": tuple(str(a) for a in data.get("bulk", ()))})
         except UsageError as error:
             raise Corrupt(f"{path}: {error}") from None
 
@@ -278,6 +297,26 @@ class Site:
     def handoff_root(self, handoff: str) -> Path:
         """Directory of one handoff; UsageError for an id that is none."""
         return self.handoffs / check_name(handoff, "handoff")
+
+    def reachable(self) -> tuple[str, ...]:
+        """Where others can bring bytes to: the bulk addresses, or (auto) those of this host's uplinks as they are now.
+
+        HaulierError if the host does not tell.
+        """
+        if self.bulk != (AUTO,):
+            return self.bulk
+        return addresses.own_addresses(addresses.uplinks()) or (self.control_host,)
+
+    @property
+    def explores(self) -> bool:
+        """Paths are looked for among all uplinks, as their caps and costs, or "auto", ask for."""
+        return bool(self.paths) or self.bulk == (AUTO,)
+
+    def listening(self) -> tuple[str, ...]:
+        """What to bind for `reachable`."""
+        if self.bulk != (AUTO,):
+            return self.bulk
+        return tuple(sorted({"::" if ":" in address else "0.0.0.0" for address in self.reachable()}))
 
     @property
     def control_host(self) -> str:

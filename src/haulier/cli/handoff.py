@@ -59,6 +59,13 @@ def handoff(
     disk: Annotated[
         str, Parameter(help="full, or on-demand: data at rest stays here and follows when it is read.")
     ] = "full",
+    transport: Annotated[
+        str, Parameter(help="striping over a connection for each path, or mptcp [default: as site.toml says].")
+    ] = "",
+    paths: Annotated[
+        str,
+        Parameter(help="Those that cost something: cheap = only when no other works, all, deadline = only to keep it."),
+    ] = "deadline",
     detach: Annotated[bool, Parameter(negative="", help="Do not wait for the end.")] = False,
     root: Root = None,
     json: Json = False,
@@ -72,6 +79,7 @@ def handoff(
     """
     agent = client(root)
     options = {"downtime_ms": downtime, "check": check, "deadline_s": deadline, "level": level, "disk": disk}
+    options |= {"transport": transport, "paths": paths}
     with _interrupts() as interrupts:
         now = agent.start_handoff(guest, to, options)
         if detach:

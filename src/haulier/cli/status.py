@@ -76,6 +76,7 @@ def _one(facts: dict[str, object]) -> None:
     if facts["state"] != "ended" and isinstance(state, dict):
         rows += [(key, state[key]) for key in ("phase", "message", "progress", "eta_s", "wire_bytes") if key in state]
     report = facts.get("report")
+    rows += path_rows(report, state)
     layers = report.get("layers") if isinstance(report, dict) else None
     if not layers and isinstance(state, dict):
         layers = state.get("layers")
@@ -84,6 +85,22 @@ def _one(facts: dict[str, object]) -> None:
         for phase in report.get("phases", []):
             rows.append((f"phase {phase.get('name')}", f"{phase.get('seconds')} s, {phase.get('wire_bytes')} bytes"))
     print_table(("", ""), rows)
+
+
+def path_rows(report: object, state: object) -> list[tuple[str, object]]:
+    """How the bytes travelled, and what each path carried, at which rate and round trip, losing how much."""
+    wire = report.get("wire") if isinstance(report, dict) else None
+    found = wire if isinstance(wire, dict) else state if isinstance(state, dict) else {}
+    rows: list[tuple[str, object]] = [("transport", found["transport"])] if found.get("transport") else []
+    for each in found.get("paths", []):
+        text = f"{size(each['acked'])}, {each['rate_bps'] / 1e6:.1f} Mbit/s, {each['rtt_s'] * 1000:.0f} ms"
+        text += f", {100 * each.get('loss', 0):.1f} % sent again"
+        if each.get("cap_bps"):
+            text += f", at most {each['cap_bps'] / 1e6:g} Mbit/s"
+        if each.get("cost"):
+            text += f", cost {each['cost']}" + (", in reserve" if each.get("held") else "")
+        rows.append((f"path {each['name']}", text if each["up"] else f"{text}, down"))
+    return rows
 
 
 def layer_rows(layers: dict[str, dict[str, int]]) -> list[tuple[str, object]]:

@@ -356,7 +356,6 @@ class ContainerSource(SourceHandoff):
         marks = self._marks
         running = marks.get("running", done)
         check_s = float(self.report.get("check", {}).get("seconds", 0.0))
-        sent, received = self._session.wire_bytes()
         return {
             "handoff": self.job.handoff,
             "guest": self.spec.name,
@@ -378,7 +377,7 @@ class ContainerSource(SourceHandoff):
                 for key in (*MARKS, "token", "running")
                 if key in marks
             },
-            "wire": {"sent": sent, "received": received, "paths": self.progress.status.paths},
+            "wire": self._wire(),
             "rate_bps": self._rate,
             "rtt_s": self._session.rtt_s(),
             "memory": {

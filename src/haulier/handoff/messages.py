@@ -48,6 +48,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Give up when nothing was acknowledged for this long although the link is up."""
     disk: str = "full"
     """"full", or "on-demand": data at rest stays at the source, and follows when it is read, or little by little."""
+    transport: str = ""
+    """"striping" over a connection for each path, or "mptcp"; "" = as the source's site.toml says."""
+    paths: str = "deadline"
+    """Of paths that cost something: "cheap" = none while another works, "all", or "deadline" = if it is missed else."""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +143,8 @@ class Status(msgspec.Struct, kw_only=True):
     port: int = 0
     """At the target: where its session listens."""
     paths: list[dict[str, Any]] = []
+    transport: str = ""
+    """At the source: how the bytes travel, and why not as was asked for."""
     layers: dict[str, dict[str, int]] = {}
     """At the source: chunks and wire bytes of the disk by layer (base, application, instance)."""
 

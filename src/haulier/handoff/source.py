@@ -71,7 +71,8 @@ from haulier.images import common
 from haulier.images.layers import INSTANCE, LAYERS, chain, split_of
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import SourceProxy
-from haulier.session import PathAddress, Session, TlsConfig
+from haulier.network import paths as networks
+from haulier.session import Session, TlsConfig
 from haulier.units import CHUNK, PAGE
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,9 @@ class SourceHandoff:
         self._marks: dict[str, float] = {}
         self._stop_event: QmpEvent | None = None
         self._over = threading.Event()
+        self._transport = job.options.transport or site.transport or "striping"
+        self._host_network = contextlib.ExitStack()
+        self._spender: networks.Spender | None = None
         self.left_alone = threading.Event()
         """The other site's worker is gone, by the word of its agent: set from outside."""
 
@@ -229,6 +233,10 @@ class SourceHandoff:
         status.rate_bps = self._rate = self._rates.add(time.monotonic(), session.rate_bps())
         status.rtt_s = session.rtt_s()
         status.paths = [msgspec.to_builtins(path) for path in session.paths()]
+        status.transport = session.transport()
+        if self._spender is not None:
+            now = time.time()
+            session.may_spend(self._spender.look(now, now - self._marks["begin"], status.eta_s))
         if self._sender is not None:
             status.layers = {name: asdict(layer) for name, layer in list(self._sender.layers.items())}
 
@@ -281,7 +289,7 @@ class SourceHandoff:
             golden=golden_manifest(self._store, self.spec.golden) is not None,
             accelerator=self._accelerator(),
             host=self._host(),
-            options=self.job.options,
+            options=msgspec.structs.replace(self.job.options, transport=self._transport),
         )
         self._manifest = manifest
         with ThreadPoolExecutor(1, thread_name_prefix="prepare-disk") as pool:
@@ -300,11 +308,22 @@ class SourceHandoff:
     def _connect(self, offer: Offer, accept: Accept) -> None:
         self.progress.phase("connect", f"connecting to {self.job.peer}")
         site = self.site
+        ways = networks.find(accept.bulk, accept.port, site.paths, explore=site.explores)
+        mptcp = self._transport == "mptcp" and len(ways) > 1
+        if mptcp:
+            # What it is missing, the count of subflows will show; the session then has a connection for each path.
+            missing = self._host_network.enter_context(networks.spread(ways, site.run))
+            if missing:
+                log.warning("MPTCP is not set up at site %s: %s", site.name, missing)
         session = self._session = Session.connect(
             TlsConfig(site.certificate, site.key, site.ca_certificate, self.job.peer),
             bytes.fromhex(offer.secret),
-            peers=[PathAddress(host, accept.port, None) for host in accept.bulk],
+            peers=[way.address(accept.port) for way in ways],
+            mptcp=mptcp,
         )
+        options = self.job.options
+        self._spender = networks.Spender(options.paths, options.deadline_s, [way.rule.cost for way in ways])
+        session.may_spend(self._spender.cost)
         self._control = Control(session, self.job.peer, self._check)
         self._control.wait_connected(CONNECT_S)
         self._control.compare_clocks()
@@ -696,7 +715,6 @@ class SourceHandoff:
         begin, stop = marks["begin"], marks["stop"]
         running = marks.get("running", done)
         check_s = float(self.report.get("check", {}).get("seconds", 0.0))
-        sent, received = self._session.wire_bytes()
         counters = self._pump.proxy.counters
         ram = self.qemu.query_migrate().get("ram", {})
         return {
@@ -715,7 +733,7 @@ class SourceHandoff:
             "running_at": running,
             "clock_offset_s": self._control.clock_offset if self._control else 0.0,
             "switchover_ms": {key: round((marks[key] - stop) * 1000, 1) for key in SWITCHOVER_MARKS if key in marks},
-            "wire": {"sent": sent, "received": received, "paths": self.progress.status.paths},
+            "wire": self._wire(),
             "rate_bps": self._rate,
             "rtt_s": self._session.rtt_s(),
             "memory": {
@@ -735,6 +753,13 @@ class SourceHandoff:
             },
             "layers": self._by_layer(self._sender),
         }
+
+    def _wire(self) -> dict[str, Any]:
+        """Bytes between the two workers, and what each path had a part in it."""
+        assert self._session is not None
+        sent, received = self._session.wire_bytes()
+        status = self.progress.status
+        return {"sent": sent, "received": received, "transport": status.transport, "paths": status.paths}
 
     def _by_layer(self, sender: DiskSender) -> dict[str, dict[str, int]]:
         """What each layer of the disk is large and what was sent of it; the guest's state counts as instance."""
@@ -793,6 +818,7 @@ class SourceHandoff:
         self.report["phases"] = self.progress.phases
         if self._session is not None:
             self._session.close(linger_s=3)
+        self._host_network.close()
         self._let_go()
         self._store.close()
         self.progress.write(force=True)

@@ -164,7 +164,7 @@ def accept(
     port = _await_port(site, offer.handoff, process)
     answer = Accept(
         port=port,
-        bulk=site.bulk,
+        bulk=site.reachable(),
         manifest=bool(job.manifest),
         golden=job.golden,
         memory_base=memory_base,

@@ -111,7 +111,8 @@ class TargetHandoff:
         session = Session.listen(
             TlsConfig(site.certificate, site.key, site.ca_certificate, self.job.peer),
             bytes.fromhex(self.offer.secret),
-            bind=site.bulk,
+            bind=site.listening(),
+            mptcp=self.offer.options.transport == "mptcp",
         )
         self.control = Control(session, self.job.peer, self._check)
         try:

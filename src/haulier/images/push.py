@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -42,10 +42,13 @@ from haulier.images.messages import (
     Ready,
 )
 from haulier.images.talk import Talk
-from haulier.session import PathAddress, Session, TlsConfig
+from haulier.network import paths as networks
+from haulier.session import Session, TlsConfig
 from haulier.units import CHUNK
 
 Progress = Callable[[float, str], None]
+FindPaths = Callable[[Sequence[str], int], list[networks.Way]]
+"""Addresses of the other site and a port there -> the paths to it."""
 SLOW_BPS: Final = 40e6
 TELL_S: Final = 0.3
 KEEP_S: Final = 1800.0
@@ -76,7 +79,15 @@ class Push:
     """One push of image `name` to a site. `run` returns a report; raises what went wrong; may be repeated."""
 
     def __init__(
-        self, store: ChunkStore, goldens: Path, tls: TlsConfig, name: str, progress: Progress, *, warm: bool = True
+        self,
+        store: ChunkStore,
+        goldens: Path,
+        tls: TlsConfig,
+        name: str,
+        progress: Progress,
+        *,
+        warm: bool = True,
+        find: FindPaths = networks.find,
     ) -> None:
         self.id = "p" + secrets.token_hex(6)
         self._store = store
@@ -85,6 +96,7 @@ class Push:
         self._name = name
         self._progress = progress
         self._warm = warm
+        self._find = find
         self._total = 0
         self._done = 0
         self._sender: DiskSender | None = None
@@ -150,7 +162,7 @@ class Push:
     # -- the session
 
     def _send(self, loads: list[Load], offer: PushOffer, accept: PushAccept) -> int:
-        paths = [PathAddress(host, accept.port, None) for host in accept.bulk]
+        paths = [way.address(accept.port) for way in self._find(accept.bulk, accept.port)]
         session = Session.connect(self._tls, bytes.fromhex(offer.secret), peers=paths)
         talk = Talk(session, str(self._tls.peer_name), self._check)
         watch = threading.Thread(target=self._watch, args=(session,), name="push", daemon=True)

@@ -1,0 +1,203 @@
+"""From a site's settings and another site's addresses to the paths of a session."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from haulier.errors import HaulierError, UsageError
+from haulier.network import addresses, discovery, mptcp
+from haulier.network.addresses import Uplink
+from haulier.session import PathAddress
+
+AUTO: Final = "auto"
+"""Instead of bulk addresses: whatever uplinks the host has."""
+MAX_RULES: Final = 16
+MAX_COST: Final = 1000
+_KEYS: Final = frozenset({"uplink", "cap_mbps", "cost"})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the operator says of an uplink (an interface or an address here): bits per second at most, and its cost."""
+
+    uplink: str
+    cap_bps: float = 0.0
+    cost: int = 0
+
+
+def read_rules(tables: Sequence[Mapping[str, Any]]) -> tuple[Rule, ...]:
+    """The ``[[path]]`` tables of site.toml. UsageError for one that makes no sense. Pure."""
+    if len(tables) > MAX_RULES:
+        raise UsageError(f"{len(tables)} tables [[path]]: at most {MAX_RULES} are allowed")
+    rules = []
+    for table in tables:
+        if not isinstance(table, Mapping) or not set(table) <= _KEYS:
+            raise UsageError(f"a table [[path]] has the keys {', '.join(sorted(_KEYS))}, not {str(table)[:80]}")
+        uplink, cap, cost = table.get("uplink"), table.get("cap_mbps", 0), table.get("cost", 0)
+        if not isinstance(uplink, str) or not 0 < len(uplink) < 64:
+            raise UsageError('a table [[path]] names its uplink, an interface or an address here: uplink = "wwan0"')
+        if isinstance(cap, bool) or not isinstance(cap, int | float) or not 0 <= cap < 1e6 or math.isnan(cap):
+            raise UsageError(f"[[path]] {uplink}: cap_mbps = {str(cap)[:40]}: give Mbit/s, 0 for no limit")
+        if isinstance(cost, bool) or not isinstance(cost, int) or not 0 <= cost <= MAX_COST:
+            raise UsageError(f"[[path]] {uplink}: cost = {str(cost)[:40]}: give 0 (always used) to {MAX_COST}")
+        rules.append(Rule(uplink, cap * 1e6, cost))
+    return tuple(rules)
+
+
+def rule_for(uplink: Uplink | None, rules: Sequence[Rule]) -> Rule:
+    """The rule that names the uplink's address, else its interface, else one without cap and cost. Pure."""
+    if uplink is not None:
+        for word in (uplink.address, uplink.interface):
+            for rule in rules:
+                if rule.uplink == word:
+                    return rule
+    return Rule("")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A path before it is dialled: the address there, and by which uplink (None: as the host routes)."""
+
+    there: str
+    uplink: Uplink | None
+    rule: Rule
+    bound: bool
+    """The uplink was chosen, not the host's routes: its packets are to leave by it."""
+
+    def address(self, port: int) -> PathAddress:
+        uplink = self.uplink if self.bound else None
+        return PathAddress(
+            self.there,
+            port,
+            uplink.interface if uplink else None,
+            uplink.address if uplink else None,
+            self.rule.cap_bps,
+            self.rule.cost,
+        )
+
+
+def find(there: Sequence[str], port: int, rules: Sequence[Rule] = (), *, explore: bool = False) -> list[Way]:
+    """The paths to `port` at the addresses `there`, cheapest first.
+
+    With `explore` every pair of an uplink here and an address there is tried, and those that answer are matched.
+    Otherwise, or where none answers, there is one path to each address, as this host routes.
+    """
+    try:
+        here = addresses.uplinks()
+    except HaulierError:
+        here = []
+    ways = []
+    if explore:
+        pairs = discovery.discover(here, there, port)
+        ways = [Way(pair.there, pair.uplink, rule_for(pair.uplink, rules), True) for pair in pairs]
+    if not ways:
+        for host in there:
+            uplink = _routed(here, host)
+            ways.append(Way(host, uplink, rule_for(uplink, rules), False))
+    return sorted(ways, key=lambda way: way.rule.cost)
+
+
+def _routed(here: Sequence[Uplink], host: str) -> Uplink | None:
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        return None
+    interface = addresses.leaving_by(host)
+    return next((u for u in here if u.interface == interface and u.version == version), None)
+
+
+def mptcp_steps(ways: Sequence[Way]) -> list[mptcp.Step]:
+    """What this host needs so that MPTCP spreads over `ways`. UsageError if it cannot: they share an uplink."""
+    known = [(way.uplink, way.there) for way in ways if way.uplink is not None]
+    if len({uplink.interface for uplink, _ in known}) < len(ways) or len({u.version for u, _ in known}) > 1:
+        raise UsageError("MPTCP needs an uplink of its own for each path, all of one IP version")
+    hops = mptcp.gateways()
+    others = []
+    for uplink, there in known[1:]:
+        direct = ipaddress.ip_address(there) in ipaddress.ip_network(uplink.network)
+        others.append((uplink, there if direct else hops.get(uplink.interface, there)))
+    return mptcp.plan(known[0][0], others)
+
+
+@contextlib.contextmanager
+def spread(ways: Sequence[Way], run: Path) -> Iterator[str]:
+    """MPTCP is set up for `ways` meanwhile; gives "", or why it is not. `run`: the site's directory for such files.
+
+    Several handoffs at once share the set-up: the last one that ends takes it away.
+    """
+    try:
+        steps = mptcp_steps(ways)
+        said = _join(steps, run / "mptcp")
+    except (HaulierError, OSError) as error:
+        yield str(error)
+        return
+    try:
+        yield said
+    finally:
+        with contextlib.suppress(HaulierError, OSError):
+            _leave(steps, run / "mptcp")
+
+
+def _users(file: Path) -> set[int]:
+    with contextlib.suppress(OSError, ValueError):
+        return {pid for pid in map(int, file.read_text().split()) if Path(f"/proc/{pid}").exists()}
+    return set()
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _join(steps: Sequence[mptcp.Step], file: Path) -> str:
+    with _locked(file):
+        users = _users(file) - {os.getpid()}
+        if not users:
+            mptcp.apply(steps)
+        file.write_text(" ".join(map(str, users | {os.getpid()})))
+    return ""
+
+
+def _leave(steps: Sequence[mptcp.Step], file: Path) -> None:
+    with _locked(file):
+        users = _users(file) - {os.getpid()}
+        if users:
+            file.write_text(" ".join(map(str, users)))
+        else:
+            mptcp.undo(steps)
+            file.unlink(missing_ok=True)
+
+
+class Spender:
+    """Decides what a handoff may spend on paths. Pure; `choice` is "cheap", "all" or "deadline"."""
+
+    def __init__(self, choice: str, deadline_s: float, costs: Sequence[int]) -> None:
+        self._levels = sorted({cost for cost in costs if cost > 0})
+        self._choice = choice
+        self._deadline_s = deadline_s
+        self._since = -math.inf
+        self.cost = self._levels[-1] if choice == "all" and self._levels else 0
+
+    def look(self, now: float, elapsed_s: float, eta_s: float) -> int:
+        """The cost that is allowed now. `eta_s`: seconds that are left at the present rate, negative if not known.
+
+        A dearer level is allowed when the end would come after nine tenths of the deadline; then it is given two
+        seconds to show in the rate. What was allowed once stays so: to go back and forth would spend more.
+        """
+        if self._choice != "deadline" or not self._deadline_s or eta_s < 0 or now - self._since < 2.0:
+            return self.cost
+        if elapsed_s + eta_s > 0.9 * self._deadline_s:
+            dearer = [level for level in self._levels if level > self.cost]
+            if dearer:
+                self.cost, self._since = dearer[0], now
+        return self.cost
