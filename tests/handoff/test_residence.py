@@ -43,6 +43,9 @@ def test_a_copy_is_thrown_away_with_all_that_belongs_to_it(lisbon: Host) -> None
         assert lisbon.qemu is None and lisbon.files() == []
         assert lisbon.manifests() == [] and lisbon.leases() == []
     assert lisbon.done == ["kill", "stop export"]
+    with ChunkStore(lisbon.site.store) as store:
+        # For the cache to keep or to give up: it serves the next attempt.
+        assert store.manifest_names("attempt/") == [f"attempt/{GUEST}"] and not store.is_pinned(f"attempt/{GUEST}")
 
 
 def test_a_copy_that_was_just_being_started_goes_too(lisbon: Host) -> None:

@@ -43,6 +43,7 @@ from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownTh
 from haulier.fetch import wire as chunk_wire
 from haulier.fetch.service import ChunkService
 from haulier.guests.accel import qemu_info
+from haulier.handoff import attempts
 from haulier.handoff.spawning import STANDBY
 
 log = logging.getLogger(__name__)
@@ -160,10 +161,15 @@ class Agent:
             ("the coordinator", REPORT_EVERY_S, self.reporter.step),
             ("the cache", CACHE_EVERY_S, self.cache.tick),
             ("the store", STORE_EVERY_S, self.health.tick),
+            ("what is kept for the next handoff", STORE_EVERY_S, self._expire),
         ):
             loop = threading.Thread(target=self._watch, args=(name, every_s, watch), name=f"watch {name}", daemon=True)
             self._loops.append(loop)
             loop.start()
+
+    def _expire(self) -> None:
+        attempts.expire(self.site)
+        attempts.expire_chunks(self.store, self.site.keep_s)
 
     def _watch(self, name: str, every_s: float, watch: Callable[[], None]) -> None:
         while not self._stopping.wait(every_s):

@@ -8,6 +8,7 @@ golden/<id>/   memory of images booted to idle
 guests/<name>/ one guest's overlay, sockets, logs
 handoffs/<id>/ job.json, status.json, report.json, worker.log
 retained/      memory left behind by guests that moved away
+attempts/      memory left by handoffs that came to nothing, and by prefetches
 run/agent.sock the local control socket
 """
 
@@ -135,6 +136,10 @@ class Site:
     """"striping" (also when empty) or "mptcp": how bytes go over several paths, unless a handoff says otherwise."""
     paths: tuple[Rule, ...] = ()
     """Caps and costs of uplinks, ``[[path]]`` in site.toml."""
+    keep_bytes: int = 8 << 30
+    """Budget of `retained` and `attempts` together; 0 = keep nothing of attempts."""
+    keep_s: int = 3 * 86400
+    """Age at which they go."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "site")
@@ -149,6 +154,8 @@ class Site:
             check_policy(self.cache_policy)
         if self.transport:
             check_transport(self.transport)
+        if not 0 <= self.keep_bytes < 1 << 60 or not 0 <= self.keep_s < 1 << 40:
+            raise UsageError("keep_bytes and keep_s are bytes and seconds, 0 or more")
 
     # -- configuration
 
@@ -167,7 +174,7 @@ class Site:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise Corrupt(f"{path} is not valid TOML ({error}): mend it by hand") from None
         known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int}
-        known |= {"ram": str, "cache_policy": str}
+        known |= {"ram": str, "cache_policy": str, "keep_bytes": int, "keep_s": int}
         known |= {"origin": str, "origin_endpoint": str, "origin_cost": int}
         known |= {"coordinator": str, "database": str, "transport": str, "path": list}
         for key, value in data.items():
@@ -267,6 +274,10 @@ class Site:
     @property
     def retained(self) -> Path:
         return self.root / "retained"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
 
     @property
     def run(self) -> Path:

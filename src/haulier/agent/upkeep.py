@@ -26,7 +26,7 @@ from haulier.containers.runc import runc_version
 from haulier.errors import HaulierError, Unsupported
 from haulier.guests.accel import probe, qemu_version
 from haulier.guests.tap import BRIDGE, check_bridge
-from haulier.handoff import residence
+from haulier.handoff import attempts, residence
 from haulier.units import MIB
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ def collect(core: Core, store: ChunkStore, cache: Cache, request: GcRequest) -> 
             progress(0.1, "handoffs that are over")
             leases, manifests = _over(core, store)
             files = _old_files(core, store, request.dry_run)
+            files += attempts.expire(core.site, everything=request.everything, dry_run=request.dry_run)
+            if not request.dry_run:
+                files += attempts.expire_chunks(store, 0 if request.everything else core.site.keep_s)
             progress(0.2, "chunks")
             report = cache.collect(request.dry_run, request.everything, leases, manifests)
         over = [*leases, *manifests, *files]

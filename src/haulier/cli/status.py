@@ -27,8 +27,9 @@ def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None
         return
     handoffs = agent.handoffs()
     residuals = agent.get("/v1/residuals")
+    kept = agent.get("/v1/kept")
     if json:
-        print_json({"handoffs": handoffs, "residuals": residuals})
+        print_json({"handoffs": handoffs, "residuals": residuals, **kept})
         return
     print_table(
         ("HANDOFF", "GUEST", "FROM", "TO", "BEGUN", "STATE", "PROGRESS", "ETA"),
@@ -47,6 +48,18 @@ def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None
         ],
     )
     _residuals(residuals)
+    _kept(kept)
+
+
+def _kept(found: dict[str, Any]) -> None:
+    """What makes the next handoff of a guest short: left by one that was cut, by a prefetch, or by the last stay."""
+    if found["kept"]:
+        print()
+        rows = [
+            (one["guest"], one["kind"], one["peer"], size(one["bytes"]), f"{one['age_s'] / 60:.0f} min")
+            for one in found["kept"]
+        ]
+        print_table(("GUEST", "KEPT FOR", "SITE", "SIZE", "AGE"), rows)
 
 
 def _residuals(residuals: dict[str, Any]) -> None:

@@ -145,6 +145,8 @@ class Status(msgspec.Struct, kw_only=True):
     paths: list[dict[str, Any]] = []
     transport: str = ""
     """At the source: how the bytes travel, and why not as was asked for."""
+    memory_base: str = ""
+    """The picture of memory that this side's mirror began with."""
     layers: dict[str, dict[str, int]] = {}
     """At the source: chunks and wire bytes of the disk by layer (base, application, instance)."""
 
@@ -176,6 +178,29 @@ class PrepareMemory(Message, frozen=True, tag="prepare-memory"):
     """S>T: start a stopped QEMU and connect the mirror."""
 
     memory_base: str
+
+
+class Compare(Message, frozen=True, tag="compare"):
+    """S>T: digests of regions of the picture that an earlier attempt left (`haulier.memory.salvage`)."""
+
+    regions: bytes
+
+
+class Unlike(Message, frozen=True, tag="unlike"):
+    """T>S: numbers of the regions that differ (u32, little-endian), and a digest for each page of them."""
+
+    regions: bytes
+    pages: bytes
+
+
+class GiveUp(Message, frozen=True, tag="give-up"):
+    """S>T: one bit for each of those pages: it differs, and is zero from now on."""
+
+    pages: bytes
+
+
+class GivenUp(Message, frozen=True, tag="given-up"):
+    """T>S: both pictures are equal now."""
 
 
 class MemoryReady(Message, frozen=True, tag="memory-ready"):
@@ -239,7 +264,22 @@ class Failed(Message, frozen=True, tag="failed"):
 
 
 AnyMessage = (
-    Base | BaseReady | Heat | PrepareMemory | MemoryReady | Prepared | Clock | Arrived | Own | Running | Finish | Failed
+    Base
+    | BaseReady
+    | Heat
+    | PrepareMemory
+    | Compare
+    | Unlike
+    | GiveUp
+    | GivenUp
+    | MemoryReady
+    | Prepared
+    | Clock
+    | Arrived
+    | Own
+    | Running
+    | Finish
+    | Failed
 )
 
 _ENCODER = msgspec.msgpack.Encoder()

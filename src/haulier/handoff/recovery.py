@@ -14,14 +14,17 @@ import signal
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
 import psutil
 
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
 from haulier.errors import HaulierError, PeerError
+from haulier.handoff import attempts, retained
 from haulier.handoff.custody import Happened, happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
+from haulier.handoff.messages import Status
 from haulier.handoff.ownership import Action, Event, State, step
 from haulier.handoff.residence import (
     adopt,
@@ -256,9 +259,24 @@ def _forget(site: Site, row: HandoffRow) -> None:
         store.drop_lease(lease_of(row.id))
 
 
+def _keep_attempt(site: Site, journal: Journal, row: HandoffRow) -> None:
+    """What a worker that died has sent or received so far serves the next attempt."""
+    guest = journal.find_guest(row.guest)
+    with contextlib.suppress(HaulierError, OSError, msgspec.MsgspecError):
+        spec = spec_of(guest) if guest is not None else None
+        if spec is None or spec.container is not None:
+            return
+        status = msgspec.json.decode((site.handoff_root(row.id) / "status.json").read_bytes(), type=Status)
+        base = retained.open_base(site, row.guest, spec.uuid, status.memory_base)
+        meta = attempts.Attempt(handoff=row.id, guest=row.guest, uuid=spec.uuid, peer=row.peer)
+        attempts.keep(site, meta, site.mirror(row.id), base)
+
+
 def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str) -> None:
     # What a worker that was killed was just writing.
     (site.handoff_root(row.id) / "status.new").unlink(missing_ok=True)
+    if outcome == "failed":
+        _keep_attempt(site, journal, row)
     site.mirror(row.id).unlink(missing_ok=True)
     shutil.rmtree(images_dir(site, row.id), ignore_errors=True)
     detail = dict(journal.handoff(row.id).detail)

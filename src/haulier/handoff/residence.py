@@ -25,6 +25,7 @@ from haulier.guests.model import GuestSpec
 from haulier.guests.process import started_as
 from haulier.guests.qemu import GuestPaths, Qemu
 from haulier.guests.tap import delete_tap, tap_name
+from haulier.handoff import attempts
 from haulier.handoff.journal import GuestRow
 
 HOOK_S = 10.0
@@ -139,10 +140,14 @@ def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> float:
 
 
 def discard_copy(site: Site, guest: str, handoff: str) -> None:
-    """Throws a copy away: QEMU, export, tap, files, the manifest that pinned its chunks, their lease."""
+    """Throws a copy away: QEMU, export, tap, files, the manifest that pinned its chunks, their lease.
+
+    The chunks themselves stay in the cache for the next attempt.
+    """
     clear(site, guest)
     shutil.rmtree(images_dir(site, handoff), ignore_errors=True)
     with ChunkStore(site.store) as store:
+        attempts.keep_chunks(store, guest, incoming_name(handoff))
         _drop(store, incoming_name(handoff))
         store.drop_lease(lease_of(handoff))
 

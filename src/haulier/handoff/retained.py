@@ -7,7 +7,6 @@ the id names guest, epoch and stream, so that two sites never take different pic
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import msgspec
 
 from haulier.agent.site import Site, write_atomically
 from haulier.errors import Corrupt
+from haulier.handoff import attempts, sparsefile
 from haulier.memory.base import MemoryBase
-from haulier.memory.sparse import data_extents
 
 GOLDEN = "golden:"
 
@@ -42,26 +41,16 @@ def _directory(site: Site, guest: str) -> Path:
 
 
 def keep(site: Site, meta: Retained, mirror: Path) -> None:
-    """Moves a closed mirror file into its place; the earlier picture of that guest goes."""
+    """Moves a closed mirror file into its place; earlier pictures of that guest go, and what attempts left."""
+    attempts.forget(site, meta.guest)
     directory = _directory(site, meta.guest)
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(mode=0o700, parents=True)
-    _copy_sparse(mirror, directory / "memory")
+    sparsefile.copy(mirror, directory / "memory")
     mirror.unlink()
     # Last: without it there is no picture, so one that was cut short is never taken for whole.
     write_atomically(directory / "meta.json", msgspec.json.encode(meta))
-
-
-def _copy_sparse(source: Path, target: Path) -> None:
-    with source.open("rb") as read, target.open("xb") as write:
-        size = os.fstat(read.fileno()).st_size
-        os.ftruncate(write.fileno(), size)
-        for start, end in data_extents(read.fileno(), 0, size):
-            os.lseek(write.fileno(), start, os.SEEK_SET)
-            at = start
-            while at < end:
-                at += os.sendfile(write.fileno(), read.fileno(), at, min(end - at, 8 << 20))
 
 
 def keep_places(site: Site, guest: str, places: bytes) -> None:
@@ -86,14 +75,15 @@ def find(site: Site, guest: str, uuid: str) -> Retained | None:
 
 
 def forget(site: Site, guest: str) -> None:
-    """Drops the picture of a guest, if there is one."""
+    """Drops the picture of a guest, if there is one, and what attempts to hand it over left."""
+    attempts.forget(site, guest)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(_directory(site, guest))
 
 
 def candidates(site: Site, guest: str, uuid: str, golden: str) -> list[str]:
     """Ids of pictures that a mirror of this guest could start from here, best first."""
-    found = []
+    found = attempts.candidates(site, guest, uuid)
     kept = find(site, guest, uuid)
     if kept is not None:
         found.append(kept.id)
@@ -108,6 +98,8 @@ def open_base(site: Site, guest: str, uuid: str, picture: str) -> MemoryBase | N
         return None
     if picture.startswith(GOLDEN):
         return MemoryBase.from_mapped_ram(site.golden / picture.removeprefix(GOLDEN) / "memory")
+    if picture.startswith(attempts.PREFIX):
+        return attempts.open_base(site, guest, picture)
     kept = find(site, guest, uuid)
     if kept is None or kept.id != picture:
         raise Corrupt(f"the picture of memory {picture} that was agreed on is not at site {site.name!r}: try again")

@@ -29,7 +29,7 @@ from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, Haulie
 from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
 from haulier.guests.qmp import Event as QmpEvent
-from haulier.handoff import retained
+from haulier.handoff import agreeing, attempts, retained
 from haulier.handoff.check import differing, memory_digests
 from haulier.handoff.control import Control, failure
 from haulier.handoff.convergence import (
@@ -70,6 +70,7 @@ from haulier.handoff.shared import blocks_of, golden_manifest, images_by_digest
 from haulier.images import common
 from haulier.images.layers import INSTANCE, LAYERS, chain, split_of
 from haulier.memory.ahead import AheadReader
+from haulier.memory.base import MemoryBase
 from haulier.memory.proxy import SourceProxy
 from haulier.network import paths as networks
 from haulier.session import Session, TlsConfig
@@ -136,6 +137,7 @@ class SourceHandoff:
         self._rate = 0.0
         self._rates = RecentMost()
         self._ratios = RecentRatio()
+        self._base: MemoryBase | None = None
         self._disk_rounds: list[dict[str, Any]] = []
         self._timeline: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
@@ -446,6 +448,8 @@ class SourceHandoff:
         base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
         if not accept.manifest:
             self._control.send(PrepareMemory(accept.memory_base))
+        self.report["given_up_pages"] = agreeing.at_source(base, accept.memory_base, self._control)
+        self._base, self.progress.status.memory_base = base, accept.memory_base
         level = self.job.options.level or level_for(self._rate)
         proxy = SourceProxy(self.site.mirror(self.job.handoff), base, self._finder, level=level)
         ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -725,6 +729,7 @@ class SourceHandoff:
             "epoch": self._epoch,
             "outcome": "done",
             "accelerator": self.qemu.accel,
+            "memory_base": self.progress.status.memory_base,
             "total_s": round(running - begin, 4),
             "until_released_s": round(done - begin, 4),
             "downtime_ms": round((running - stop - check_s) * 1000, 1),
@@ -805,12 +810,22 @@ class SourceHandoff:
                 # Also by way of the agents: the worker there may not have been reached.
                 self.peer.own(self.job.guest, Event.ABORT.value, self._epoch, self.job.handoff)
         self._drop_memory()
-        self.site.mirror(self.job.handoff).unlink(missing_ok=True)
+        self._keep_attempt(error)
         with contextlib.suppress(HaulierError):
             self._store.drop_manifest(incoming_name(self.job.handoff))
         with contextlib.suppress(HaulierError):
             self._store.drop_manifest(pin_name(self.spec.name, self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
+
+    def _keep_attempt(self, error: BaseException) -> None:
+        """The next attempt starts from what this one has sent, unless it was wrong."""
+        mirror = self.site.mirror(self.job.handoff)
+        if self.spec.container is None and not isinstance(error, Corrupt):
+            meta = attempts.Attempt(
+                handoff=self.job.handoff, guest=self.spec.name, uuid=self.spec.uuid, peer=self.job.peer
+            )
+            attempts.keep(self.site, meta, mirror, self._base)
+        mirror.unlink(missing_ok=True)
 
     def _close(self) -> None:
         self._over.set()

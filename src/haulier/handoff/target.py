@@ -20,7 +20,8 @@ from haulier.disks.transfer import DiskReceiver
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
 from haulier.guests.qemu import Qemu, create_overlay
 from haulier.guests.tap import create_tap, tap_name
-from haulier.handoff import retained
+from haulier.handoff import attempts, retained
+from haulier.handoff.agreeing import TargetComparison
 from haulier.handoff.check import memory_digests
 from haulier.handoff.control import Control, failure
 from haulier.handoff.custody import Happened, happen
@@ -31,7 +32,9 @@ from haulier.handoff.messages import (
     Base,
     BaseReady,
     Channel,
+    Compare,
     Finish,
+    GiveUp,
     Heat,
     Job,
     MemoryReady,
@@ -54,6 +57,7 @@ from haulier.handoff.residence import (
     spec_of,
 )
 from haulier.handoff.shared import block_space, golden_manifest, grown, images_by_digest
+from haulier.memory.base import MemoryBase
 from haulier.memory.proxy import TargetProxy
 from haulier.session import Session, TlsConfig
 from haulier.units import MIB
@@ -91,6 +95,9 @@ class TargetHandoff:
         self._export: DiskExport | None = None
         self._receiver: DiskReceiver | None = None
         self._store = ChunkStore(site.store)
+        self._base: MemoryBase | None = None
+        self._comparison: TargetComparison | None = None
+        self._wrong = False
         self._loaded_at = 0.0
         self._durable_at = 0.0
         self._voted = False
@@ -172,6 +179,10 @@ class TargetHandoff:
                 self._heat = unpack(news.counts, chunks_of(self.spec.disk_size))
             elif isinstance(news, PrepareMemory):
                 self._prepare_memory(news)
+            elif isinstance(news, Compare):
+                self.control.send(self._compare_with().compare(news))
+            elif isinstance(news, GiveUp):
+                self.control.send(self._compare_with().give_up(news))
             elif isinstance(news, Own):
                 if self._owned(news):
                     return
@@ -298,7 +309,8 @@ class TargetHandoff:
         if self._receiver is None or self._qemu is not None:
             raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
         spec, paths = self.spec, self.paths
-        base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
+        base = self._base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
+        self.progress.status.memory_base = news.memory_base
         name = incoming_name(self.job.handoff)
         paths.prepare()
         if self._export is None:
@@ -322,6 +334,13 @@ class TargetHandoff:
         self._sink = MemorySink(stream, proxy, self.control.session, self.control.tell)
         threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
         self.control.send(MemoryReady())
+
+    def _compare_with(self) -> TargetComparison:
+        if self._comparison is None:
+            if self._base is None or (self._sink is not None and self._sink.proxy.mirror is not None):
+                raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
+            self._comparison = TargetComparison(self._base)
+        return self._comparison
 
     def _await_loaded(self) -> None:
         assert self._qemu is not None
@@ -439,7 +458,8 @@ class TargetHandoff:
             self._discard()
             with contextlib.suppress(HaulierError):
                 self._send(happened)
-        if isinstance(error, Corrupt):
+        self._wrong = isinstance(error, Corrupt)
+        if self._wrong:
             # Whatever did not match may be the picture that the mirror started from.
             retained.forget(self.site, self.spec.name)
         self.journal.update_handoff(self.job.handoff, detail={"error": str(error)})
@@ -459,7 +479,13 @@ class TargetHandoff:
         if self._sink is not None:
             self._sink.close()
             self._sink.proxy.close()
-        self.site.mirror(self.job.handoff).unlink(missing_ok=True)
+        mirror = self.site.mirror(self.job.handoff)
+        if self.outcome == "failed" and not self._wrong and self.spec.container is None:
+            meta = attempts.Attempt(
+                handoff=self.job.handoff, guest=self.spec.name, uuid=self.spec.uuid, peer=self.job.peer
+            )
+            attempts.keep(self.site, meta, mirror, self._base)
+        mirror.unlink(missing_ok=True)
         session.close(linger_s=3)
         if self._qemu is not None:
             self._qemu.close()

@@ -38,7 +38,7 @@ class _Area:
 class MemoryBase:
     """Guest memory of one moment: `blocks` maps idstr to length in bytes; `view(idstr)` gives its pages.
 
-    The file is mapped privately and must not change while the base is in use.
+    The file is mapped privately and must not change while the base is in use. `clear` makes pages zero here alone.
     """
 
     def __init__(self, path: Path, areas: dict[str, _Area]) -> None:
@@ -87,6 +87,13 @@ class MemoryBase:
             return self._views[idstr]
         except KeyError:
             raise UnknownThing(f"the base {self.path} has no RAM block {idstr!r}") from None
+
+    def clear(self, idstr: str, pages: NDArray[np.int64]) -> None:
+        """From now on these pages of the block are zero, in this process and not in the file."""
+        view = self.view(idstr)
+        view.flags.writeable = True
+        view[pages] = 0
+        view.flags.writeable = False
 
     def nonzero_runs(self, idstr: str) -> Iterator[tuple[int, int]]:
         """Maximal runs (page, count) of the block's pages that are not zero; holes of the file are never read."""

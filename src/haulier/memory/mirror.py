@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from haulier.errors import NoRoom, UsageError
 from haulier.memory import sparse
 from haulier.memory.base import MemoryBase
-from haulier.memory.mirrorfile import encode_header
+from haulier.memory.mirrorfile import PART, encode_header
 from haulier.units import MIB, PAGE
 
 _COPY: Final = 4 * MIB // PAGE
@@ -58,6 +58,8 @@ class Mirror:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(self._fd, header.size)
+            # Should this process be killed, the file says what it is (`salvage`).
+            self._pwrite(encode_header(blocks, PART)[0], 0)
             self._map = mmap.mmap(self._fd, header.size, mmap.MAP_SHARED)
         except BaseException:
             os.close(self._fd)

@@ -6,7 +6,8 @@
     table    for each block: u8 length of idstr, idstr, be64 length in bytes
     8 bytes  xxh3-64 of all before it
 
-Pages follow at the next multiple of 64 KiB, block after block.
+Pages follow at the next multiple of 64 KiB, block after block. While a mirror is in use the magic is "HAULPART": the
+file then holds only what differs from the picture that it began with, and is no picture of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from haulier.memory import format as q
 from haulier.units import CHUNK, PAGE
 
 MAGIC: Final = b"HAULMIRR"
+PART: Final = b"HAULPART"
 VERSION: Final = 1
 _MAX_TABLE: Final = q.MAX_BLOCKS * 264
 
@@ -64,19 +66,19 @@ def decode_table(data: bytes) -> dict[str, int]:
     return blocks
 
 
-def encode_header(blocks: dict[str, int]) -> tuple[bytes, MirrorHeader]:
+def encode_header(blocks: dict[str, int], magic: bytes = MAGIC) -> tuple[bytes, MirrorHeader]:
     """The header's bytes, and what they say."""
     table = encode_table(blocks)
-    head = MAGIC + struct.pack(">II", VERSION, len(table)) + table
+    head = magic + struct.pack(">II", VERSION, len(table)) + table
     head += xxhash.xxh3_64_digest(head)
     return head, MirrorHeader(dict(blocks), -(-len(head) // CHUNK) * CHUNK)
 
 
-def read_header(path: Path) -> MirrorHeader:
-    """The header of the file at `path`; Corrupt if it is not a mirror, or is cut short."""
+def read_header(path: Path, magic: bytes = MAGIC) -> MirrorHeader:
+    """The header of the file at `path`; Corrupt if it is not a mirror of that kind, or is cut short."""
     with path.open("rb") as file:
         head = file.read(16)
-        if len(head) < 16 or not head.startswith(MAGIC):
+        if len(head) < 16 or not head.startswith(magic):
             raise Corrupt(f"{path} is not a mirror of guest memory; remove it")
         version, length = struct.unpack(">II", head[8:])
         if version != VERSION or length > _MAX_TABLE:

@@ -10,6 +10,7 @@ import msgspec
 from haulier.agent.client import Client
 from haulier.agent.handoffs import StartRequest
 from haulier.agent.routes import Access, Call, Route
+from haulier.handoff import attempts
 from haulier.handoff.messages import Offer, Options
 
 if TYPE_CHECKING:
@@ -66,7 +67,13 @@ def cancel(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.handoffs.cancel(call.names["id"])
 
 
+def kept(agent: Agent, call: Call) -> dict[str, Any]:
+    """What lies here for guests that are elsewhere, or are to go."""
+    return attempts.facts(agent.site)
+
+
 TABLE = (
+    Route("GET", "/v1/kept", Access.OPERATOR, kept),
     Route("POST", "/v1/plan", Access.OPERATOR, plan),
     Route("GET", "/v1/handoffs", Access.FLEET, listing),
     Route("POST", "/v1/handoffs", Access.OPERATOR, start),
