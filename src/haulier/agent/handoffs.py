@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from haulier.agent import prefetching
 from haulier.agent.core import Core
 from haulier.agent.site import check_name, check_transport
 from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, UsageError
@@ -85,9 +86,10 @@ class Handoffs:
         facts: dict[str, Any] = {
             "id": row.id,
             "guest": row.guest,
-            "role": row.role,
-            "source": self.site.name if row.role == "source" else row.peer,
-            "target": row.peer if row.role == "source" else self.site.name,
+            "role": row.role.removeprefix("prefetch-"),
+            "kind": "prefetch" if row.role in spawning.PREFETCH else "handoff",
+            "source": self.site.name if row.role.endswith("source") else row.peer,
+            "target": row.peer if row.role.endswith("source") else self.site.name,
             "state": row.state,
             "outcome": row.outcome,
             "epoch": row.epoch,
@@ -112,6 +114,7 @@ class Handoffs:
         peer = self.core.known_site(request.to)
         _check_options(request.options)
         row = self.journal.guest(request.guest)
+        prefetching.end_here(self.core, row.name)
         with self.core.alone(row.name, "beginning a handoff"):
             record = record_of(self.journal.guest(row.name))
             if record.state is State.AWAY:
@@ -130,13 +133,19 @@ class Handoffs:
             self.core.children.append(spawning.start_source(self.site, self.journal, job))
         return self.show(job.handoff)
 
+    def prefetch(self, request: StartRequest) -> dict[str, Any]:
+        """Begins a prefetch; an earlier one of that guest is ended for it."""
+        return self.show(prefetching.start(self.core, request.guest, request.to, request.options).handoff)
+
     def cancel(self, name: str) -> dict[str, Any]:
         """Asks the worker to stop. The handoff's end tells whether it came in time. Conflict if it is over."""
         row = self.journal.handoff(str(self.show(name)["id"]))
         if row.state == "ended":
             raise Conflict(f"handoff {row.id} is over ({row.outcome}): there is nothing to cancel")
         state = record_of(self.journal.find_guest(row.guest)).state
-        if (row.role == "source" and state not in (State.OWNER, State.OFFERED)) or (
+        if row.role in spawning.PREFETCH:
+            pass
+        elif (row.role == "source" and state not in (State.OWNER, State.OFFERED)) or (
             row.role == "target" and state not in (State.RECEIVING, State.READY)
         ):
             raise Conflict(
@@ -262,6 +271,8 @@ def _check_options(options: Options) -> None:
         raise UsageError(f"there is no choice of paths {options.paths[:40]!r}: give cheap, all or deadline")
     if not 10 <= options.downtime_ms <= 60_000:
         raise UsageError(f"a downtime of {options.downtime_ms} ms cannot be aimed for: give 10 to 60000")
+    if options.keep_fresh_s:
+        raise UsageError("only a prefetch is kept fresh: 'haulier prefetch' begins one")
     if not 0 <= options.deadline_s < 1e7 or not 0 < options.stall_s < 1e7 or not -50 <= options.level <= 19:
         raise UsageError("the handoff's options are out of bounds: seconds from 0 to 10000000, level from -50 to 19")
 

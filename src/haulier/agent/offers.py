@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
+from haulier.agent import prefetching
 from haulier.agent.cache import Cache
 from haulier.agent.core import Core
 from haulier.agent.handoffs import MAX_EPOCH
@@ -117,6 +118,7 @@ def look(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) ->
 def take(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) -> dict[str, Any]:
     """Takes an offer, or raises all that stands against it. An offer that is repeated is answered as before."""
     offer, spec = read_offer(body, caller)
+    prefetching.end_here(core, spec.name)
     with core.alone(spec.name, f"being offered by site {caller!r}"):
         again = _answered(core, offer, caller)
         if again is not None:
@@ -136,6 +138,33 @@ def take(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) ->
     accept = msgspec.structs.replace(accept, qemu=_qemu(), accelerator=probe().kind, complete=complete)
     _remember(core, offer, accept)
     return dict(msgspec.to_builtins(accept))
+
+
+def take_prefetch(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) -> dict[str, Any]:
+    """Takes what another site sends ahead of a handoff; raises what stands against it."""
+    offer, spec = read_offer(body, caller)
+    if spec.container is not None:
+        raise Unsupported(f"guest {spec.name!r} is a container, which cannot be prefetched: hand it over")
+    prefetching.end_here(core, spec.name)
+    with core.alone(spec.name, f"being prefetched by site {caller!r}"):
+        row = core.journal.find_guest(spec.name)
+        if row is not None and record_of(row).state in (*MAY_RUN, *UNDER_WAY):
+            raise Conflict(f"site {core.site.name!r} has a guest {spec.name!r} already, or takes it just now")
+        if core.journal.find_handoff(offer.handoff) is not None:
+            raise Conflict(f"prefetch {offer.handoff} is known at site {core.site.name!r} already: begin a new one")
+        found = find_here(core, store, offer, spec)
+        need = found.missing_bytes + spec.memory_bytes + _SLACK
+        free = shutil.disk_usage(core.site.root).free
+        if not core.site.keep_bytes:
+            raise NoRoom(f"site {core.site.name!r} keeps nothing for guests that are to come (keep_bytes in site.toml)")
+        if free < need:
+            raise NoRoom(f"site {core.site.name!r} has {free // MIB} MiB free, up to {need // MIB} MiB are needed")
+        accept, process = spawning.accept_prefetch(
+            core.site, core.journal, offer, manifest=found.manifest, memory_base=found.memory_base
+        )
+        core.children.append(process)
+    complete = found.manifest and not found.missing_bytes
+    return dict(msgspec.to_builtins(msgspec.structs.replace(accept, complete=complete)))
 
 
 def lacking(store: ChunkStore, request: Lacking) -> dict[str, Any]:

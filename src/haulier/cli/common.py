@@ -78,6 +78,20 @@ def parse_memory(text: str) -> int:
     return int(digits) * (factor or 1)
 
 
+def parse_seconds(text: str) -> float:
+    """ "30s", "2m", "1h", "300ms" or "30" as seconds."""
+    from haulier.errors import UsageError
+
+    scale = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
+    body = text.strip().lower()
+    unit = body.lstrip("0123456789.")
+    try:
+        seconds = float(body.removesuffix(unit)) * scale[unit]
+    except (ValueError, KeyError):
+        raise UsageError(f"bad time {text!r}: write for example 30s, 2m or 300ms") from None
+    return seconds
+
+
 def parse_size(text: str) -> int:
     """ "40G", "500M", "0" as bytes (powers of ten, as `size` shows them; KiB, MiB, GiB are powers of two)."""
     from haulier.errors import UsageError

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Annotated, Any
 
@@ -80,10 +80,15 @@ def handoff(
     agent = client(root)
     options = {"downtime_ms": downtime, "check": check, "deadline_s": deadline, "level": level, "disk": disk}
     options |= {"transport": transport, "paths": paths}
+    return run(agent, lambda: agent.start_handoff(guest, to, options), detach=detach, json=json)
+
+
+def run(agent: Client, start: Callable[[], dict[str, Any]], *, detach: bool, json: bool) -> int:
+    """Begins a handoff, or a prefetch, and stays with it until its end."""
     with _interrupts() as interrupts:
-        now = agent.start_handoff(guest, to, options)
+        now = start()
         if detach:
-            _say(json, {"event": "started", **now}, f"handoff {now['id']} goes on; 'haulier status {now['id']}'")
+            _say(json, {"event": "started", **now}, f"{now['kind']} {now['id']} goes on; 'haulier status {now['id']}'")
             return 0
         end = _follow(agent, now, interrupts, json)
     if end is None:
@@ -191,7 +196,8 @@ def _result(end: dict[str, Any], json: bool) -> int:
         if json:
             print_json({"event": "result", **end})
         else:
-            console.print(summary(end), markup=False, highlight=False)
+            text = prefetched(end) if end.get("kind") == "prefetch" else summary(end)
+            console.print(text, markup=False, highlight=False)
         return 0
     text = end["error"] or str(report.get("error") or f"handoff {end['id']} failed; see its worker.log")
     code = int(end["code"] or report.get("code") or HandoffFailed.exit_code)
@@ -201,6 +207,17 @@ def _result(end: dict[str, Any], json: bool) -> int:
         return code
     kind: type[HaulierError] = by_code(code)
     raise kind(text)
+
+
+def prefetched(end: dict[str, Any]) -> str:
+    """One line about a prefetch that is done, or was ended."""
+    report = end.get("report") or {}
+    wire = report.get("wire") or {}
+    sent = size(wire.get("sent", 0) + wire.get("received", 0))
+    return plain(
+        f"{sent} of guest {end['guest']} sent ahead to {end['target']} in {report.get('total_s', 0):.1f} s: "
+        f"hand it over with 'haulier handoff {end['guest']} --to {end['target']}'"
+    )
 
 
 def summary(end: dict[str, Any]) -> str:

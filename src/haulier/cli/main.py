@@ -31,6 +31,7 @@ VERBS: Final = {
     "guest": ("haulier.cli.guest:guest_app", "Run, list, stop and remove guests."),
     "plan": ("haulier.cli.plan:plan", "Say what a handoff would send and take, before anything moves."),
     "handoff": ("haulier.cli.handoff:handoff", "Hand a running guest to another site."),
+    "prefetch": ("haulier.cli.prefetch:prefetch", "Send a guest's data ahead, so that its handoff is short."),
     "status": ("haulier.cli.status:status", "Show handoffs, running and past."),
     "fill": ("haulier.cli.fill:fill", "Bring what a guest left behind elsewhere."),
     "release": ("haulier.cli.fill:release", "Keep what a guest left behind no longer."),

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from haulier.cli.common import Json, Root, client, print_json, print_table, size
-from haulier.cli.handoff import summary
+from haulier.cli.handoff import prefetched, summary
 
 
 def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None:
@@ -40,7 +40,8 @@ def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None
                 h["source"],
                 h["target"],
                 time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(h["created"])),
-                h["outcome"] or h["status"].get("phase", "starting"),
+                ("prefetch " if h["kind"] == "prefetch" else "")
+                + (h["outcome"] or h["status"].get("phase", "starting")),
                 "" if h["outcome"] else f"{100 * float(h['status'].get('progress', 0)):.0f} %",
                 "" if h["outcome"] or float(h["status"].get("eta_s", -1)) < 0 else f"{h['status']['eta_s']:.0f} s",
             )
@@ -79,9 +80,9 @@ def _residuals(residuals: dict[str, Any]) -> None:
 
 def _one(facts: dict[str, object]) -> None:
     if facts["outcome"] == "done" and facts.get("report") and facts["role"] == "source":
-        print(summary(facts))
+        print(prefetched(facts) if facts["kind"] == "prefetch" else summary(facts))
     rows: list[tuple[str, object]] = [
-        (key, facts[key]) for key in ("id", "guest", "source", "target", "role", "state", "outcome", "epoch")
+        (key, facts[key]) for key in ("id", "kind", "guest", "source", "target", "role", "state", "outcome", "epoch")
     ]
     if facts.get("error"):
         rows.append(("error", facts["error"]))

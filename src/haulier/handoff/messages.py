@@ -46,6 +46,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """zstd level for memory; 0 = by the link's rate."""
     stall_s: float = 60.0
     """Give up when nothing was acknowledged for this long although the link is up."""
+    keep_fresh_s: float = 0.0
+    """Of a prefetch: send what has changed again every so many seconds, until it is cancelled; 0 = once."""
     disk: str = "full"
     """"full", or "on-demand": data at rest stays at the source, and follows when it is read, or little by little."""
     transport: str = ""

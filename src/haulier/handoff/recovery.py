@@ -20,11 +20,13 @@ import psutil
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
+from haulier.disks.rounds import clean_up
 from haulier.errors import HaulierError, PeerError
+from haulier.guests.model import GuestSpec
 from haulier.handoff import attempts, retained
 from haulier.handoff.custody import Happened, happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
-from haulier.handoff.messages import Status
+from haulier.handoff.messages import Job, Status
 from haulier.handoff.ownership import Action, Event, State, step
 from haulier.handoff.residence import (
     adopt,
@@ -69,6 +71,9 @@ def worker_alive(row: HandoffRow) -> bool:
 
 def recover(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[str], Messenger]) -> bool:
     """Brings a handoff without a worker to its end. False: the other site has to be asked again later."""
+    if row.role.startswith("prefetch"):
+        _end_prefetch(site, journal, row)
+        return True
     guest = journal.find_guest(row.guest)
     if guest is None or guest.handoff != row.id:
         if guest is None and row.role == "target":
@@ -79,6 +84,21 @@ def recover(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[
     if row.role == "source":
         return _recover_source(site, journal, row, state, messenger)
     return _recover_target(site, journal, row, state, messenger)
+
+
+def _end_prefetch(site: Site, journal: Journal, row: HandoffRow) -> None:
+    """Nobody owns anything by a prefetch: what came is kept, what was made for it is cleared away."""
+    if row.role == "prefetch-source":
+        qemu = adopt(site, row.guest, worker=True)
+        if qemu is not None:
+            try:
+                clean_up(qemu.qmp)
+            finally:
+                qemu.close()
+    with ChunkStore(site.store) as store:
+        attempts.keep_chunks(store, row.guest, incoming_name(row.id))
+    _forget(site, row)
+    _end(site, journal, row, "failed")
 
 
 def _recover_source(
@@ -263,12 +283,20 @@ def _keep_attempt(site: Site, journal: Journal, row: HandoffRow) -> None:
     """What a worker that died has sent or received so far serves the next attempt."""
     guest = journal.find_guest(row.guest)
     with contextlib.suppress(HaulierError, OSError, msgspec.MsgspecError):
-        spec = spec_of(guest) if guest is not None else None
-        if spec is None or spec.container is not None:
+        directory = site.handoff_root(row.id)
+        job = msgspec.json.decode((directory / "job.json").read_bytes(), type=Job)
+        if job.offer is not None:
+            spec = msgspec.convert(job.offer.spec, GuestSpec)
+        elif guest is not None:
+            spec = spec_of(guest)
+        else:
             return
-        status = msgspec.json.decode((site.handoff_root(row.id) / "status.json").read_bytes(), type=Status)
+        if spec.container is not None:
+            return
+        status = msgspec.json.decode((directory / "status.json").read_bytes(), type=Status)
         base = retained.open_base(site, row.guest, spec.uuid, status.memory_base)
-        meta = attempts.Attempt(handoff=row.id, guest=row.guest, uuid=spec.uuid, peer=row.peer)
+        kind = "prefetch" if row.role.startswith("prefetch") else "cut"
+        meta = attempts.Attempt(handoff=row.id, guest=row.guest, uuid=spec.uuid, peer=row.peer, kind=kind)
         attempts.keep(site, meta, site.mirror(row.id), base)
 
 

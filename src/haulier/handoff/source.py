@@ -79,6 +79,7 @@ from haulier.units import CHUNK, PAGE
 log = logging.getLogger(__name__)
 
 CONNECT_S = 60.0
+DRAIN_S = 1.5
 MAX_BANDWIDTH = 1 << 30
 """bytes/s: QEMU never paces itself, the window does."""
 PROBE_BYTES = 96 * 1024
@@ -105,6 +106,7 @@ class Peer(Protocol):
     """The target's agent, as far as a worker talks to it."""
 
     def offer(self, offer: Offer) -> Accept: ...
+    def prefetch(self, offer: Offer) -> Accept: ...
     def own(self, guest: str, event: str, epoch: int, handoff: str = "") -> list[tuple[str, int]]: ...
 
 
@@ -177,7 +179,7 @@ class SourceHandoff:
 
     def _hand_over(self) -> None:
         self._marks["begin"] = time.time()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._watching()
         self._preflight()
         offer, accept = self._offer()
         with ThreadPoolExecutor(1, thread_name_prefix="begin-rounds") as pool:
@@ -242,6 +244,9 @@ class SourceHandoff:
         if self._sender is not None:
             status.layers = {name: asdict(layer) for name, layer in list(self._sender.layers.items())}
 
+    def _watching(self) -> None:
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
     def _watch(self) -> None:
         """Runs beside the engine: keeps the status fresh, and wakes a disk sender that waits when all is over."""
         while not self._over.wait(0.2):
@@ -277,12 +282,24 @@ class SourceHandoff:
         self._began = True
         self._epoch = happened.after.pending
         self.journal.update_handoff(self.job.handoff, epoch=self._epoch)
-        manifest = self._store.load_manifest(self.row.manifest)
-        offer = Offer(
+        offer = self._offer_of(self._epoch)
+        with self._preparing():
+            return offer, self.peer.offer(offer)
+
+    @contextlib.contextmanager
+    def _preparing(self) -> Iterator[None]:
+        """What both sites hold is indexed while the target looks at the offer."""
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare-disk") as pool:
+            self._prepared = pool.submit(self._prepare_index)
+            yield
+
+    def _offer_of(self, epoch: int) -> Offer:
+        manifest = self._manifest = self._store.load_manifest(self.row.manifest)
+        return Offer(
             handoff=self.job.handoff,
             source=self.site.name,
             spec=self.row.spec,
-            epoch=self._epoch,
+            epoch=epoch,
             secret=secrets.token_hex(32),
             manifest=manifest.digest.hex(),
             disk_bytes=len(manifest.unique()) * 65536,
@@ -293,10 +310,6 @@ class SourceHandoff:
             host=self._host(),
             options=msgspec.structs.replace(self.job.options, transport=self._transport),
         )
-        self._manifest = manifest
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare-disk") as pool:
-            self._prepared = pool.submit(self._prepare_index)
-            return offer, self.peer.offer(offer)
 
     def _held_images(self) -> tuple[str, ...]:
         """What the target may hold as well, those that the guest was made from first."""
@@ -798,6 +811,10 @@ class SourceHandoff:
         log.warning("handoff %s of %s: %s", self.job.handoff, self.job.guest, error)
         self.progress.phase("back out", str(error))
         self._resume()
+        if isinstance(error, Cancelled) and self._session is not None and self._pump is not None:
+            with contextlib.suppress(HaulierError):
+                # What is on its way arrives first: the next attempt need not send it again.
+                self._session.wait_below(1, Channel.MEMORY, timeout=DRAIN_S)
         if self._began and not self._refused:
             happened = happen(self.journal, self.job.guest, Event.FAIL)
             if self._control is not None:
@@ -817,12 +834,13 @@ class SourceHandoff:
             self._store.drop_manifest(pin_name(self.spec.name, self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
 
-    def _keep_attempt(self, error: BaseException) -> None:
+    def _keep_attempt(self, error: BaseException | None, kind: str = "cut") -> None:
         """The next attempt starts from what this one has sent, unless it was wrong."""
         mirror = self.site.mirror(self.job.handoff)
         if self.spec.container is None and not isinstance(error, Corrupt):
+            spec = self.spec
             meta = attempts.Attempt(
-                handoff=self.job.handoff, guest=self.spec.name, uuid=self.spec.uuid, peer=self.job.peer
+                handoff=self.job.handoff, guest=spec.name, uuid=spec.uuid, peer=self.job.peer, kind=kind
             )
             attempts.keep(self.site, meta, mirror, self._base)
         mirror.unlink(missing_ok=True)

@@ -26,6 +26,10 @@ from haulier.handoff.shared import golden_manifest, grown
 from haulier.images import common
 
 LISTEN_S = 20.0
+PREFETCH_SOURCE = "prefetch-source"
+PREFETCH_TARGET = "prefetch-target"
+PREFETCH = (PREFETCH_SOURCE, PREFETCH_TARGET)
+"""Roles of a prefetch: it is recorded, shown and cancelled like a handoff, and owns nothing."""
 
 
 class Standby:
@@ -100,11 +104,11 @@ def spawn(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
 
 
 def start_source(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
-    """Records a handoff at its source and starts its worker."""
+    """Records a handoff (or, by the job's role, a prefetch) at its source and starts its worker."""
     record = record_of(journal.guest(job.guest))
     if record.state is not State.OWNER:
         raise Conflict(f"guest {job.guest!r} is {record.state.value!r} at site {site.name!r}: see 'haulier status'")
-    journal.add_handoff(HandoffRow(id=job.handoff, guest=job.guest, role="source", peer=job.peer))
+    journal.add_handoff(HandoffRow(id=job.handoff, guest=job.guest, role=job.role, peer=job.peer))
     return spawn(site, journal, job)
 
 
@@ -148,10 +152,16 @@ def accept(
     journal.add_handoff(
         HandoffRow(id=offer.handoff, guest=name, role="target", peer=offer.source, epoch=offer.epoch, detail=detail)
     )
+    return _start_target(site, journal, offer, "target", manifest=manifest, memory_base=memory_base)
+
+
+def _start_target(
+    site: Site, journal: Journal, offer: Offer, role: str, *, manifest: bool, memory_base: str
+) -> tuple[Accept, subprocess.Popen[bytes]]:
     job = Job(
         handoff=offer.handoff,
-        role="target",
-        guest=name,
+        role=role,
+        guest=str(offer.spec["name"]),
         peer=offer.source,
         options=offer.options,
         offer=offer,
@@ -171,6 +181,15 @@ def accept(
         images=job.images,
     )
     return answer, process
+
+
+def accept_prefetch(
+    site: Site, journal: Journal, offer: Offer, *, manifest: bool, memory_base: str
+) -> tuple[Accept, subprocess.Popen[bytes]]:
+    """As `accept`, for a prefetch: who owns the guest is not touched, and nothing of it is started here."""
+    name = str(offer.spec["name"])
+    journal.add_handoff(HandoffRow(id=offer.handoff, guest=name, role=PREFETCH_TARGET, peer=offer.source))
+    return _start_target(site, journal, offer, PREFETCH_TARGET, manifest=manifest, memory_base=memory_base)
 
 
 def _end_worker(row: HandoffRow | None) -> None:

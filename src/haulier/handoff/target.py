@@ -18,6 +18,7 @@ from haulier.disks.export import DiskExport
 from haulier.disks.heat import unpack
 from haulier.disks.transfer import DiskReceiver
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
+from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu, create_overlay
 from haulier.guests.tap import create_tap, tap_name
 from haulier.handoff import attempts, retained
@@ -80,8 +81,7 @@ class TargetHandoff:
     def __init__(self, site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> None:
         assert job.offer is not None
         self.site, self.journal, self.job, self.offer = site, journal, job, job.offer
-        row = journal.guest(job.guest)
-        self.spec = spec_of(row)
+        self.spec = self._spec()
         self.paths = guest_paths(site, job.guest)
         self.directory: Path = site.handoff_root(job.handoff)
         self.progress = Progress(
@@ -109,6 +109,9 @@ class TargetHandoff:
         self._enough = threading.Event()
         self.left_alone = threading.Event()
         """The other site's worker is gone, by the word of its agent: set from outside."""
+
+    def _spec(self) -> GuestSpec:
+        return spec_of(self.journal.guest(self.job.guest))
 
     # -- the whole of it -------------------------------------------------------------------------------------------
 
@@ -335,9 +338,12 @@ class TargetHandoff:
         threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
         self.control.send(MemoryReady())
 
+    def _has_mirror(self) -> bool:
+        return self._sink is not None and self._sink.proxy.mirror is not None
+
     def _compare_with(self) -> TargetComparison:
         if self._comparison is None:
-            if self._base is None or (self._sink is not None and self._sink.proxy.mirror is not None):
+            if self._base is None or self._has_mirror():
                 raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
             self._comparison = TargetComparison(self._base)
         return self._comparison
@@ -479,19 +485,24 @@ class TargetHandoff:
         if self._sink is not None:
             self._sink.close()
             self._sink.proxy.close()
-        mirror = self.site.mirror(self.job.handoff)
-        if self.outcome == "failed" and not self._wrong and self.spec.container is None:
-            meta = attempts.Attempt(
-                handoff=self.job.handoff, guest=self.spec.name, uuid=self.spec.uuid, peer=self.job.peer
-            )
-            attempts.keep(self.site, meta, mirror, self._base)
-        mirror.unlink(missing_ok=True)
+        self._keep_attempt(self.outcome == "failed", "cut")
         session.close(linger_s=3)
         if self._qemu is not None:
             self._qemu.close()
         self._store.close()
         self.progress.finish()
         self.progress.write(force=True)
+
+    def _keep_attempt(self, worth_it: bool, kind: str) -> None:
+        """The next attempt starts from what came here, unless it was wrong."""
+        mirror = self.site.mirror(self.job.handoff)
+        if worth_it and not self._wrong and self.spec.container is None:
+            spec = self.spec
+            meta = attempts.Attempt(
+                handoff=self.job.handoff, guest=spec.name, uuid=spec.uuid, peer=self.job.peer, kind=kind
+            )
+            attempts.keep(self.site, meta, mirror, self._base)
+        mirror.unlink(missing_ok=True)
 
     def report(self) -> dict[str, Any]:
         return {"handoff": self.job.handoff, "role": "target", "outcome": self.outcome, "phases": self.progress.phases}

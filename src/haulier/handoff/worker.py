@@ -28,11 +28,12 @@ from haulier.handoff.custody import record_of
 from haulier.handoff.journal import Journal
 from haulier.handoff.messages import Accept, Job, Offer
 from haulier.handoff.ownership import State
+from haulier.handoff.prefetch import PrefetchSource, PrefetchTarget
 from haulier.handoff.progress import write_report
 from haulier.handoff.recovery import LEFT_ALONE
 from haulier.handoff.residence import spec_of
 from haulier.handoff.source import SourceHandoff
-from haulier.handoff.spawning import accept, spawn, start_source
+from haulier.handoff.spawning import PREFETCH_SOURCE, PREFETCH_TARGET, accept, spawn, start_source
 from haulier.handoff.target import TargetHandoff
 
 __all__ = ["AgentPeer", "accept", "main", "peer_of", "spawn", "start_source"]
@@ -47,7 +48,13 @@ class AgentPeer:
         self._client = client
 
     def offer(self, offer: Offer) -> Accept:
-        answer = self._client.offer(msgspec.to_builtins(offer))
+        return self._accept(self._client.offer(msgspec.to_builtins(offer)))
+
+    def prefetch(self, offer: Offer) -> Accept:
+        """As `offer`, for a prefetch."""
+        return self._accept(self._client.post("/v1/peer/prefetches", msgspec.to_builtins(offer)))
+
+    def _accept(self, answer: dict[str, Any]) -> Accept:
         try:
             return msgspec.convert(answer, Accept)
         except msgspec.ValidationError as error:
@@ -98,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     except msgspec.MsgspecError as error:
         raise Corrupt(f"{directory / 'job.json'} makes no sense ({error}): start the handoff again") from None
     with Journal(site.journal) as journal:
-        run = _run_source if job.role == "source" else _run_target
+        run = _run_source if job.role in ("source", PREFETCH_SOURCE) else _run_target
         return run(site, journal, job, cancelled)
 
 
@@ -110,7 +117,11 @@ def _log_to(path: Path) -> None:
 
 
 def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:
-    kind = ContainerSource if spec_of(journal.guest(job.guest)).container is not None else SourceHandoff
+    kind: type[SourceHandoff] = SourceHandoff
+    if job.role == PREFETCH_SOURCE:
+        kind = PrefetchSource
+    elif spec_of(journal.guest(job.guest)).container is not None:
+        kind = ContainerSource
     handoff = kind(site, journal, job, peer_of(site, journal, job.peer), cancelled)
     signal.signal(LEFT_ALONE, lambda *_: handoff.left_alone.set())
     directory = site.handoff_root(job.handoff)
@@ -121,7 +132,7 @@ def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Eve
         code = error.exit_code if isinstance(error, HaulierError) else HandoffFailed.exit_code
         outcome = "cancelled" if isinstance(error, Cancelled) else "failed"
         text = str(error) if isinstance(error, HaulierError) else f"{type(error).__name__}: {error}"
-        undecided = record_of(journal.guest(job.guest)).state is State.GRANTED
+        undecided = job.role == "source" and record_of(journal.guest(job.guest)).state is State.GRANTED
         report = {**handoff.report, **_heading(job, site), "outcome": "undecided" if undecided else outcome}
         report |= {"error": text, "code": code}
         write_report(directory, report)
@@ -134,7 +145,11 @@ def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Eve
 
 
 def _run_target(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:
-    kind = ContainerTarget if spec_of(journal.guest(job.guest)).container is not None else TargetHandoff
+    kind: type[TargetHandoff] = TargetHandoff
+    if job.role == PREFETCH_TARGET:
+        kind = PrefetchTarget
+    elif spec_of(journal.guest(job.guest)).container is not None:
+        kind = ContainerTarget
     handoff = kind(site, journal, job, cancelled)
     signal.signal(LEFT_ALONE, lambda *_: handoff.left_alone.set())
     outcome = handoff.run()

@@ -51,6 +51,11 @@ class AheadReader:
         self._buffer = np.empty((REGION, PAGE), np.uint8)
 
     @property
+    def regions_left(self) -> int:
+        """Regions of the order that were not taken yet."""
+        return len(self._order or ())
+
+    @property
     def planned(self) -> bool:
         """The order is decided."""
         return self._order is not None
@@ -83,6 +88,10 @@ class AheadReader:
                 weights[region] += 1
         # Taken from the end: heaviest first, and by address among equals, as QEMU reads them.
         self._order = sorted((start for start in starts if weights[start]), key=lambda start: (weights[start], -start))
+
+    def plan_all(self) -> None:
+        """Every region that holds data, by address: for a whole pass without a stream behind it."""
+        self._order = sorted({page // REGION * REGION for page in self._data_regions()}, reverse=True)
 
     def take(self, mirror: Mirror, most: int = 64) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """The next region's pages that are neither zero nor as in `mirror`: numbers in the block (n), copies (n, 4096).

@@ -134,6 +134,7 @@ class SourceProxy:
         long = level >= LONG_LEVEL if long is None else long
         self._compressor = StreamCompressor(level, window_log if long else min(window_log, NEAR_WINDOW_LOG), long)
         self._encoder: PageEncoder | None = None
+        self._named: dict[str, int] = {}
         self._sequence = 0
         self._digest = blake3()
         self._tokens: list[Token] = []
@@ -201,6 +202,13 @@ class SourceProxy:
         self._count_wire(len(out[-1].data), batch.columns)
         return out
 
+    def name(self, blocks: dict[str, int]) -> list[WireBatch]:
+        """Begins without a stream: pages of these RAM blocks (idstr to bytes) will all come by `ahead`."""
+        if self._encoder is not None or self.counters.raw_bytes:
+            raise UsageError("the stream has named the guest's memory already")
+        self._named = dict(blocks)
+        return [self._begin()]
+
     def ahead(self, block: str, numbers: NDArray[np.int64], pages: NDArray[np.uint8]) -> list[WireBatch]:
         """Batches that bring these pages, by their numbers in the block, into both mirrors and not into the stream.
 
@@ -209,7 +217,8 @@ class SourceProxy:
         """
         if self._token_bytes:
             raise UsageError("flush the source proxy before you send pages ahead")
-        if self.opaque or not self.parser.ready or block not in self.parser.blocks:
+        known = self._named or (self.parser.blocks if self.parser.ready else {})
+        if self.opaque or block not in known:
             return []
         out = [] if self._encoder is not None else [self._begin()]
         assert self._encoder is not None
@@ -258,10 +267,11 @@ class SourceProxy:
         return [Raw(data[at : at + self._batch_bytes]) for at in range(0, len(data), self._batch_bytes)]
 
     def _begin(self) -> WireBatch:
-        self.mirror = Mirror.create(self._mirror_path, self.parser.blocks, self._base)
+        blocks = self._named or self.parser.blocks
+        self.mirror = Mirror.create(self._mirror_path, blocks, self._base)
         elsewhere = BasePages(self._base) if self._elsewhere and self._base is not None else None
         self._encoder = PageEncoder(self.mirror, self.finder, elsewhere)
-        table = encode_table(self.parser.blocks)
+        table = encode_table(blocks)
         batch = self._batch(TABLE, 0, len(table), bytes(16), table)
         self._count_wire(len(batch.data), {"meta": len(table)})
         return batch

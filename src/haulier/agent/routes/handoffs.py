@@ -63,6 +63,10 @@ def start(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.handoffs.start(call.read(StartRequest))
 
 
+def prefetch(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.handoffs.prefetch(call.read(StartRequest))
+
+
 def cancel(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.handoffs.cancel(call.names["id"])
 
@@ -77,6 +81,7 @@ TABLE = (
     Route("POST", "/v1/plan", Access.OPERATOR, plan),
     Route("GET", "/v1/handoffs", Access.FLEET, listing),
     Route("POST", "/v1/handoffs", Access.OPERATOR, start),
+    Route("POST", "/v1/prefetches", Access.OPERATOR, prefetch),
     Route("GET", "/v1/handoffs/{id}", Access.FLEET, show),
     Route("POST", "/v1/handoffs/{id}/cancel", Access.OPERATOR, cancel),
 )

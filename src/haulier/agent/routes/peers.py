@@ -16,6 +16,10 @@ def offer(agent: Agent, call: Call) -> dict[str, Any]:
     return offers.take(agent.core, agent.store, agent.cache, call.read(dict[str, Any]), call.site)
 
 
+def prefetch(agent: Agent, call: Call) -> dict[str, Any]:
+    return offers.take_prefetch(agent.core, agent.store, agent.cache, call.read(dict[str, Any]), call.site)
+
+
 def look(agent: Agent, call: Call) -> dict[str, Any]:
     return offers.look(agent.core, agent.store, agent.cache, call.read(dict[str, Any]), call.site)
 
@@ -35,6 +39,7 @@ def ownership(agent: Agent, call: Call) -> dict[str, Any]:
 
 TABLE = (
     Route("POST", "/v1/peer/offers", Access.SITE, offer),
+    Route("POST", "/v1/peer/prefetches", Access.SITE, prefetch),
     Route("POST", "/v1/peer/look", Access.SITE, look),
     Route("POST", "/v1/peer/probe", Access.SITE, probe),
     Route("POST", "/v1/peer/lacking", Access.SITE, lacking),
