@@ -14,7 +14,7 @@ import pytest
 
 from haulier.containers.bundle import config, criu_options
 from haulier.containers.convergence import LEAST_S, MOST_ROUNDS, Round, Rounds
-from haulier.containers.memory import FRAME, Places, picture_pages, read_processes
+from haulier.containers.memory import FRAME, Places, areas_of, picture_pages, read_processes
 from haulier.containers.model import ContainerSpec, ImageConfig, parse_user
 from haulier.containers.preflight import differences, explain, host_facts, scan
 from haulier.errors import Corrupt, NoRoom, Unsupported, UsageError
@@ -49,7 +49,7 @@ def child() -> Iterator[subprocess.Popen[str]]:
 def everything(pid: int) -> dict[tuple[tuple[str, int], int], bytes]:
     return {
         (piece.key, page): contents.tobytes()
-        for piece in read_processes([pid])
+        for piece in read_processes(areas_of([pid]))
         for page, contents in zip(piece.pages.tolist(), piece.contents, strict=True)
     }
 
@@ -74,7 +74,7 @@ def test_memory_of_a_running_process_is_read_as_it_is(child: subprocess.Popen[st
 def test_a_process_that_is_gone_is_left_out(child: subprocess.Popen[str]) -> None:
     child.kill()
     wait_for(lambda: child.poll() is not None, 10)
-    assert list(read_processes([child.pid])) == []
+    assert list(read_processes(areas_of([child.pid]))) == []
 
 
 def test_a_page_keeps_its_place() -> None:

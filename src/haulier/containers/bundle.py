@@ -9,6 +9,9 @@ from haulier.units import MIB
 
 LOG: Final = "/var/log/container.log"
 _SHELL: Final = f'mkdir -p /var/log; exec "$@" >>{LOG} 2>&1 </dev/null'
+MASKED: Final = ("/proc/kcore", "/proc/keys", "/proc/timer_list")
+NETWORK_KEY: Final = "extRootNetNS"
+"""What runc calls the container's network namespace when it has CRIU restore it."""
 _NO: Final = ["nosuid", "noexec", "nodev"]
 
 
@@ -56,7 +59,7 @@ def config(
                 "cpu": {"quota": vcpus * 100_000, "period": 100_000},
                 "pids": {"limit": 4096},
             },
-            "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list"],
+            "maskedPaths": list(MASKED),
             "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger"],
         },
         "annotations": {"org.criu.config": criu},

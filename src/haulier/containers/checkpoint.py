@@ -7,7 +7,8 @@ in docs/formats/checkpoints.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,24 +18,28 @@ import xxhash
 from numpy.typing import NDArray
 
 from haulier.compress import StreamCompressor, StreamDecompressor
+from haulier.containers.files import read_inside
 from haulier.containers.images import NAME, PAGES_NAME
+from haulier.containers.restoring import DESCRIPTORS, HELD, INVENTORY
 from haulier.errors import Corrupt
 from haulier.memory import sparse, varint
+from haulier.units import PAGE
 
 MAX_FILE: Final = 256 << 20
 MAX_FILES: Final = 100_000
 _PART: Final = 4 << 20
 _LEVEL: Final = 9
 _WINDOW_LOG: Final = 23
+_SEGMENT: Final = 16
+MAX_BORROWED: Final = 4096
 
 
 class PagesFile(msgspec.Struct, frozen=True, array_like=True):
-    """A file of pages: `count` of them, their numbers in the picture (differences, compressed), digest of the file."""
+    """A file of pages: `count` of them, their numbers in the picture (differences, compressed)."""
 
     name: str
     count: int
     numbers: bytes
-    digest: bytes
 
 
 class Part(msgspec.Struct, frozen=True, tag="files", tag_field="type"):
@@ -47,17 +52,49 @@ class Part(msgspec.Struct, frozen=True, tag="files", tag_field="type"):
     """Of a trial dump: only there so that what comes later is small."""
 
 
+class Borrowed(msgspec.Struct, frozen=True, array_like=True):
+    """A stretch of a file of the dump that lies in one of the container's own files, and is zeros in what was sent."""
+
+    name: str
+    at: int
+    path: bytes
+    """In the container, without the first slash."""
+    offset: int
+    length: int
+    digest: bytes
+    """xxh3-128."""
+
+
+class Layout(msgspec.Struct, frozen=True, tag="layout", tag_field="type"):
+    """The files of pages as the trial dump had them; those of the final dump will be nearly the same."""
+
+    stream: int
+    pages: list[PagesFile]
+
+
 class End(msgspec.Struct, frozen=True, tag="end", tag_field="type"):
-    """All files were sent. `stream` is how many raw bytes of the picture have to be there before pages are taken."""
+    """All files were sent. `stream` is how many raw bytes of the picture have to be there before pages are taken.
+
+    A restore may begin; nothing may run before the digests of the files of pages were found right.
+    """
 
     stream: int
     pages: list[PagesFile]
     files: int
+    borrowed: list[Borrowed]
     digest: bytes
     """xxh3-128 over names and contents of the files of this dump, in order."""
 
 
-Message = Part | End
+class Digests(msgspec.Struct, frozen=True, tag="digests", tag_field="type"):
+    """The last message: for each file of pages, in the order of `End`, what `digest_of_pages` makes of it."""
+
+    pages: list[bytes]
+
+
+Message = Part | Layout | End | Digests
+Numbered = list[tuple[str, NDArray[np.int64]]]
+"""Names of files of pages, and the numbers in the picture of the pages of each."""
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Message)
 
@@ -67,6 +104,13 @@ def digest_of(data: bytes | memoryview) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
+def digest_of_pages(pages: NDArray[np.uint8]) -> bytes:
+    """xxh3-128 of the xxh3-128 of each 16 pages, u8 (n, 4096): what changed in a file can be digested alone."""
+    data = pages.reshape(-1).data
+    parts = (digest_of(data[at : at + _SEGMENT * PAGE]) for at in range(0, len(data), _SEGMENT * PAGE))
+    return digest_of(b"".join(parts))
+
+
 class CheckpointSender:
     """The source's side."""
 
@@ -74,14 +118,17 @@ class CheckpointSender:
         self._compressor = StreamCompressor(_LEVEL, _WINDOW_LOG, False)
         self.wire_bytes = 0
 
-    def files(self, folder: Path, *, trial: bool = False) -> Iterator[bytes]:
-        """Messages with all files of a dump but those of pages; CRIU's statistics and logs stay here."""
+    def files(self, folder: Path, borrowed: Sequence[Borrowed] = (), *, trial: bool = False) -> Iterator[bytes]:
+        """Messages with all files of a dump but those of pages; CRIU's statistics and logs stay here.
+
+        What is `borrowed` goes as zeros; `end` tells where it is to be found.
+        """
         hasher = xxhash.xxh3_128()
         self._count = 0
         names: list[tuple[str, int]] = []
         plain = bytearray()
         for path in wanted_files(folder):
-            data = path.read_bytes()
+            data = _blanked(path, borrowed)
             hasher.update(path.name.encode() + b"\0" + data)
             self._count += 1
             names.append((path.name, len(data)))
@@ -97,13 +144,21 @@ class CheckpointSender:
     def _part(self, names: list[tuple[str, int]], plain: bytes, trial: bool) -> bytes:
         return self._encode(Part(names, len(plain), self._compressor.compress(plain), trial))
 
-    def end(self, stream: int, pages: list[tuple[str, NDArray[np.int64], bytes]]) -> bytes:
-        """The last message; after `files`. `pages` are name, numbers in the picture, and digest of each file."""
-        made = []
-        for name, numbers, digest in pages:
-            packed = self._compressor.compress(varint.encode_deltas(numbers))
-            made.append(PagesFile(name, len(numbers), packed, digest))
-        return self._encode(End(stream, made, self._count, self._digest))
+    def layout(self, stream: int, pages: Numbered) -> bytes:
+        """Tells what files of pages will be like, so that the target can put them together before the dump."""
+        return self._encode(Layout(stream, self._pages(pages)))
+
+    def end(self, stream: int, pages: Numbered, borrowed: Sequence[Borrowed] = ()) -> bytes:
+        """After `files`, the last message but one: what the restore needs."""
+        return self._encode(End(stream, self._pages(pages), self._count, list(borrowed), self._digest))
+
+    def digests(self, digests: list[bytes]) -> bytes:
+        """The last message."""
+        return self._encode(Digests(digests))
+
+    def _pages(self, pages: Numbered) -> list[PagesFile]:
+        packed = [self._compressor.compress(varint.encode_deltas(numbers)) for _, numbers in pages]
+        return [PagesFile(name, len(numbers), data) for (name, numbers), data in zip(pages, packed, strict=True)]
 
     def _encode(self, message: Message) -> bytes:
         data = _ENCODER.encode(message)
@@ -111,12 +166,23 @@ class CheckpointSender:
         return data
 
 
+def _blanked(path: Path, borrowed: Sequence[Borrowed]) -> bytes:
+    data = bytearray(path.read_bytes())
+    for one in borrowed:
+        if one.name == path.name:
+            data[one.at : one.at + one.length] = bytes(one.length)
+    return bytes(data)
+
+
 def wanted_files(folder: Path) -> list[Path]:
     """The files that a restore needs, in order, but for pages."""
     return [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file() and not PAGES_NAME.fullmatch(path.name) and not path.name.startswith("stats-")
+        if path.is_file()
+        and not PAGES_NAME.fullmatch(path.name)
+        and not path.name.startswith("stats-")
+        and path.name != DESCRIPTORS
     ]
 
 
@@ -125,8 +191,10 @@ class CheckpointReceiver:
 
     def __init__(self, folder: Path, max_pages: int) -> None:
         self.folder = folder
+        self.layout: tuple[int, Numbered] | None = None
         self.end: End | None = None
-        self.pages: list[tuple[str, NDArray[np.int64], bytes]] = []
+        self.pages: Numbered = []
+        self.digests: list[bytes] | None = None
         self._max_pages = max_pages
         self._decompressor = StreamDecompressor()
         self._hasher = xxhash.xxh3_128()
@@ -140,12 +208,18 @@ class CheckpointReceiver:
             decoded = _DECODER.decode(message)
         except msgspec.MsgspecError as error:
             raise Corrupt(f"a message of a dump makes no sense ({error}): run the same haulier at both sites") from None
-        if self.end is not None:
+        if self.end is not None and not (isinstance(decoded, Digests) and self.digests is None):
             raise Corrupt("a message of a dump came after its end")
         if isinstance(decoded, Part):
             self._part(decoded)
-        else:
+        elif isinstance(decoded, Layout):
+            self.layout = decoded.stream, self._numbers(decoded.pages)
+        elif isinstance(decoded, End):
             self._end(decoded)
+        elif len(decoded.pages) != len(self.pages) or self.end is None:
+            raise Corrupt("the digests of a dump are not as many as its files of pages")
+        else:
+            self.digests = decoded.pages
 
     def _part(self, part: Part) -> None:
         if not 0 <= part.plain <= _PART:
@@ -156,7 +230,12 @@ class CheckpointReceiver:
         if part.trial:
             return
         for name, size in part.names:
-            if not NAME.fullmatch(name) or PAGES_NAME.fullmatch(name) or not 0 <= size <= MAX_FILE:
+            if (
+                not NAME.fullmatch(name)
+                or name in (HELD, DESCRIPTORS)
+                or PAGES_NAME.fullmatch(name)
+                or not 0 <= size <= MAX_FILE
+            ):
                 raise Corrupt(f"a dump names a file {name[:80]!r} of {size} bytes")
         self._open += part.names
         self._data += data
@@ -168,14 +247,43 @@ class CheckpointReceiver:
             del self._data[:size]
             self._hasher.update(name.encode() + b"\0" + contents)
             self._count += 1
-            with (self.folder / name).open("xb") as file:
+            # CRIU may wait for its inventory already.
+            with (self.folder / (HELD if name == INVENTORY else name)).open("xb") as file:
                 file.write(contents)
 
     def _end(self, end: End) -> None:
         if self._open or self._data or end.files != self._count or end.digest != self._hasher.digest():
             raise Corrupt("the files of the dump did not arrive as they were sent: try again")
+        self.pages = self._numbers(end.pages)
+        if len(end.borrowed) > MAX_BORROWED or any(
+            not NAME.fullmatch(one.name) or PAGES_NAME.fullmatch(one.name) or not 0 <= one.at < one.at + one.length
+            for one in end.borrowed
+        ):
+            raise Corrupt("a dump borrows what makes no sense from the container's files")
+        self.end = end
+
+    def give_back(self, root: Path) -> None:
+        """Puts in what was borrowed, from the container's files below `root`. Corrupt where they have something else.
+
+        After the end has come, and before the dump is used.
+        """
+        assert self.end is not None
+        for one in self.end.borrowed:
+            try:
+                data = read_inside(root, one.path, one.offset, one.length)
+                if len(data) != one.length or digest_of(data) != one.digest:
+                    raise Corrupt(f"what the dump borrows from /{os.fsdecode(one.path)[:200]} is not there: try again")
+                with (self.folder / one.name).open("r+b") as file:
+                    if os.fstat(file.fileno()).st_size < one.at + one.length:
+                        raise Corrupt(f"a dump borrows for {one.name} what lies beyond its end")
+                    os.pwrite(file.fileno(), data, one.at)
+            except OSError as error:
+                raise Corrupt(f"what the dump borrows from /{os.fsdecode(one.path)[:200]}: {error}") from error
+
+    def _numbers(self, files: list[PagesFile]) -> Numbered:
+        found: Numbered = []
         total = 0
-        for pages in end.pages:
+        for pages in files:
             total += pages.count
             if not PAGES_NAME.fullmatch(pages.name) or not pages.count >= 0 or total > 4 * self._max_pages:
                 raise Corrupt(f"a dump names {pages.count} pages in {pages.name[:80]!r}")
@@ -185,18 +293,62 @@ class CheckpointReceiver:
                 len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= self._max_pages)
             ):
                 raise Corrupt(f"the pages of {pages.name} lie beyond the picture")
-            self.pages.append((pages.name, numbers, pages.digest))
-        self.end = end
+            found.append((pages.name, numbers))
+        return found
 
 
-def write_pages(path: Path, numbers: NDArray[np.int64], picture: NDArray[np.uint8]) -> bytes:
-    """Writes a file of the pages of `picture`, u8 (pages, 4096), of these numbers. Digest of what was written."""
-    hasher = xxhash.xxh3_128()
-    with path.open("xb", buffering=0) as file:
+class Draft:
+    """A file of pages, put together from the picture before it is known for certain which pages it will have.
+
+    `touched`, one a page of the picture, is set for those that changed since they were taken; whoever changes the
+    picture sets it after, so that a page that is taken meanwhile is taken again.
+    """
+
+    def __init__(self, path: Path, picture: NDArray[np.uint8], touched: NDArray[np.bool_]) -> None:
+        self._file = path.open("x+b", buffering=0)
+        self._picture, self._touched = picture, touched
+        self._numbers = np.zeros(0, np.int64)
+        self._digests: list[bytes] = []
+        self.written = 0
+        """Pages that were taken, all in all."""
+
+    def follow(self, numbers: NDArray[np.int64]) -> None:
+        """Makes the file that of the pages of these numbers, as they are now."""
+        before = self._numbers[: len(numbers)]
+        wrong = np.ones(len(numbers), np.bool_)
+        wrong[: len(before)] = (numbers[: len(before)] != before) | self._touched[numbers[: len(before)]]
+        rows = np.flatnonzero(wrong)
+        self._touched[numbers[rows]] = False
+        self.written += len(rows)
+        for position, count in sparse.runs(rows):
+            self._write(int(rows[position]), numbers[int(rows[position]) : int(rows[position]) + count])
+        self._file.truncate(len(numbers) * PAGE)
+        stale = set((rows // _SEGMENT).tolist())
+        if len(before) != len(self._numbers) and len(numbers) % _SEGMENT:
+            stale.add(len(numbers) // _SEGMENT)
+        segments = -(-len(numbers) // _SEGMENT)
+        self._digests = [*self._digests[:segments], *([b""] * (segments - len(self._digests)))]
+        for segment in stale:
+            self._digests[segment] = b""
+        self._numbers = numbers
+
+    def _write(self, at: int, numbers: NDArray[np.int64]) -> None:
         for position, count in sparse.runs(numbers):
             first = int(numbers[position])
-            data = picture[first : first + count].reshape(-1).data
-            hasher.update(data)
+            data = self._picture[first : first + count].reshape(-1).data
+            place = (at + position) * PAGE
             while data:
-                data = data[file.write(data) :]
-    return hasher.digest()
+                done = os.pwrite(self._file.fileno(), data, place)
+                data, place = data[done:], place + done
+
+    def digest(self) -> bytes:
+        """What `digest_of_pages` makes of the file: of what changed since the last call it is read again."""
+        for segment, digest in enumerate(self._digests):
+            if not digest:
+                data = os.pread(self._file.fileno(), _SEGMENT * PAGE, segment * _SEGMENT * PAGE)
+                self._digests[segment] = digest_of(data)
+        return digest_of(b"".join(self._digests))
+
+    def close(self) -> None:
+        """Lets go of the file, which stays."""
+        self._file.close()

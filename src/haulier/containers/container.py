@@ -13,16 +13,19 @@ import shutil
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import psutil
 
-from haulier.containers import bundle, network
+from haulier.containers import bundle, network, restoring, sockets
 from haulier.containers.criu import last_error
-from haulier.containers.runc import Runc
+from haulier.containers.dumping import Dumping, DumpRequest
+from haulier.containers.freezer import freezer_of
+from haulier.containers.restoring import Restoring
+from haulier.containers.runc import Runc, words_of
 from haulier.errors import Conflict, GuestError, UnknownThing
 from haulier.guests.model import GuestSpec
 from haulier.guests.process import ProcessId
@@ -143,16 +146,35 @@ class Container:
         """Starts its command; it is on the network when this returns."""
         self._started(self.runc.run(self.paths.id, self.paths.bundle, self.paths.pid_file))
         self.plug()
+        self.settle()
 
-    def restore(self, images: Path) -> None:
-        """Restores its processes; they stay stopped, and unplugged. GuestError says what CRIU said."""
+    def begin_restore(self, images: Path) -> Restoring:
+        """Gets a restore from `images` ready, whose dump need not be there yet; its layers have to be mounted."""
         paths = self.paths
         paths.criu_options.write_text(bundle.criu_options(restoring=True))
-        try:
-            pid = self.runc.restore(paths.id, paths.bundle, images, paths.log_dir, paths.pid_file)
-        finally:
-            paths.criu_options.write_text(bundle.criu_options(restoring=False))
-        self._started(pid)
+        paths.pid_file.unlink(missing_ok=True)
+        restoring.prepare(images)
+        command, environment = self.runc.restore_command(paths.id, paths.bundle, images, paths.log_dir, paths.pid_file)
+        begun = Restoring(command, environment, images, paths.log_dir / "restore.said")
+        if begun.process is not None:
+            # So that it is ended with the rest, whoever clears away.
+            self.record["helper"] = asdict(begun.process)
+            self._save()
+        return begun
+
+    def finish_restore(self, begun: Restoring) -> None:
+        """Restores its processes; they stay stopped, and unplugged. GuestError says what CRIU said."""
+        said = begun.finish()
+        if said:
+            criu = last_error(self.paths.log_dir / "restore.log", 3)
+            raise GuestError(f"the restore failed: {words_of(said)}{f' (CRIU: {criu})' if criu else ''}")
+        self.paths.criu_options.write_text(bundle.criu_options(restoring=False))
+        self.record.pop("helper", None)
+        self._started(int(self.paths.pid_file.read_text()))
+
+    def restore(self, images: Path) -> None:
+        """Both at once."""
+        self.finish_restore(self.begin_restore(images))
 
     @classmethod
     def adopt(cls, paths: ContainerPaths) -> Container:
@@ -201,8 +223,9 @@ class Container:
             state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
             if state in "Tt":
                 return "paused"
-        found = self.runc.state(self.paths.id)
-        return "paused" if found is not None and found.get("status") == "paused" else "running"
+        with contextlib.suppress(GuestError):
+            return "paused" if freezer_of(self.pid).asked() else "running"
+        return "stopped"
 
     def pids(self) -> list[int]:
         """All its processes, the first one first."""
@@ -216,15 +239,12 @@ class Container:
 
     def freeze(self) -> None:
         """Stops all its processes between two instructions; repeated, it changes nothing."""
-        if self.status() != "paused":
-            self.runc.pause(self.paths.id)
+        freezer_of(self.pid).freeze()
 
     def thaw(self) -> None:
         """Lets them run on, and plugs it in again. Only the guest's owner may do this."""
+        freezer_of(self.pid).thaw()
         if self.status() == "paused":
-            found = self.runc.state(self.paths.id)
-            if found is not None and found.get("status") == "paused":
-                self.runc.resume(self.paths.id)
             self._signal(signal.SIGCONT)
         self.plug()
 
@@ -239,18 +259,50 @@ class Container:
         if self.cable:
             network.plug(self.cable)
 
+    def settle(self) -> None:
+        """It runs and is on the network: what was only for that moment is put right."""
+        if self.cable:
+            network.calm(self.netns)
+
+    def nudge(self) -> None:
+        """Has its connections speak to their peers once, who may have missed what was said in the last moments.
+
+        For that its processes stand still for about a millisecond.
+        """
+        freezer = freezer_of(self.pid)
+        pids = self.pids()
+        if not sockets.talking(pids):
+            return
+        freezer.freeze()
+        try:
+            sockets.probe(pids)
+        finally:
+            freezer.thaw()
+
     def unplug(self) -> None:
         if self.cable:
             network.unplug(self.cable)
 
-    def dump(self, images: Path) -> None:
-        """Writes its state to `images`; it goes on running, or stays frozen. GuestError says why it cannot be."""
+    def begin_dump(self, images: Path) -> Dumping:
+        """Gets a dump of its state to `images` ready; it goes on running. GuestError when that cannot be."""
         images.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.paths.log_dir.mkdir(parents=True, exist_ok=True)
-        self.runc.checkpoint(self.paths.id, images, self.paths.log_dir)
+        request = DumpRequest(
+            self.pid,
+            self.paths.rootfs,
+            self.paths.criu_options,
+            freezer_of(self.pid).folder,
+            external=(f"net[{os.stat(network.RUN / self.netns).st_ino}]:{bundle.NETWORK_KEY}",),
+            masked=tuple(path for path in bundle.MASKED if _is_file(Path(f"/proc/{self.pid}/root{path}"))),
+        )
+        return Dumping(request, images, self.paths.log_dir)
 
-    def dump_error(self) -> str:
-        return last_error(self.paths.log_dir / "dump.log", 4)
+    def dump(self, images: Path) -> None:
+        """Writes its state to `images`; it goes on running, or stays frozen. GuestError says why it cannot be."""
+        try:
+            self.begin_dump(images).finish()
+        except GuestError as error:
+            raise GuestError(f"container {self.paths.id} cannot be dumped: {error}") from None
 
     def shutdown(self, timeout: float) -> bool:
         """Asks its first process to end, and waits; False if it had to be killed."""
@@ -271,6 +323,13 @@ class Container:
         for pid in self.pids()[: 1 if first_only else None]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return not path.is_dir() and path.exists()
+    except OSError:
+        return False
 
 
 def _catches(pid: int, number: signal.Signals) -> bool:
@@ -310,6 +369,8 @@ def clear_runtime(paths: ContainerPaths) -> None:
     if cable:
         network.delete("", cable)
     runc = Runc(paths.states)
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        restoring.end_helper(ProcessId.from_dict(record["helper"]))
     found = running(paths)
     if found is not None:
         with contextlib.suppress(psutil.Error):

@@ -251,6 +251,26 @@ def _opener(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
+def read_inside(root: Path, path: bytes, offset: int, length: int) -> bytes:
+    """A stretch of the file `path` below `root`; no link on the way is followed. OSError when there is none."""
+    names = [name for name in path.split(b"/") if name]
+    if not names or b".." in names or b"." in names:
+        raise FileNotFoundError(errno.ENOENT, "which is no path")
+    fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for number, name in enumerate(names):
+            last = number == len(names) - 1
+            flags = os.O_RDONLY | os.O_NONBLOCK if last else os.O_PATH | os.O_DIRECTORY
+            deeper = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FileNotFoundError(errno.ENOENT, "which is no plain file")
+        return os.pread(fd, length, offset)
+    finally:
+        os.close(fd)
+
+
 def check_plain(path: Path) -> None:
     """Raises Corrupt unless `path` is a directory and no link to one."""
     if path.is_symlink() or not path.is_dir():

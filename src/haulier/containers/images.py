@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haulier.containers.memory import Key
+from haulier.containers.protobuf import fields
 from haulier.errors import Corrupt
 from haulier.units import PAGE
 
@@ -42,7 +43,7 @@ class PagesOf:
 
 
 def pages_of(folder: Path) -> list[PagesOf]:
-    """The pages files of a dump. Corrupt when maps and pages do not fit each other."""
+    """The pages files that a dump's maps name. Corrupt when maps and pages do not fit each other."""
     stretches: dict[int, list[tuple[Key, NDArray[np.int64]]]] = {}
     for path in sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name)):
         match = _MAP_NAME.fullmatch(path.name)
@@ -57,6 +58,9 @@ def pages_of(folder: Path) -> list[PagesOf]:
     for path in sorted(folder.iterdir()):
         match = PAGES_NAME.fullmatch(path.name)
         if match is None:
+            continue
+        if int(match[1]) not in stretches and path.stat().st_size:
+            # Of an earlier dump in the same place.
             continue
         made = PagesOf(path.name, stretches.get(int(match[1]), []))
         if made.count * PAGE != path.stat().st_size:
@@ -75,9 +79,9 @@ def _pagemap(path: Path) -> tuple[int, list[tuple[int, int]]]:
         raise Corrupt(f"{path} is empty")
     number = messages[0].get(1, -1)
     runs = []
-    for fields in messages[1:]:
-        if fields.get(4, _PRESENT) & _PRESENT and not fields.get(3, 0):
-            runs.append((fields.get(1, 0) // PAGE, fields.get(5, 0) or fields.get(2, 0)))
+    for entry in messages[1:]:
+        if entry.get(4, _PRESENT) & _PRESENT and not entry.get(3, 0):
+            runs.append((entry.get(1, 0) // PAGE, entry.get(5, 0) or entry.get(2, 0)))
     return number, runs
 
 
@@ -85,29 +89,13 @@ def _messages(data: bytes, at: int) -> Iterator[dict[int, int]]:
     while at < len(data):
         (size,) = _SIZE.unpack_from(data, at)
         at += _SIZE.size
-        yield _fields(data[at : at + size])
+        yield _numbers(data[at : at + size])
         at += size
 
 
-def _fields(data: bytes) -> dict[int, int]:
-    """Numbers by field of a protobuf message that holds nothing else."""
-    found: dict[int, int] = {}
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        if tag & 7:
-            raise Corrupt("a page map of a newer CRIU holds what is not known here: use the same CRIU at both sites")
-        found[tag >> 3], at = _varint(data, at)
-    return found
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(data) and shift < 70:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-    raise Corrupt("a page map is cut short")
+def _numbers(data: bytes) -> dict[int, int]:
+    """Numbers by field of a message that holds nothing else."""
+    found = fields(data)
+    if not all(isinstance(value, int) for value in found.values()):
+        raise Corrupt("a page map of a newer CRIU holds what is not known here: use the same CRIU at both sites")
+    return {number: int(value) for number, value in found.items()}

@@ -8,6 +8,7 @@ addresses, so the places hold for the way back as well.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ FRAME_LOG: Final = 6
 FRAME: Final = 1 << FRAME_LOG
 _READ_PAGES: Final = 512
 _MAP_PAGES: Final = 1 << 18
+_POPULATE_WRITE: Final = 23
 _SKIPPED: Final = re.compile(r"\[(vvar|vsyscall|vdso|vvar_vclock)\]")
 _PRESENT: Final = np.uint64(3 << 62)
 _FILE: Final = np.uint64(1 << 61)
@@ -84,6 +86,24 @@ class Places:
         return made
 
 
+class Reserve:
+    """Memory that is about to be needed, taken beforehand: a virtual host may have to ask for each page of it anew."""
+
+    def __init__(self, size: int) -> None:
+        """`size` in bytes; where there is not so much, nothing is taken."""
+        self._taken: mmap.mmap | None = None
+        if size > 0:
+            with contextlib.suppress(OSError, ValueError):
+                self._taken = mmap.mmap(-1, size)
+                self._taken.madvise(_POPULATE_WRITE)
+
+    def release(self) -> None:
+        """Gives it back to the host; repeated, it does nothing."""
+        if self._taken is not None:
+            self._taken.close()
+            self._taken = None
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A stretch of one address space: page numbers there, and contents u8 (n, 4096)."""
@@ -93,14 +113,27 @@ class Piece:
     contents: NDArray[np.uint8]
 
 
-def read_processes(pids: list[int]) -> Iterator[Piece]:
+Areas = dict[int, list[str]]
+"""The lines of /proc/PID/maps by process."""
+
+
+def areas_of(pids: list[int]) -> Areas:
+    """What the processes have mapped now; those that are gone are left out."""
+    found: Areas = {}
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            found[pid] = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+    return found
+
+
+def read_processes(areas: Areas) -> Iterator[Piece]:
     """What the processes have in memory now that no file has, in pieces; what goes away meanwhile is left out."""
     shared: set[int] = set()
-    for pid in pids:
+    for pid, lines in areas.items():
         try:
             inner = _inner_pid(pid)
             with open(f"/proc/{pid}/mem", "rb", 0) as memory, open(f"/proc/{pid}/pagemap", "rb", 0) as pagemap:
-                for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+                for line in lines:
                     yield from _area(line, ("p", inner), memory.fileno(), pagemap.fileno(), shared)
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import socket
@@ -12,11 +11,9 @@ from typing import Final
 
 from haulier.containers.criu import find_criu
 from haulier.containers.runc import runc_version
+from haulier.containers.sockets import SO_DOMAIN, SO_PROTOCOL, borrowed
 from haulier.errors import Unsupported
 
-_PIDFD_GETFD: Final = 438
-_SO_PROTOCOL: Final = 38
-_SO_DOMAIN: Final = 39
 _MPTCP: Final = 262
 _KNOWN_DOMAINS: Final = {socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK, socket.AF_PACKET}
 
@@ -85,7 +82,11 @@ def _problem(pid: int, number: int, target: str) -> str:
 
 def _socket_problem(pid: int, number: int) -> str:
     try:
-        domain, protocol = _socket_facts(pid, number)
+        with borrowed(pid, number) as sock:
+            domain, protocol = (
+                sock.getsockopt(socket.SOL_SOCKET, SO_DOMAIN),
+                sock.getsockopt(socket.SOL_SOCKET, SO_PROTOCOL),
+            )
     except OSError:
         return ""
     if protocol == _MPTCP:
@@ -93,19 +94,6 @@ def _socket_problem(pid: int, number: int) -> str:
     if domain not in _KNOWN_DOMAINS:
         return f"it has a socket of address family {domain}, which CRIU cannot dump"
     return ""
-
-
-def _socket_facts(pid: int, number: int) -> tuple[int, int]:
-    """(domain, protocol) of another process' socket, asked of a duplicate of it."""
-    handle = os.pidfd_open(pid)
-    try:
-        copied = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, handle, number, 0)
-        if copied < 0:
-            raise OSError(ctypes.get_errno(), "pidfd_getfd")
-    finally:
-        os.close(handle)
-    with socket.socket(fileno=copied) as sock:
-        return sock.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN), sock.getsockopt(socket.SOL_SOCKET, _SO_PROTOCOL)
 
 
 # -- two hosts -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from haulier.containers.criu import find_criu, last_error
+from haulier.containers.criu import find_criu
 from haulier.errors import GuestError, Unsupported
 
 STEP_S: Final = 60.0
@@ -41,22 +41,13 @@ class Runc:
         """Starts a container; its first process' id. GuestError with runc's words."""
         return self._begin(["run", "--detach", "--bundle", str(bundle), "--pid-file", str(pid_file), name], pid_file)
 
-    def restore(self, name: str, bundle: Path, images: Path, work: Path, pid_file: Path) -> int:
-        """Restores a container from `images`; its first process' id. CRIU's log goes to `work`."""
+    def restore_command(
+        self, name: str, bundle: Path, images: Path, work: Path, pid_file: Path
+    ) -> tuple[list[str], dict[str, str]]:
+        """Restores a container from `images`, its first process' id to `pid_file`, CRIU's log to `work`: words and
+        environment."""
         words = ["restore", "--detach", "--bundle", str(bundle), "--image-path", str(images), "--work-path", str(work)]
-        try:
-            return self._begin([*words, "--pid-file", str(pid_file), name], pid_file)
-        except GuestError as error:
-            said = last_error(work / "restore.log", 3)
-            raise GuestError(f"{error}{f' (CRIU: {said})' if said else ''}") from None
-
-    def checkpoint(self, name: str, images: Path, work: Path) -> None:
-        """Dumps a container and leaves it as it was: running, or frozen. GuestError says what CRIU said."""
-        words = ["checkpoint", "--leave-running", "--image-path", str(images), "--work-path", str(work), name]
-        done = self._call(words)
-        if done.returncode:
-            said = last_error(work / "dump.log", 3) or _words(done.stderr)
-            raise GuestError(f"container {name} cannot be dumped: {said}")
+        return self._command([*words, "--pid-file", str(pid_file), name]), _environment()
 
     def state(self, name: str) -> dict[str, Any] | None:
         """What runc says of it; None if it knows none of that name."""
@@ -92,13 +83,13 @@ class Runc:
             said.seek(0)
             text = said.read().decode(errors="replace")
         if done.returncode:
-            raise GuestError(f"runc {words[0]} failed: {_words(text)}")
+            raise GuestError(f"runc {words[0]} failed: {words_of(text)}")
         return int(pid_file.read_text())
 
     def _must(self, words: list[str]) -> None:
         done = self._call(words)
         if done.returncode:
-            raise GuestError(f"runc {words[0]} failed: {_words(done.stderr)}")
+            raise GuestError(f"runc {words[0]} failed: {words_of(done.stderr)}")
 
     def _call(self, words: list[str]) -> subprocess.CompletedProcess[str]:
         try:
@@ -119,7 +110,8 @@ class Runc:
         return [runc_binary(), "--root", str(self.root), *words]
 
 
-def _words(text: str) -> str:
+def words_of(text: str) -> str:
+    """What runc complained of, out of its log lines."""
     match = re.findall(r'msg="((?:[^"\\]|\\.)*)"', text)
     return (match[-1] if match else text.strip())[-400:]
 

@@ -13,7 +13,7 @@ from haulier.agent.site import Site
 from haulier.compress import StreamCompressor
 from haulier.containers import files
 from haulier.containers.container import Container
-from haulier.containers.memory import Places, picture_pages, read_processes
+from haulier.containers.memory import Places, areas_of, picture_pages, read_processes
 from haulier.containers.preflight import scan
 from haulier.containers.upper import load_signatures, signature
 from haulier.errors import Unsupported
@@ -46,7 +46,7 @@ def sample(site: Site, spec: GuestSpec, container: Container, memory_base: str) 
     total = zero = same = 0
     chosen: list[NDArray[np.uint8]] = []
     first: dict[tuple[Any, int], bytes] = {}
-    for piece in read_processes(container.pids()):
+    for piece in read_processes(areas_of(container.pids())):
         total += len(piece.pages)
         filled = sparse.nonzero(np.ascontiguousarray(piece.contents))
         zero += int((~filled).sum())
@@ -63,7 +63,7 @@ def sample(site: Site, spec: GuestSpec, container: Container, memory_base: str) 
     began = time.monotonic()
     time.sleep(BETWEEN_S)
     changed = seen = 0
-    for piece in read_processes(container.pids()):
+    for piece in read_processes(areas_of(container.pids())):
         step = max(1, len(piece.pages) // 8)
         for page, contents in zip(piece.pages[::step].tolist(), piece.contents[::step], strict=True):
             was = first.get((piece.key, page))

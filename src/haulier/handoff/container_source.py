@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,13 +22,15 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from haulier.compress.stream import level_for
-from haulier.containers.checkpoint import CheckpointSender, digest_of
+from haulier.containers.checkpoint import Borrowed, CheckpointSender, digest_of_pages, wanted_files
 from haulier.containers.container import Container
 from haulier.containers.convergence import Round, Rounds
+from haulier.containers.dumping import Dumping
 from haulier.containers.files import region_reader
-from haulier.containers.images import pages_of
-from haulier.containers.memory import Places, picture_pages, read_processes
+from haulier.containers.images import PagesOf, pages_of
+from haulier.containers.memory import Areas, Places, areas_of, picture_pages, read_processes
 from haulier.containers.preflight import explain, host_facts, scan
+from haulier.containers.queues import Queues
 from haulier.containers.tree import Tree
 from haulier.containers.upper import UpperRounds, load_signatures, mapped_for_writing
 from haulier.disks.transfer import DiskSender
@@ -36,13 +39,25 @@ from haulier.handoff import retained
 from haulier.handoff.messages import Accept, Arrived, Channel, Finish, Prepared, PrepareMemory, Running
 from haulier.handoff.residence import container_paths, images_dir, incoming_name, retire
 from haulier.handoff.source import SourceHandoff
+from haulier.images.layers import INSTANCE
 from haulier.memory.picture import PictureSource
 from haulier.units import BLOCKS_PER_CHUNK, PAGE
 
 log = logging.getLogger(__name__)
 GATHER: Final = 2048
 """Pages gathered before they are compared and sent."""
-MARKS: Final = ("frozen", "files-sent", "pages-sent", "dumped", "sent", "disk-durable", "memory-loaded", "arrived")
+MARKS: Final = (
+    "frozen",
+    "unplugged",
+    "files-sent",
+    "pages-sent",
+    "dumped",
+    "end-sent",
+    "sent",
+    "disk-durable",
+    "memory-loaded",
+    "arrived",
+)
 
 
 class ContainerSource(SourceHandoff):
@@ -54,6 +69,8 @@ class ContainerSource(SourceHandoff):
     _trial_s = 0.0
     _ready = False
     _frozen = False
+    _probe_bytes = 0
+    """Its pages tell the link's rate soon enough, and a small container has hardly more of them than a probe takes."""
 
     def _adopt(self) -> None:
         self.container = Container.adopt(container_paths(self.site, self.job.guest))
@@ -62,6 +79,10 @@ class ContainerSource(SourceHandoff):
         self._images = images_dir(self.site, self.job.handoff)
         self._files = CheckpointSender()
         self._trial: list[bytes] = []
+        self._trial_pages: list[PagesOf] = []
+        self._dumping: Dumping | None = None
+        self._areas: Areas = {}
+        self._queues = Queues()
         self._memory_rounds: list[dict[str, Any]] = []
 
     def _accelerator(self) -> str:
@@ -83,16 +104,19 @@ class ContainerSource(SourceHandoff):
         problems = scan(self.container.pids())
         if problems:
             raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {'; '.join(problems)}")
-        folder = self._images / "trial"
+        folder = self._images / "dump"
         began = time.monotonic()
         try:
             self.container.dump(folder)
             self._trial_s = time.monotonic() - began
-            self._trial = list(self._files.files(folder, trial=True))
+            borrowed = self._borrowed(folder, anywhere=True)
+            self._trial = list(self._files.files(folder, borrowed, trial=True))
+            self._trial_pages = pages_of(folder)
         except GuestError as error:
             raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {explain(str(error))}") from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        # Its pages stay: the final dump writes over them, into memory that the host has at hand by then.
+        for path in wanted_files(folder):
+            path.unlink()
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -187,7 +211,7 @@ class ContainerSource(SourceHandoff):
         numbers: list[NDArray[np.int64]] = []
         contents: list[NDArray[np.uint8]] = []
         count = 0
-        for piece in read_processes(self.container.pids()):
+        for piece in read_processes(self._areas or areas_of(self.container.pids())):
             numbers.append(self._places.numbers(piece.key, piece.pages))
             contents.append(piece.contents)
             count += len(piece.pages)
@@ -212,6 +236,18 @@ class ContainerSource(SourceHandoff):
                 self.progress.left(0, self._memory_left())
         return len(rows)
 
+    def _send_layout(self) -> None:
+        """Which pages the dump will have, as the trial had them: the target puts them together while there is time."""
+        picture, session = self._picture, self._session
+        assert picture is not None and session is not None
+        pages = [(one.name, self._numbers(one)) for one in self._trial_pages]
+        session.send(Channel.CHECKPOINT, self._files.layout(picture.counters.raw_bytes, pages))
+
+    def _numbers(self, pages: PagesOf) -> NDArray[np.int64]:
+        """Numbers in the picture, in the order of the file."""
+        found = [self._places.numbers(key, some) for key, some in pages.stretches]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
     def _memory_left(self) -> int:
         if not self._memory_rounds or self._picture is None:
             return self.spec.memory_bytes // 20
@@ -224,6 +260,8 @@ class ContainerSource(SourceHandoff):
         while True:
             began = time.monotonic()
             memory = self._memory_round()
+            if len(self._memory_rounds) == 1:
+                self._send_layout()
             files = self._upper_round()
             while not self._session.wait_below(16_384, Channel.MEMORY, timeout=0.1):
                 self._check()
@@ -260,13 +298,16 @@ class ContainerSource(SourceHandoff):
         assert self._control is not None and self._sender is not None and self._picture is not None
         self.progress.phase("switchover", "the container is frozen")
         self._ending = True
+        folder = self._images / "dump"
+        dumping = self._dumping = self.container.begin_dump(folder)
+        dumping.ready()
         self._marks["stop"] = time.time()
         self._frozen = True
         self.container.freeze()
-        self.container.unplug()
+        # CRIU maps memory of its own into the processes for the time of the dump.
+        self._areas = areas_of(self.container.pids())
         self._marks["frozen"] = time.time()
-        folder = self._images / "final"
-        with _Beside(lambda: self.container.dump(folder)) as dump:
+        with _Beside(lambda: self._dump(dumping)) as dump:
             # While CRIU writes: what it will find is in memory already, and the processes do not change it any more.
             self._upper_round(last=True)
             self._marks["files-sent"] = time.time()
@@ -283,24 +324,40 @@ class ContainerSource(SourceHandoff):
         self._marks["memory-loaded"] = arrived.loaded_at - self._control.clock_offset
         self._compare(arrived, check)
 
+    def _borrowed(self, folder: Path, *, anywhere: bool = False) -> list[Borrowed]:
+        return self._queues.find(folder, self.container.pids(), self.container.paths.rootfs, anywhere=anywhere)
+
+    def _dump(self, dumping: Dumping) -> None:
+        """Writes down what is frozen. The cable is pulled as late as can be: until then what is under way arrives."""
+        try:
+            dumping.finish(self._pull)
+        except GuestError as error:
+            raise GuestError(f"guest {self.job.guest!r} cannot be dumped: {explain(str(error))}") from None
+
+    def _pull(self) -> None:
+        self.container.unplug()
+        self._marks["unplugged"] = time.time()
+
     def _send_dump(self, folder: Path) -> bytes:
         """All files of the dump, pages as numbers in the picture. Digests of the pages files, for a check."""
         picture, session = self._picture, self._session
         assert picture is not None and session is not None
-        pages: list[tuple[str, NDArray[np.int64], bytes]] = []
-        check = b""
-        found = [(one, _pages(folder / one.name)) for one in pages_of(folder)]
-        for message in self._files.files(folder):
+        borrowed = self._borrowed(folder)
+        for message in self._files.files(folder, borrowed):
             session.send(Channel.CHECKPOINT, message, urgent=True)
+        found = [(one, _pages(folder / one.name)) for one in pages_of(folder)]
+        pages: list[tuple[str, NDArray[np.int64]]] = []
         for one, contents in found:
-            numbers = [self._places.numbers(key, some) for key, some in one.stretches]
-            whole = np.concatenate(numbers) if numbers else np.zeros(0, np.int64)
-            self._late_pages = self._send_pages(whole, contents)
-            pages.append((one.name, whole, digest_of(contents.reshape(-1).data)))
-            if self.job.options.check:
-                check += blake3(contents.reshape(-1).data).digest()
-        session.send(Channel.CHECKPOINT, self._files.end(picture.counters.raw_bytes, pages), urgent=True)
-        return check
+            numbers = self._numbers(one)
+            self._late_pages += self._send_pages(numbers, contents)
+            pages.append((one.name, numbers))
+        session.send(Channel.CHECKPOINT, self._files.end(picture.counters.raw_bytes, pages, borrowed), urgent=True)
+        self._marks["end-sent"] = time.time()
+        digests = [digest_of_pages(contents) for _, contents in found]
+        session.send(Channel.CHECKPOINT, self._files.digests(digests), urgent=True)
+        if not self.job.options.check:
+            return b""
+        return b"".join(blake3(contents.reshape(-1).data).digest() for _, contents in found)
 
     def _compare(self, arrived: Arrived, memory: bytes) -> None:
         """Nothing unverified runs: pages and files are the same there, and if asked for the whole dump is compared."""
@@ -390,11 +447,22 @@ class ContainerSource(SourceHandoff):
             },
             "timeline": self._timeline,
             "disk": {"rounds": self._disk_rounds, "origin": self._sender.counters.as_dict()},
+            "layers": self._by_layer(self._sender),
         }
+
+    def _by_layer(self, sender: DiskSender) -> dict[str, dict[str, int]]:
+        """What each layer is large and what was sent of it; processes and connections count as instance."""
+        assert self._picture is not None
+        sizes = self._split.sizes(sender.manifest.unique())
+        found = {name: {"bytes": size, **asdict(sender.layers[name])} for name, size in sizes.items()}
+        found[INSTANCE]["memory_wire_bytes"] = self._picture.counters.wire_bytes + self._files.wire_bytes
+        return found
 
     _late_pages = 0
 
     def _resume(self) -> None:
+        if self._dumping is not None:
+            self._dumping.abort()
         if self._frozen and self.container.alive():
             self.container.thaw()
 

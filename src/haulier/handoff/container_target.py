@@ -19,11 +19,12 @@ from blake3 import blake3
 from haulier.agent.containers import arriving
 from haulier.chunks.manifest import Manifest
 from haulier.containers import container as containers
-from haulier.containers.checkpoint import CheckpointReceiver, write_pages
+from haulier.containers.checkpoint import CheckpointReceiver, Draft, Numbered
 from haulier.containers.container import Container
 from haulier.containers.files import region_reader, write_tree
 from haulier.containers.layers import make_layers, regions, sync_files
-from haulier.containers.memory import picture_pages
+from haulier.containers.memory import Reserve, picture_pages
+from haulier.containers.restoring import Restoring
 from haulier.containers.tree import Tree
 from haulier.containers.upper import save_signatures
 from haulier.errors import Corrupt, HaulierError
@@ -53,6 +54,9 @@ class ContainerTarget(TargetHandoff):
     _lower: list[Path] | None = None
     _check_s = 0.0
     _check_digests = b""
+    _restoring: Restoring | None = None
+    _hasher: _Hasher | None = None
+    _reserve = Reserve(0)
 
     # -- collected -------------------------------------------------------------------------------------------------
 
@@ -76,7 +80,10 @@ class ContainerTarget(TargetHandoff):
         pages = picture_pages(spec.memory_mib)
         self._proxy = TargetProxy(self.site.mirror(self.job.handoff), base, self._space, max_memory=pages * PAGE)
         self._checkpoint = CheckpointReceiver(self._images, pages)
-        self._tasks: queue.Queue[tuple[Manifest, bool] | None] = queue.Queue()
+        self._drafts: dict[str, Draft] = {}
+        self._drafted = False
+        self._feeding = threading.Lock()
+        self._tasks: queue.Queue[tuple[Manifest, bool] | str | None] = queue.Queue()
         self._changed = threading.Condition()
         self._builder = threading.Thread(target=self._build, name="builder", daemon=True)
         self._builder.start()
@@ -88,18 +95,25 @@ class ContainerTarget(TargetHandoff):
     def _pages(self, data: bytes) -> None:
         assert self._proxy is not None
         try:
-            self._proxy.feed(data)
+            with self._feeding:
+                self._proxy.feed(data)
         except Exception as error:
             self.control.tell(error)
-        with self._changed:
-            self._changed.notify_all()
+        self._came()
 
     def _files(self, data: bytes) -> None:
         try:
             self._checkpoint.handle(data)
         except Exception as error:
             self.control.tell(error)
+        self._came()
+
+    def _came(self) -> None:
+        layout = self._checkpoint.layout
         with self._changed:
+            if layout is not None and not self._drafted and self._proxy and self._proxy.raw_bytes >= layout[0]:
+                self._drafted = True
+                self._tasks.put("draft")
             self._changed.notify_all()
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
@@ -114,6 +128,11 @@ class ContainerTarget(TargetHandoff):
     def _build(self) -> None:
         try:
             while (task := self._tasks.get()) is not None:
+                if isinstance(task, str):
+                    assert self._checkpoint.layout is not None
+                    self._assemble(self._checkpoint.layout[1])
+                    self._reserve = Reserve(sum(len(numbers) for _, numbers in self._checkpoint.layout[1]) * PAGE)
+                    continue
                 manifest, final = task
                 self._unpack(manifest)
                 if self._lower is None and not final:
@@ -159,14 +178,31 @@ class ContainerTarget(TargetHandoff):
     def _restore(self) -> None:
         """Waits for the dump to be whole, and restores the processes; they stay stopped."""
         assert self._container is not None and self._lower is not None and self._proxy is not None
-        save_signatures(self.container_paths.signatures, self.container_paths.upper)
+        container = self._container
         containers.mount(self.container_paths, self._lower)
+        # CRIU starts while the dump is still being written at the source.
+        self._restoring = container.begin_restore(self._images)
+        save_signatures(self.container_paths.signatures, self.container_paths.upper)
         with self._changed:
             self._changed.wait_for(self._dump_is_here)
         if self._closing:
             return
-        self._assemble()
-        self._container.restore(self._images)
+        self._reserve.release()
+        self._assemble(self._checkpoint.pages)
+        self._checkpoint.give_back(self.container_paths.rootfs)
+        self._hasher = _Hasher([self._drafts[name] for name, _ in self._checkpoint.pages])
+        container.finish_restore(self._restoring)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._checkpoint.digests is not None)
+        if self._closing:
+            return
+        if self._hasher.result() != self._checkpoint.digests:
+            raise Corrupt("the pages that were put together are not those that were dumped: try again")
+        if self.offer.options.check:
+            began = time.monotonic()
+            for name, _ in self._checkpoint.pages:
+                self._check_digests += blake3((self._images / name).read_bytes()).digest()
+            self._check_s = time.monotonic() - began
         self._loaded_at = time.time()
         self.control.tell("loaded")
 
@@ -176,20 +212,20 @@ class ContainerTarget(TargetHandoff):
         end = self._checkpoint.end
         return self._closing or (end is not None and self._proxy is not None and self._proxy.raw_bytes >= end.stream)
 
-    def _assemble(self) -> None:
-        """The files of pages, from the picture."""
+    def _assemble(self, pages: Numbered) -> None:
+        """The files of pages, from the picture: what is right in them already is left as it is."""
         assert self._proxy is not None
-        mirror = self._proxy.mirror
-        if mirror is None or list(mirror.blocks) != [PICTURE]:
-            raise Corrupt("the pages of a container came as something else: run the same haulier at both sites")
-        for name, numbers, digest in self._checkpoint.pages:
-            if write_pages(self._images / name, numbers, mirror.view) != digest:
-                raise Corrupt(f"the pages in {name} are not those that were dumped: try again")
-        if self.offer.options.check:
-            began = time.monotonic()
-            for name, _, _ in self._checkpoint.pages:
-                self._check_digests += blake3((self._images / name).read_bytes()).digest()
-            self._check_s = time.monotonic() - began
+        with self._feeding:
+            mirror = self._proxy.mirror
+            if mirror is None or list(mirror.blocks) != [PICTURE]:
+                raise Corrupt("the pages of a container came as something else: run the same haulier at both sites")
+            touched, picture = self._proxy.watch(), mirror.view
+        for name, numbers in pages:
+            if name not in self._drafts:
+                self._drafts[name] = Draft(self._images / name, picture, touched)
+            self._drafts[name].follow(numbers)
+            if self._checkpoint.end is None:
+                self._drafts[name].digest()
 
     def _maybe_arrived(self) -> None:
         """Votes once the processes are restored and the final manifest is durable here."""
@@ -222,8 +258,16 @@ class ContainerTarget(TargetHandoff):
         self.outcome = "done"
         self.control.send(Running(at))
 
+    def _moved(self) -> None:
+        super()._moved()
+        assert self._container is not None
+        # What restored connections said before the clients' network followed was answered to the old site.
+        self._container.nudge()
+
     def _settle(self) -> None:
         super()._settle()
+        if self._container is not None:
+            self._container.settle()
         shutil.rmtree(self._images, ignore_errors=True)
         sync_files(self.container_paths.upper)
         arriving(self.container_paths).unlink(missing_ok=True)
@@ -245,6 +289,13 @@ class ContainerTarget(TargetHandoff):
             with self._changed:
                 self._changed.notify_all()
             self._builder.join(120)
+        if self._restoring is not None and not self._running:
+            self._restoring.abort()
+        self._reserve.release()
+        if self._hasher is not None:
+            self._hasher.join()
+        for draft in getattr(self, "_drafts", {}).values():
+            draft.close()
 
     def _discard(self) -> None:
         self._stop_building()
@@ -257,3 +308,25 @@ class ContainerTarget(TargetHandoff):
         with contextlib.suppress(HaulierError):
             shutil.rmtree(images_dir(self.site, self.job.handoff), ignore_errors=True)
         super()._close(session)
+
+
+class _Hasher:
+    """Digests of files, computed in a thread of its own."""
+
+    def __init__(self, drafts: list[Draft]) -> None:
+        self._drafts = drafts
+        self._digests: list[bytes] = []
+        self._thread = threading.Thread(target=self._run, name="digests", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for draft in self._drafts:
+            self._digests.append(draft.digest())
+
+    def result(self) -> list[bytes]:
+        """Waits for them, in the order of the files."""
+        self._thread.join()
+        return self._digests
+
+    def join(self) -> None:
+        self._thread.join()

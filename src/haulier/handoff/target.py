@@ -425,7 +425,7 @@ class TargetHandoff:
 
     def _settle(self) -> None:
         """All that need not be done before the guest runs, most urgent first."""
-        call_moved_hook(self.site, self.spec, self.job.peer)
+        self._moved()
         self.progress.phase("running")
         # The guest's manifest gets its lasting name only now; until here the incoming one pinned the chunks.
         name = manifest_name(self.spec.name)
@@ -439,6 +439,10 @@ class TargetHandoff:
                 self._export.swap(name)
         self._store.drop_manifest(incoming_name(self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
+
+    def _moved(self) -> None:
+        """The guest runs here: has its clients' network follow."""
+        call_moved_hook(self.site, self.spec, self.job.peer)
 
     def _finish(self, news: Finish) -> None:
         """Keeps the mirror for the way back."""

@@ -119,9 +119,9 @@ def _restore(spec: object, paths: containers.ContainerPaths, lower: list[Path], 
     assert isinstance(spec, GuestSpec)
     made = Container.prepare(spec, paths, lower, "seed")
     # Running as soon as it is restored, as the published method has it; but plugged in after, or clients are reset.
+    begun = made.begin_restore(images)
     paths.criu_options.write_text(criu_options(restoring=False))
-    made.runc.restore(paths.id, paths.bundle, images, paths.log_dir, paths.pid_file)
-    made._started(int(paths.pid_file.read_text()))
+    made.finish_restore(begun)
     made.plug()
 
 

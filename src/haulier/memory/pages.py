@@ -252,6 +252,8 @@ class PageDecoder:
         self.mirror = mirror
         self.reader = reader
         self.bases = bases
+        self.touched: NDArray[np.bool_] | None = None
+        """Set for each page of a batch once it is in the mirror, where somebody wants to know."""
 
     def decode(self, payload: bytes, raw_length: int) -> Decoded:
         """Rebuild the batch; Corrupt unless the columns fit one another and make exactly `raw_length` bytes."""
@@ -288,6 +290,8 @@ class PageDecoder:
     def apply(self, batch: Decoded) -> None:
         """Bring the mirror to where it is after the batch; each batch once, in order."""
         _apply(self.mirror, batch._gidx, batch._paged_rows, batch._kinds, batch._pages)
+        if self.touched is not None:
+            self.touched[batch._gidx] = True
 
     def _pages(
         self, gidx: NDArray[np.int64], kinds: NDArray[np.uint8], columns: dict[str, memoryview]

@@ -350,6 +350,14 @@ class TargetProxy:
         """BLAKE3 of all bytes given out."""
         return self._digest.digest()
 
+    def watch(self) -> NDArray[np.bool_]:
+        """From now on pages that change are set in this, one a page of the mirror. The table must have come."""
+        if self._decoder is None or self.mirror is None:
+            raise Corrupt("pages are to be watched, but no table of RAM blocks came before")
+        if self._decoder.touched is None:
+            self._decoder.touched = np.zeros(self.mirror.pages, np.bool_)
+        return self._decoder.touched
+
     def keep(self) -> None:
         """Make the mirror's file a picture of its own, for the way back. NoRoom if there is no room for it."""
         if self.mirror is not None:
