@@ -9,7 +9,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from haulier.containers.checkpoint import CheckpointReceiver, CheckpointSender, End, PagesFile, Part, write_pages
+from haulier.containers.checkpoint import (
+    Borrowed,
+    CheckpointReceiver,
+    CheckpointSender,
+    Draft,
+    End,
+    PagesFile,
+    Part,
+    digest_of,
+    digest_of_pages,
+)
 from haulier.containers.images import pages_of
 from haulier.errors import Corrupt, HaulierError
 from haulier.units import PAGE
@@ -35,15 +45,24 @@ def test_files_come_out_as_they_went_in(tmp_path: Path) -> None:
     before = sender.wire_bytes
     real = list(sender.files(source))
     numbers = np.array([5, 6, 7, 900, 2], np.int64)
-    last = sender.end(77, [("pages-1.img", numbers, b"d" * 16)])
-    for message in [*trial, *real, last]:
+    layout = sender.layout(33, [("pages-1.img", numbers[:3])])
+    last = sender.end(77, [("pages-1.img", numbers)])
+    for message in [*trial, layout, *real, last]:
         receiver.handle(message)
     names = {"core-1.img", "files.img", "empty.img", "tmpfs-dev-7.tar.gz.img"}
     assert {path.name for path in out.iterdir()} == names
     assert all((out / name).read_bytes() == (source / name).read_bytes() for name in names)
     assert receiver.end is not None and receiver.end.stream == 77
-    ((name, found, digest),) = receiver.pages
-    assert (name, found.tolist(), digest) == ("pages-1.img", numbers.tolist(), b"d" * 16)
+    ((name, found),) = receiver.pages
+    assert (name, found.tolist()) == ("pages-1.img", numbers.tolist())
+    assert receiver.layout is not None and receiver.layout[0] == 33
+    assert receiver.layout[1][0][1].tolist() == [5, 6, 7]
+    with pytest.raises(Corrupt):
+        receiver.handle(sender.digests([b"d" * 16] * 2))
+    receiver.handle(sender.digests([b"d" * 16]))
+    assert receiver.digests == [b"d" * 16]
+    with pytest.raises(Corrupt):
+        receiver.handle(last)
     assert before > 9 << 20
 
 
@@ -91,7 +110,7 @@ def test_a_dump_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 def test_pages_beyond_the_picture_are_refused(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     sender, messages = sent(tmp_path / "source")
-    end = sender.end(0, [("pages-1.img", np.array([3, 10], np.int64), bytes(16))])
+    end = sender.end(0, [("pages-1.img", np.array([3, 10], np.int64))])
     receiver = CheckpointReceiver(tmp_path, 10)
     for message in messages:
         receiver.handle(message)
@@ -106,7 +125,7 @@ def test_a_file_of_pages_has_a_good_name_and_a_bounded_number(tmp_path: Path) ->
         sender = CheckpointSender()
         list(sender.files(tmp_path / name.replace("/", "_")))
         end = msgspec.msgpack.decode(sender.end(0, []), type=End)
-        bad = msgspec.structs.replace(end, pages=[PagesFile(name, count, b"", bytes(16))])
+        bad = msgspec.structs.replace(end, pages=[PagesFile(name, count, b"")])
         with pytest.raises(Corrupt):
             receiver.handle(msgspec.msgpack.encode(bad))
 
@@ -129,12 +148,89 @@ def test_a_changed_byte_is_noticed(tmp_path: Path, position: int) -> None:
             receiver.handle(message)
 
 
-def test_pages_are_written_in_the_order_asked_for(tmp_path: Path) -> None:
-    picture = np.random.default_rng(1).integers(0, 255, (50, PAGE), dtype=np.uint8)
-    numbers = np.array([3, 4, 5, 9, 8, 49, 0, 1], np.int64)
-    digest = write_pages(tmp_path / "pages-1.img", numbers, picture)
-    assert (tmp_path / "pages-1.img").read_bytes() == picture[numbers].tobytes()
-    assert digest != write_pages(tmp_path / "pages-2.img", numbers[::-1].copy(), picture)
+def test_a_draft_follows_the_picture_and_the_pages_asked_for(tmp_path: Path) -> None:
+    chosen = np.random.default_rng(1)
+    picture = chosen.integers(0, 255, (200, PAGE), dtype=np.uint8)
+    touched = np.zeros(200, np.bool_)
+    path = tmp_path / "pages-1.img"
+    draft = Draft(path, picture, touched)
+    for count, changes in ((40, 3), (40, 5), (55, 2), (17, 1), (0, 0), (33, 9), (32, 0), (33, 0)):
+        numbers = chosen.permutation(200)[:count].astype(np.int64) if changes != 5 else numbers  # noqa: F821
+        changed = chosen.permutation(200)[:changes]
+        picture[changed, 7] += 1
+        touched[changed] = True
+        draft.follow(numbers)
+        assert path.read_bytes() == picture[numbers].tobytes()
+        assert draft.digest() == digest_of_pages(picture[numbers])
+    # What did not change is not taken again.
+    before = draft.written
+    picture[numbers[4], 9] += 1
+    touched[numbers[4]] = True
+    draft.follow(numbers)
+    assert draft.written == before + 1
+    assert draft.digest() == digest_of_pages(picture[numbers])
+    draft.close()
+
+
+# -- what is borrowed from the container's files -------------------------------------------------------------------
+
+
+def borrowing(tmp_path: Path, **other: object) -> tuple[CheckpointReceiver, Path, bytes]:
+    """A receiver that got a dump whose stream lies, but for its ends, in a file of the container."""
+    source, out, root = tmp_path / "source", tmp_path / "out", tmp_path / "root"
+    for folder in (source, out, root / "srv"):
+        folder.mkdir(parents=True)
+    contents = os.urandom(90_000)
+    (root / "srv/video").write_bytes(contents)
+    stream = b"head" + contents[10_000:70_000] + b"tail"
+    (source / "tcp-stream-1.img").write_bytes(stream)
+    fields: dict[str, object] = {
+        "name": "tcp-stream-1.img",
+        "at": 4,
+        "path": b"srv/video",
+        "offset": 10_000,
+        "length": 60_000,
+        "digest": digest_of(contents[10_000:70_000]),
+    }
+    borrowed = [Borrowed(**(fields | other))]  # type: ignore[arg-type]
+    sender, receiver = CheckpointSender(), CheckpointReceiver(out, 10)
+    for message in [*sender.files(source, borrowed), sender.end(0, [], borrowed)]:
+        receiver.handle(message)
+    assert sender.wire_bytes < 1000
+    return receiver, root, stream
+
+
+def test_what_a_dump_borrows_is_given_back(tmp_path: Path) -> None:
+    receiver, root, stream = borrowing(tmp_path)
+    receiver.give_back(root)
+    assert (tmp_path / "out/tcp-stream-1.img").read_bytes() == stream
+
+
+def test_a_file_that_is_another_one_is_noticed(tmp_path: Path) -> None:
+    receiver, root, _ = borrowing(tmp_path)
+    (root / "srv/video").write_bytes(bytes(90_000))
+    with pytest.raises(Corrupt, match="srv/video"):
+        receiver.give_back(root)
+
+
+ODD = [{"path": b"../secret"}, {"path": b"srv/../../secret"}, {"path": b"srv"}, {"path": b"link"}, {"path": b"dir/x"}]
+
+
+@pytest.mark.parametrize("other", ODD, ids=[str(one["path"]) for one in ODD])
+def test_nothing_outside_the_containers_files_is_read(tmp_path: Path, other: dict[str, object]) -> None:
+    receiver, root, _ = borrowing(tmp_path, **other)
+    (tmp_path / "secret").write_bytes((root / "srv/video").read_bytes())
+    (root / "link").symlink_to("srv/video")
+    (tmp_path / "x").write_bytes((root / "srv/video").read_bytes())
+    (root / "dir").symlink_to(tmp_path)
+    with pytest.raises(Corrupt, match="borrows"):
+        receiver.give_back(root)
+
+
+@pytest.mark.parametrize("other", [{"name": "../x"}, {"name": "pages-1.img"}, {"at": -1}, {"length": 0}])
+def test_what_is_borrowed_has_to_make_sense(tmp_path: Path, other: dict[str, object]) -> None:
+    with pytest.raises(Corrupt, match="borrows"):
+        borrowing(tmp_path, **other)
 
 
 # -- what CRIU writes ------------------------------------------------------------------------------------------------

@@ -172,6 +172,11 @@ class Container:
         self.record.pop("helper", None)
         self._started(int(self.paths.pid_file.read_text()))
 
+    def quieten(self) -> None:
+        """What its restored connections said into the unplugged cable is forgotten: before it runs."""
+        if self.cable:
+            network.forget(self.netns)
+
     def restore(self, images: Path) -> None:
         """Both at once."""
         self.finish_restore(self.begin_restore(images))

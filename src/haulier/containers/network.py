@@ -52,6 +52,8 @@ def create(name: str, cable: str, *, mac: str, address: str, gateway: str) -> No
                 f"link set dev {cable} up",
             ]
             _run(["ip", "-batch", "-"], "\n".join(out_here))
+            # Unplugged it is nobody's neighbour, not this host's either, which would pass its packets on.
+            Path(f"/proc/sys/net/ipv4/conf/{cable}/arp_ignore").write_text("8")
             lines += [f"link set dev {inner} name eth0", f"addr add {address} dev eth0", "link set dev eth0 up"]
             lines.append(_NEIGHBOURS.format(retrans=IMPATIENT_MS, probes=IMPATIENT_S * 1000 // IMPATIENT_MS))
             if gateway:
@@ -60,6 +62,15 @@ def create(name: str, cable: str, *, mac: str, address: str, gateway: str) -> No
     except BaseException:
         delete(name, cable)
         raise
+
+
+def forget(name: str) -> None:
+    """What waits for a neighbour that has not been found is dropped, and neighbours are looked for anew.
+
+    A restored connection asks its peer at once how far it is. Were that heard before the peer's network knows where the
+    container is now, the answer would go astray, and a peer answers only twice a second (tcp_invalid_ratelimit).
+    """
+    _quietly(inside(name, ["ip", "neigh", "flush", "dev", "eth0"]))
 
 
 def calm(name: str) -> None:

@@ -205,6 +205,8 @@ class ContainerTarget(TargetHandoff):
             self._check_s = time.monotonic() - began
         self._loaded_at = time.time()
         self.control.tell("loaded")
+        # While the token is on its way.
+        container.quieten()
 
     _closing = False
 
