@@ -66,15 +66,18 @@ def cut_at(standing: Stage, share: float, fresh: int, how: str) -> Handoff:
 
 
 CUTS = [
-    "cancelled",
-    pytest.param("agents and workers killed", marks=pytest.mark.full),
-    pytest.param("source killed", marks=pytest.mark.full),
-    pytest.param("target killed", marks=pytest.mark.full),
+    ("cancelled", 0.25),
+    # What a killed worker had received and not looked at yet is lost with it: up to a megabyte, of 12 in all here.
+    pytest.param("agents and workers killed", 0.33, marks=pytest.mark.full),
+    pytest.param("source killed", 0.33, marks=pytest.mark.full),
+    pytest.param("target killed", 0.33, marks=pytest.mark.full),
 ]
 
 
-@pytest.mark.parametrize("how", CUTS)
-def test_cut_at_four_fifths_the_second_attempt_sends_a_quarter_at_most(running: Stage, fresh: int, how: str) -> None:
+@pytest.mark.parametrize(("how", "most"), CUTS)
+def test_cut_at_four_fifths_the_second_attempt_sends_little_more_than_the_rest(
+    running: Stage, fresh: int, how: str, most: float
+) -> None:
     forget(running)
     handoff = cut_at(running, 0.8, fresh, how)
     for name in (handoff.source, handoff.target):
@@ -91,7 +94,7 @@ def test_cut_at_four_fifths_the_second_attempt_sends_a_quarter_at_most(running: 
     )
     assert report["check"]["memory_equal"] is True
     assert report["memory_base"] == f"attempt:{handoff.id}"
-    assert sent <= 0.25 * fresh
+    assert sent <= most * fresh
     running.assert_clean(again, again.target)
     running.assert_right()
 

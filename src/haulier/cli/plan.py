@@ -64,6 +64,11 @@ def _show(found: dict[str, Any]) -> None:
         rows.append((f"  layer {name}", text))
     rows.append(("memory", size(amount["memory"])))
     rows += [(f"  pages {kind}", count) for kind, count in amount["memory_pages"].items()]
+    if "converges" in found:
+        rows.append(("  dirtied meanwhile", size(amount["again"])))
+        rows.append(("mode", f"zstd level {found['mode']['level']}; the {found['limit']} is the limit"))
+        if not found["converges"]:
+            rows.append(("converges", "no: the guest dirties memory faster than the link carries it"))
     rows += [
         ("link", f"{found['rate_bps'] / 1e6:.1f} Mbit/s, round trip {found['rtt_s'] * 1000:.0f} ms"),
         ("memory there to start from", found["memory_base"] or "none"),

@@ -96,6 +96,16 @@ def _one(facts: dict[str, object]) -> None:
         layers = state.get("layers")
     rows += layer_rows(layers or {})
     if isinstance(report, dict):
+        made, came = report.get("forecast"), report.get("came_true")
+        if made and came:
+            seconds = made["seconds"]
+            text = (
+                f"{size(made['bytes']['total'])} in {seconds['likely']:.1f} s ({seconds['low']:.1f} to "
+                f"{seconds['high']:.1f}), downtime {made['downtime_ms']['likely']:.0f} ms (by {made['made']})"
+            )
+            rows.append(("forecast", text))
+            shares = [f"{came[key]:.2f} of the {key}" for key in ("bytes", "seconds", "downtime")]
+            rows.append(("what came", ", ".join(shares)))
         for phase in report.get("phases", []):
             rows.append((f"phase {phase.get('name')}", f"{phase.get('seconds')} s, {phase.get('wire_bytes')} bytes"))
     print_table(("", ""), rows)

@@ -29,7 +29,7 @@ from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, Haulie
 from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
 from haulier.guests.qmp import Event as QmpEvent
-from haulier.handoff import agreeing, attempts, retained
+from haulier.handoff import agreeing, attempts, foretold, retained
 from haulier.handoff.check import differing, memory_digests
 from haulier.handoff.control import Control, failure
 from haulier.handoff.convergence import (
@@ -142,6 +142,7 @@ class SourceHandoff:
         self._rates = RecentMost()
         self._ratios = RecentRatio()
         self._base: MemoryBase | None = None
+        self._forecast: dict[str, Any] | None = None
         self._disk_rounds: list[dict[str, Any]] = []
         self._timeline: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
@@ -189,6 +190,7 @@ class SourceHandoff:
             self._connect(offer, accept)
         first = begun.result() if begun is not None else None
         sender = self._make_sender(accept)
+        self._foretell(accept)
         early = first is not None and len(first.dirty) * DISK_CHUNK_WIRE < SMALL_DISK
         if early:
             # All at once: pages that would equal blocks of so small a disk cost less than the wait for it.
@@ -390,6 +392,20 @@ class SourceHandoff:
         self._finder = StoreBlockFinder(sender.index, space)
         session.on(Channel.DISK, sender.handle)
         return sender
+
+    def _foretell(self, accept: Accept) -> None:
+        """The forecast of this handoff: the operator's plan, or a small sample while the target prepares itself."""
+        self._forecast = foretold.planned(self.site, self.job)
+        if self._forecast is None and self.spec.container is None:
+            rate, rtt = self._rate or 10e6, self._session.rtt_s() if self._session is not None else 0.0
+
+            def make() -> None:
+                with contextlib.suppress(HaulierError, OSError):
+                    self._forecast = foretold.small(
+                        self.site, self.job, self.spec.uuid, accept.memory_base, self._finder, rate, rtt
+                    )
+
+            threading.Thread(target=make, name="forecast", daemon=True).start()
 
     def _first_disk(self, sender: DiskSender, first: Round | None) -> None:
         """What the target lacks of the base, then rounds until they are small. First, for memory is full of it."""
@@ -713,6 +729,8 @@ class SourceHandoff:
         self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest, partial=True)
         proxy = self._pump.proxy
         self.report.update(self._figures(done))
+        self.report.update(foretold.told(self._forecast, self.report))
+        foretold.remember(self.site, self.report, self.spec.memory_bytes)
         self._pump.close()
         proxy.keep()
         proxy.close()

@@ -77,7 +77,7 @@ class AheadReader:
         for start in starts:
             at = np.arange(start + step // 2, min(start + REGION, self.pages), step)
             pages = self._read_some(at)
-            wanted = self._wanted(mirror, first + at, pages)
+            wanted = self.wanted(mirror, first + at, pages)
             found.append(at[wanted])
             copies.append(pages[wanted])
         weights = dict.fromkeys(starts, 0)
@@ -107,9 +107,9 @@ class AheadReader:
             start = self._order.pop()
             count = min(REGION, self.pages - start)
             pages = self._buffer[:count]
-            self._read(pages, start)
+            self.read(pages, start)
             at = np.arange(start, start + count)
-            rows = self._wanted(mirror, first + at, pages)
+            rows = self.wanted(mirror, first + at, pages)
             if len(rows):
                 self.read_pages += len(rows)
                 return at[rows], pages[rows]
@@ -123,7 +123,7 @@ class AheadReader:
             regions += range(begin // PAGE // REGION * REGION, -(-end // PAGE), REGION)
         return regions
 
-    def _wanted(self, mirror: Mirror, gidx: NDArray[np.int64], pages: NDArray[np.uint8]) -> NDArray[np.int64]:
+    def wanted(self, mirror: Mirror, gidx: NDArray[np.int64], pages: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Rows of the pages that the other site does not have."""
         wanted = sparse.nonzero(pages)
         known = np.flatnonzero(mirror.present[gidx] & wanted)
@@ -132,7 +132,15 @@ class AheadReader:
             wanted[known] = (pages[known].view(np.uint64) != old.view(np.uint64)).any(axis=1)
         return np.flatnonzero(wanted)
 
-    def _read(self, out: NDArray[np.uint8], page: int) -> None:
+    def places(self, run: int) -> list[int]:
+        """The first page of each run of `run` pages in which the file has data."""
+        found: dict[int, None] = {}
+        for begin, end in sparse.data_extents(self._fd, 0, self.pages * PAGE):
+            found.update(dict.fromkeys(range(begin // PAGE // run * run, -(-end // PAGE), run)))
+        return list(found)
+
+    def read(self, out: NDArray[np.uint8], page: int) -> None:
+        """Fills `out`, u8 (n, 4096), with the pages from `page` on. UsageError if the file has become shorter."""
         view = out.data.cast("B")
         done = 0
         while done < len(view):
@@ -144,5 +152,5 @@ class AheadReader:
     def _read_some(self, at: NDArray[np.int64]) -> NDArray[np.uint8]:
         out = np.empty((len(at), PAGE), np.uint8)
         for row, page in enumerate(at.tolist()):
-            self._read(out[row : row + 1], page)
+            self.read(out[row : row + 1], page)
         return out

@@ -1,0 +1,136 @@
+"""A handoff's bytes, time and downtime as arithmetic over what was sampled. Pure: numbers in, numbers out.
+
+Time is the longer of two: what the link needs for the bytes, and what the guest's memory needs to pass through QEMU and
+the codec; before and after it stands what depends on neither. What a site's own handoffs took corrects the last two
+(`Pace`). Rounds form a geometric series: what the guest dirties while a round is sent is the next round.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+
+from haulier.compress.stream import level_for
+from haulier.units import MIB
+
+FIXED_BYTES: Final = 230_000
+"""Probe, offer, device state, questions and answers: what any handoff sends."""
+HOPELESS: Final = 0.9
+"""A round that makes more than this of itself anew: the guest outruns the link."""
+MOST_REMEMBERED: Final = 16
+
+
+class Sampled(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the whole guest, extrapolated. Bytes are wire bytes; `_error` is a standard error."""
+
+    memory_bytes: int
+    pages: dict[str, float]
+    memory_wire: float
+    memory_error: float = 0.0
+    dirty_wire_s: float = 0.0
+    """Wire bytes a second that what the guest dirties would cost."""
+    dirty_bps: float = 0.0
+    disk_chunks: float = 0.0
+    disk_wire: float = 0.0
+    disk_error: float = 0.0
+    missing: int = 0
+    """Bytes of the base that the target lacks ..."""
+    missing_wire: float = 0.0
+    """... and what they cost."""
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """How long what does not depend on the link takes here."""
+
+    fixed_s: float = 1.6
+    """Offer, connection, start of the target's QEMU, switchover."""
+    pass_s: float = 3.5
+    """A GiB of memory through QEMU and codec, of which nothing has to be sent."""
+    downtime_s: float = 0.06
+    """Beside round trips and bytes."""
+
+
+class Took(msgspec.Struct, frozen=True, kw_only=True):
+    """One past handoff, as the pace is learnt from it."""
+
+    memory_bytes: int
+    wire: int
+    rate_bps: float
+    rtt_s: float
+    total_s: float
+    downtime_s: float
+
+
+def learn(past: Sequence[Took], default: Pace | None = None) -> Pace:
+    """The pace by the medians of the handoffs in which the link was not what they waited for."""
+    pace = default or Pace()
+    free = [took for took in past if took.wire * 8 / max(took.rate_bps, 1.0) < 0.5 * took.total_s]
+    if free:
+        rest = [
+            max(0.2, took.total_s - pace.fixed_s - 6 * took.rtt_s) / (took.memory_bytes / 1024 / MIB) for took in free
+        ]
+        pace = msgspec.structs.replace(pace, pass_s=statistics.median(rest))
+    if past:
+        downs = [took.downtime_s - 2.5 * took.rtt_s for took in past]
+        pace = msgspec.structs.replace(pace, downtime_s=min(1.0, max(0.02, statistics.median(downs))))
+    return pace
+
+
+def make(found: Sampled, rate_bps: float, rtt_s: float, pace: Pace | None = None) -> dict[str, Any]:
+    """The forecast as JSON values: {"bytes", "seconds", "downtime_ms", "converges", "mode", ...}."""
+    pace = pace or Pace()
+    disk = found.disk_wire + found.missing_wire
+    first = found.memory_wire
+    scan = pace.pass_s * found.memory_bytes / 1024 / MIB
+    link = rate_bps / 8
+    growth = found.dirty_wire_s / link
+    converges = growth < HOPELESS
+    # What is dirtied while memory first passes; then the series.
+    began = found.dirty_wire_s * max(scan, (disk + first) / link)
+    again = began / (1 - min(growth, HOPELESS))
+    # However often a page is dirtied, a handoff that ends sends it a few times only.
+    again = min(again, found.memory_bytes * 0.5)
+    wire = FIXED_BYTES + disk + first + again
+    seconds = pace.fixed_s + 6 * rtt_s + max(scan, wire / link)
+    downtime = 2.5 * rtt_s + pace.downtime_s
+    spread = (2.0 * (found.memory_error**2 + found.disk_error**2) ** 0.5 + 0.5 * again) / wire
+    level = level_for(rate_bps)
+    return {
+        "bytes": {
+            "total": round(wire),
+            "disk": round(disk),
+            "memory": round(first + again),
+            "again": round(again),
+            "fixed": FIXED_BYTES,
+            "memory_pages": {kind: round(count) for kind, count in found.pages.items()},
+            "disk_chunks": round(found.disk_chunks),
+            "missing_at_target": found.missing,
+            "low": round(wire * max(0.0, 1 - spread - 0.05)),
+            "high": round(wire * (1 + spread + 0.05)),
+        },
+        "seconds": interval(seconds, min(0.9, 0.15 + spread)),
+        "downtime_ms": interval(downtime * 1000, 0.5),
+        "converges": converges,
+        "limit": "link" if wire / link > scan else "processing",
+        "rate_bps": rate_bps,
+        "rtt_s": rtt_s,
+        "dirty_bps": found.dirty_bps,
+        "mode": {"level": level, "blocks": True, "xor": True},
+    }
+
+
+def interval(value: float, spread: float) -> dict[str, float]:
+    """{"low", "likely", "high"}: `value` and so much of it less and more."""
+    return {"low": round(value * (1 - spread), 2), "likely": round(value, 2), "high": round(value * (1 + spread), 2)}
+
+
+def compare(forecast: dict[str, Any], wire: int, seconds: float, downtime_ms: float) -> dict[str, float]:
+    """What happened over what was forecast: 1.0 is a forecast that came true."""
+    return {
+        "bytes": round(wire / max(1, forecast["bytes"]["total"]), 4),
+        "seconds": round(seconds / max(0.01, forecast["seconds"]["likely"]), 4),
+        "downtime": round(downtime_ms / max(0.01, forecast["downtime_ms"]["likely"]), 4),
+    }

@@ -1,0 +1,171 @@
+"""Looks at parts of a running guest to say what all of it would cost. Changes nothing.
+
+Memory: runs of pages, evenly over what the guest's memory file holds, go through the very codec that a handoff uses,
+against the picture that both sites have; a second look at the same pages tells what the guest dirties and what that
+costs as a difference. Disk: chunks that the overlay holds, asked for at the target, as recipes where that is shorter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haulier.chunks import recipe
+from haulier.chunks.blocks import BlockIndex, BlockSpace, StoreBlockFinder
+from haulier.chunks.fingerprint import fingerprint
+from haulier.chunks.store import ChunkStore
+from haulier.compress import StreamCompressor
+from haulier.disks.rounds import DiskRounds
+from haulier.errors import HaulierError, UnknownThing
+from haulier.guests.command import RAM_ID
+from haulier.handoff.forecast import Sampled
+from haulier.memory.ahead import AheadReader
+from haulier.memory.base import MemoryBase
+from haulier.memory.proxy import SourceProxy
+from haulier.memory.sparse import nonzero
+from haulier.units import PAGE
+
+RUN: Final = 64
+"""Pages in a row: neighbours compress together, as they will on the wire."""
+RUNS: Final = 256
+LOOKS_S: Final = 0.8
+"""Between the two looks at the same page."""
+CHUNKS: Final = 64
+HEADER: Final = 16
+"""Wire bytes of a page that costs nothing, by the thousand: kinds and addresses."""
+
+
+def memory(
+    ram: Path,
+    base: MemoryBase | None,
+    finder: StoreBlockFinder | None,
+    level: int,
+    mirror: Path,
+    *,
+    runs: int = RUNS,
+    looks_s: float = LOOKS_S,
+) -> Sampled:
+    """The guest's memory, by at most `runs` runs of 64 pages. `mirror`: a file name to use meanwhile."""
+    reader = AheadReader(ram, RAM_ID)
+    proxy = SourceProxy(mirror, base, finder, level=level)
+    try:
+        proxy.name({RAM_ID: reader.pages * PAGE})
+        # At once, so that it goes with this process however that ends.
+        mirror.unlink()
+        return _memory(reader, proxy, runs, looks_s)
+    finally:
+        reader.close()
+        proxy.close()
+
+
+def _memory(reader: AheadReader, proxy: SourceProxy, runs: int, looks_s: float) -> Sampled:
+    places = reader.places(RUN)
+    # Evenly spaced from a random start: memory is alike in stretches, so this says more than as many at random.
+    step = max(1.0, len(places) / runs)
+    start = random.Random(1).random() * step
+    chosen = [places[int(start + number * step)] for number in range(int((len(places) - start - 1e-9) // step) + 1)]
+    counts = {"zero": 0.0, "same": 0.0}
+    wires: list[float] = []
+    seen: list[float] = []
+    for place in chosen:
+        seen.append(time.monotonic())
+        wire, zero, same = _look(reader, proxy, place)
+        wires.append(wire)
+        counts["zero"] += zero
+        counts["same"] += same
+    for kind in ("block", "xor", "literal"):
+        counts[kind] = float(proxy.counters.pages.get(kind, 0))
+    dirty_wire, dirty_pages, span = _again(reader, proxy, chosen, seen, looks_s)
+    scale = len(places) / len(chosen) if chosen else 0.0
+    total = {kind: count * scale for kind, count in counts.items()}
+    total["zero"] += reader.pages - len(places) * RUN
+    wire_all = np.array(wires)
+    spread = float(wire_all.std(ddof=1)) if len(wires) > 1 else 0.0
+    rest = max(0.0, 1 - len(chosen) / len(places)) if places else 0.0
+    return Sampled(
+        memory_bytes=reader.pages * PAGE,
+        pages=total,
+        memory_wire=float(wire_all.sum()) * scale + reader.pages * HEADER / 1000,
+        memory_error=spread * len(places) / max(1, len(chosen)) ** 0.5 * rest**0.5,
+        dirty_wire_s=dirty_wire * scale / span,
+        dirty_bps=dirty_pages * scale * PAGE * 8 / span,
+    )
+
+
+def _look(reader: AheadReader, proxy: SourceProxy, place: int) -> tuple[int, int, int]:
+    """Wire bytes of a run of pages, how many of them are zero, and how many the target has."""
+    assert proxy.mirror is not None
+    numbers = np.arange(place, min(place + RUN, reader.pages))
+    pages: NDArray[np.uint8] = np.empty((len(numbers), PAGE), np.uint8)
+    reader.read(pages, place)
+    rows = reader.wanted(proxy.mirror, proxy.mirror.first[RAM_ID] + numbers, pages)
+    zero = len(pages) - int(nonzero(pages).sum())
+    batches = proxy.ahead(RAM_ID, numbers[rows], pages[rows])
+    return sum(len(batch.data) for batch in batches), zero, len(pages) - zero - len(rows)
+
+
+def _again(
+    reader: AheadReader, proxy: SourceProxy, chosen: Sequence[int], seen: Sequence[float], looks_s: float
+) -> tuple[float, float, float]:
+    """(wire bytes, pages, seconds): what changed of the chosen runs since they were first looked at."""
+    if not chosen:
+        return 0.0, 0.0, 1.0
+    time.sleep(max(0.0, seen[0] + looks_s - time.monotonic()))
+    wire = pages = span = 0.0
+    for place, before in zip(chosen, seen, strict=True):
+        found = proxy.counters.ahead
+        wire += _look(reader, proxy, place)[0]
+        pages += proxy.counters.ahead - found
+        span += time.monotonic() - before
+    return wire, pages, span / len(chosen)
+
+
+def disk(
+    rounds: DiskRounds,
+    index: BlockIndex,
+    space: BlockSpace,
+    lacking: Callable[[Sequence[bytes]], Sequence[int]],
+) -> tuple[float, float, float]:
+    """(chunks of the overlay, wire bytes of those that the target lacks, standard error)."""
+    try:
+        with rounds.begin() as current:
+            dirty = [number for number in current.chunks if number not in current.zero]
+            chosen = random.Random(1).sample(dirty, min(CHUNKS, len(dirty)))
+            contents = [bytes(current.read(number)) for number in sorted(chosen)]
+    finally:
+        with contextlib.suppress(HaulierError):
+            rounds.abort()
+    if not contents:
+        return 0.0, 0.0, 0.0
+    asked = set(lacking([fingerprint(data) for data in contents]))
+    sizes = np.array(_sizes([data if n in asked else b"" for n, data in enumerate(contents)], index, space), float)
+    spread = float(sizes.std(ddof=1)) if len(sizes) > 1 else 0.0
+    rest = max(0.0, 1 - len(contents) / len(dirty))
+    error = spread * len(dirty) / len(contents) ** 0.5 * rest**0.5
+    return float(len(dirty)), float(sizes.mean()) * len(dirty), error
+
+
+def _sizes(contents: Sequence[bytes], index: BlockIndex | None = None, space: BlockSpace | None = None) -> list[int]:
+    compressor = StreamCompressor(3, 24, True)
+    out = []
+    for data in contents:
+        made = recipe.encode(data, index, space) if data and index is not None and space is not None else None
+        short = made if made is not None and len(made) < len(data) else data
+        out.append(len(compressor.compress(short)) if data else 0)
+    return out
+
+
+def missing(store: ChunkStore, chunks: Sequence[bytes]) -> float:
+    """Wire bytes of a chunk of the base that the target lacks, by a sample; recipes may make it less."""
+    contents = []
+    for fp in random.Random(1).sample(list(chunks), min(CHUNKS // 2, len(chunks))):
+        with contextlib.suppress(UnknownThing):
+            contents.append(bytes(store.get(fp)))
+    return sum(_sizes(contents)) / len(contents) if contents else 0.0
