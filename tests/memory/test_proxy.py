@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from haulier.errors import Corrupt, HaulierError, UsageError
 from haulier.memory.base import MemoryBase
-from haulier.memory.proxy import OPAQUE, PAGES, TABLE, SourceProxy, TargetProxy, WireBatch
+from haulier.memory.proxy import FRESH, OPAQUE, PAGES, TABLE, SourceProxy, TargetProxy, WireBatch
 from tests.memory.finders import Disk
 from tests.support.qemustream import PAGE, Writer, changed, mapped_ram, page_of, small
 
@@ -355,3 +355,37 @@ def test_noise_with_a_good_header(tmp_path: Path) -> None:
     for kind in (OPAQUE, PAGES):
         with pytest.raises(Corrupt):
             target(tmp_path).feed(HEAD.pack(kind, 0, 100, 100, bytes(16)) + b"noise" * 10)
+
+
+def test_the_level_may_change_between_any_two_batches(tmp_path: Path) -> None:
+    writer = busy(5)
+    out, into = source(tmp_path, level=1), target(tmp_path)
+    levels = [9, 9, 1, -5, 15]
+    given = b""
+    fresh = 0
+    for number, at in enumerate(range(0, len(writer.data), 60_000)):
+        some = batches(out, writer.data[at : at + 60_000])
+        fresh += sum(bool(batch.data[0] & FRESH) for batch in some)
+        given += deliver(into, some)
+        out.set_level(levels[number % len(levels)])
+    assert given == writer.data and out.finish() == into.digest()
+    assert fresh >= 4
+    assert out.counters.plain_bytes > 0
+
+
+def test_the_cpu_time_of_compression_is_counted_by_the_clock_that_was_given(tmp_path: Path) -> None:
+    ticks = iter(range(1 << 20))
+    out = source(tmp_path, clock=lambda: float(next(ticks)))
+    some = batches(out, busy().data)
+    assert out.counters.compress_s == len([batch for batch in some if batch.data[0] != TABLE])
+
+
+def test_pages_may_come_without_any_stream(tmp_path: Path) -> None:
+    out, into = source(tmp_path), target(tmp_path)
+    pages = np.stack([np.frombuffer(page_of(number), np.uint8) for number in (3, 5)])
+    some = [*out.name({"ram0": 64 * PAGE}), *out.ahead("ram0", np.array([7, 9]), pages)]
+    assert deliver(into, some) == b""
+    assert into.mirror is not None and (into.mirror.get(np.array([7, 9])) == pages).all()
+    assert out.ahead("rom", np.array([0]), pages[:1]) == []
+    with pytest.raises(UsageError, match="named"):
+        out.name({"ram0": 64 * PAGE})

@@ -140,6 +140,8 @@ class Site:
     """Budget of `retained` and `attempts` together; 0 = keep nothing of attempts."""
     keep_s: int = 3 * 86400
     """Age at which they go."""
+    cpu_cap: float = 0.0
+    """Cores that the memory codec of a handoff from here may use, 0.1 to 1; 0 = one."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "site")
@@ -156,6 +158,10 @@ class Site:
             check_transport(self.transport)
         if not 0 <= self.keep_bytes < 1 << 60 or not 0 <= self.keep_s < 1 << 40:
             raise UsageError("keep_bytes and keep_s are bytes and seconds, 0 or more")
+        if self.cpu_cap and not 0.1 <= self.cpu_cap <= 1:
+            raise UsageError(
+                "cpu_cap is the part of a core that a handoff's codec may use: 0.1 to 1, or 0 for all of it"
+            )
 
     # -- configuration
 
@@ -174,7 +180,7 @@ class Site:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise Corrupt(f"{path} is not valid TOML ({error}): mend it by hand") from None
         known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int}
-        known |= {"ram": str, "cache_policy": str, "keep_bytes": int, "keep_s": int}
+        known |= {"ram": str, "cache_policy": str, "keep_bytes": int, "keep_s": int, "cpu_cap": float}
         known |= {"origin": str, "origin_endpoint": str, "origin_cost": int}
         known |= {"coordinator": str, "database": str, "transport": str, "path": list}
         for key, value in data.items():

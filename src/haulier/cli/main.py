@@ -40,6 +40,7 @@ VERBS: Final = {
     "cache": ("haulier.cli.cache:cache_app", "The cache's budget and policy, and what is in it."),
     "gc": ("haulier.cli.gc:gc", "Free what nothing refers to and the cache has no room for."),
     "scrub": ("haulier.cli.scrub:scrub", "Read all chunks again, and heal what has decayed."),
+    "calibrate": ("haulier.cli.calibrate:calibrate", "Measure what compression costs on this host."),
     "doctor": ("haulier.cli.doctor:doctor", "Say what this host can do, and what is wrong."),
     "lab": ("haulier.cli.lab:lab_app", "Sites as network namespaces with shaped links, on this machine."),
 }

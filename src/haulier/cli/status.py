@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from haulier.cli.common import Json, Root, client, print_json, print_table, size
 from haulier.cli.handoff import prefetched, summary
 
 
-def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None:
+def status(
+    which: str = "",
+    /,
+    *,
+    explain: Annotated[bool, Parameter(negative="", help="Of one handoff: how it chose its compression.")] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
     """Show handoffs of this site: all, or one with its report.
 
     Parameters
@@ -23,7 +32,7 @@ def status(which: str = "", /, *, root: Root = None, json: Json = False) -> None
         if json:
             print_json(facts)
         else:
-            _one(facts)
+            _one(facts, explain)
         return
     handoffs = agent.handoffs()
     residuals = agent.get("/v1/residuals")
@@ -78,7 +87,7 @@ def _residuals(residuals: dict[str, Any]) -> None:
         print_table(("GUEST", "DATA LEFT BEHIND", "MISSING THERE", "FILL", "RATE"), rows)
 
 
-def _one(facts: dict[str, object]) -> None:
+def _one(facts: dict[str, object], explain: bool = False) -> None:
     if facts["outcome"] == "done" and facts.get("report") and facts["role"] == "source":
         print(prefetched(facts) if facts["kind"] == "prefetch" else summary(facts))
     rows: list[tuple[str, object]] = [
@@ -91,6 +100,8 @@ def _one(facts: dict[str, object]) -> None:
         rows += [(key, state[key]) for key in ("phase", "message", "progress", "eta_s", "wire_bytes") if key in state]
     report = facts.get("report")
     rows += path_rows(report, state)
+    if explain:
+        rows += _explained(state if isinstance(state, dict) else {}, report if isinstance(report, dict) else {})
     layers = report.get("layers") if isinstance(report, dict) else None
     if not layers and isinstance(state, dict):
         layers = state.get("layers")
@@ -125,6 +136,23 @@ def path_rows(report: object, state: object) -> list[tuple[str, object]]:
             text += f", cost {each['cost']}" + (", in reserve" if each.get("held") else "")
         rows.append((f"path {each['name']}", text if each["up"] else f"{text}, down"))
     return rows
+
+
+def _explained(state: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, object]]:
+    """What the controller decided, and why."""
+    told = report.get("adapting") or {}
+    rows: list[tuple[str, object]] = []
+    if not told and state.get("why"):
+        rows.append(("now", state["why"]))
+    for change in told.get("changes", []):
+        rows.append((f"after {change['at']:.1f} s", change["why"]))
+    for level, fix in told.get("learnt", {}).items():
+        text = f"{fix['speed']:.2f} of the profile's speed, {fix['ratio']:.2f} of its bytes"
+        rows.append((f"level {level} of this guest", text))
+    if told:
+        rows.append(("codec's share of its core", f"{100 * told['cpu_share']:.0f} %"))
+        rows.append(("profile", "measured here" if told["calibrated"] else "not measured here: 'haulier calibrate'"))
+    return rows or [("mode", "nothing was chosen (yet): the level was given, or no memory was sent")]
 
 
 def layer_rows(layers: dict[str, dict[str, int]]) -> list[tuple[str, object]]:

@@ -73,6 +73,10 @@ class Window:
     raw: int
     hungry: int = 0
     """Wire bytes on their way below which the link will soon have nothing to do."""
+    rate_bps: float = 0.0
+    """What the link was last seen to take."""
+    ending: bool = False
+    """What is encoded now is, or may be, what the stopped guest waits for."""
 
 
 def window(rate_bps: float, rtt_s: float, ending: bool, first_pass: bool = False) -> Window:
@@ -88,8 +92,8 @@ def window(rate_bps: float, rtt_s: float, ending: bool, first_pass: bool = False
     if first_pass and not ending:
         # At first the rate is a guess, and only a link that is full shows it.
         queued = max(wire, MIB, min(MOST_QUEUED, int(rate_bps / 8 * 2.0)))
-        return Window(queued, FIRST_PASS_RAW, max(wire * 3 // 4, 768 * 1024))
-    return Window(wire, max((1 if ending else 4) * MIB, 8 * wire), wire // 2)
+        return Window(queued, FIRST_PASS_RAW, max(wire * 3 // 4, 768 * 1024), rate_bps)
+    return Window(wire, max((1 if ending else 4) * MIB, 8 * wire), wire // 2, rate_bps, ending)
 
 
 def switchover_bandwidth(threshold: int, downtime_ms: int) -> int:

@@ -13,13 +13,14 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from haulier.errors import Corrupt, HaulierError, PeerError
+from haulier.handoff.adapting import Adapting
 from haulier.handoff.convergence import Window
 from haulier.handoff.messages import Channel
 from haulier.memory.ahead import AheadReader
@@ -57,10 +58,12 @@ class MemoryPump:
         carrier: Carrier,
         window: Callable[[], Window],
         ahead: AheadReader | None = None,
+        adapting: Adapting | None = None,
     ) -> None:
         """`ahead` reads the guest's RAM where this process may; it is closed when it has nothing more to give."""
         self.proxy = proxy
         self._ahead = ahead
+        self._adapting = adapting
         self.raw = 0
         self.wire = 0
         self.delivered = 0
@@ -148,10 +151,23 @@ class MemoryPump:
                 ahead.plan(mirror, self.proxy.finder)
             self._kept = ahead.take(mirror)
         numbers, pages = self._kept
-        for batch in self.proxy.ahead(ahead.block, numbers[:AHEAD_PAGES], pages[:AHEAD_PAGES]):
+        with self._working(window):
+            batches = self.proxy.ahead(ahead.block, numbers[:AHEAD_PAGES], pages[:AHEAD_PAGES])
+        for batch in batches:
             self._send(batch)
         self._kept = (numbers[AHEAD_PAGES:], pages[AHEAD_PAGES:]) if len(numbers) > AHEAD_PAGES else None
         return True
+
+    @contextlib.contextmanager
+    def _working(self, window: Window) -> Iterator[None]:
+        """Around the encoding of batches: the level is the controller's, who sees what they cost."""
+        if self._adapting is None:
+            yield
+            return
+        full = self._carrier.unacked(Channel.MEMORY) >= window.hungry
+        self._adapting.step(self.proxy, window.rate_bps, full, window.ending)
+        with self._adapting.working():
+            yield
 
     def widen(self, qemus: socket.socket) -> None:
         """Lets QEMU write on, while a batch is being encoded, into its end of the stream: until the first pass is over.
@@ -209,7 +225,9 @@ class MemoryPump:
                     got += more
                 with self._progress:
                     self.raw += got
-                for batch in [*self.proxy.feed(bytes(view[:got])), *self.proxy.flush()]:
+                with self._working(window):
+                    batches = [*self.proxy.feed(bytes(view[:got])), *self.proxy.flush()]
+                for batch in batches:
                     self._send(batch)
                 if self.proxy.device_state and not self.device_state_at:
                     self.device_state_at = time.time()

@@ -149,6 +149,10 @@ class Status(msgspec.Struct, kw_only=True):
     """At the source: how the bytes travel, and why not as was asked for."""
     memory_base: str = ""
     """The picture of memory that this side's mirror began with."""
+    mode: str = ""
+    """At the source: how memory is being encoded, and ..."""
+    why: str = ""
+    """... why."""
     layers: dict[str, dict[str, int]] = {}
     """At the source: chunks and wire bytes of the disk by layer (base, application, instance)."""
 

@@ -30,6 +30,7 @@ from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
 from haulier.guests.qmp import Event as QmpEvent
 from haulier.handoff import agreeing, attempts, foretold, retained
+from haulier.handoff.adapting import Adapting, profile_of
 from haulier.handoff.check import differing, memory_digests
 from haulier.handoff.control import Control, failure
 from haulier.handoff.convergence import (
@@ -143,6 +144,7 @@ class SourceHandoff:
         self._ratios = RecentRatio()
         self._base: MemoryBase | None = None
         self._forecast: dict[str, Any] | None = None
+        self._adapting: Adapting | None = None
         self._disk_rounds: list[dict[str, Any]] = []
         self._timeline: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
@@ -245,6 +247,8 @@ class SourceHandoff:
         if self._spender is not None:
             now = time.time()
             session.may_spend(self._spender.look(now, now - self._marks["begin"], status.eta_s))
+        if self._adapting is not None:
+            status.mode, status.why = f"zstd level {self._adapting.level}", self._adapting.choice.reason
         if self._sender is not None:
             status.layers = {name: asdict(layer) for name, layer in list(self._sender.layers.items())}
 
@@ -481,10 +485,14 @@ class SourceHandoff:
             self._control.send(PrepareMemory(accept.memory_base))
         self.report["given_up_pages"] = agreeing.at_source(base, accept.memory_base, self._control)
         self._base, self.progress.status.memory_base = base, accept.memory_base
-        level = self.job.options.level or level_for(self._rate)
-        proxy = SourceProxy(self.site.mirror(self.job.handoff), base, self._finder, level=level)
+        if not self.job.options.level:
+            self._adapting = Adapting(profile_of(self.site), self._rate or 10e6, self.site.cpu_cap)
+        level = self._adapting.level if self._adapting is not None else self.job.options.level
+        mirror = self.site.mirror(self.job.handoff)
+        proxy = SourceProxy(mirror, base, self._finder, level=level, clock=time.thread_time)
         ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._pump = MemoryPump(ours, proxy, self._session, self._window, AheadReader(self.paths.ram, RAM_ID))
+        ahead = AheadReader(self.paths.ram, RAM_ID)
+        self._pump = MemoryPump(ours, proxy, self._session, self._window, ahead, self._adapting)
         self._pump.widen(qemus)
         qemu = self.qemu
         # Capabilities stay set from whatever this QEMU did before, so those that must be off are named too.
@@ -783,6 +791,7 @@ class SourceHandoff:
                 "kinds": counters.as_dict(),
                 "warnings": list(self._pump.proxy.warnings),
             },
+            "adapting": self._adapting.report() if self._adapting is not None else {},
             "timeline": self._timeline,
             "disk": {
                 "rounds": self._disk_rounds,

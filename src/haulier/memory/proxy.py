@@ -5,14 +5,16 @@ A wire batch is
     u8 kind, u32 sequence number, u32 raw length, u32 plain length, 16 bytes xxh3-128 of the raw bytes, contents
 
 little-endian. Kinds: OPAQUE (the raw bytes, compressed), TABLE (the RAM blocks; stands for no bytes of the stream),
-PAGES (columns, compressed), AHEAD (the same; for the mirrors only, never for QEMU). The target checks sequence number,
-lengths and checksum before it gives out any byte. An unknown stream is carried as OPAQUE batches, with a warning.
+PAGES (columns, compressed), AHEAD (the same; for the mirrors only, never for QEMU). FRESH added to a kind: the contents
+begin a new zstd frame. The target checks sequence number, lengths and checksum before it gives out any byte. An unknown
+stream is carried as OPAQUE batches, with a warning.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -37,6 +39,7 @@ OPAQUE: Final = 1
 TABLE: Final = 2
 PAGES: Final = 3
 AHEAD: Final = 4
+FRESH: Final = 0x80
 
 BATCH: Final = 512 << 10
 """Raw bytes in a batch at most, unless a single token is larger (it never is)."""
@@ -73,6 +76,10 @@ class Counters:
     raw_bytes: int = 0
     wire_bytes: int = 0
     batches: int = 0
+    plain_bytes: int = 0
+    """What went into zstd, and ..."""
+    compress_s: float = 0.0
+    """... the CPU time that it took, by the clock that was given."""
     ahead: int = 0
     """Of `pages`, how many went ahead of the stream; their bytes are not in `raw`."""
 
@@ -113,6 +120,7 @@ class SourceProxy:
         elsewhere: bool = False,
         batch_bytes: int = BATCH,
         long: bool | None = None,
+        clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """`elsewhere`: also look for pages anywhere in the base; pays only if the base is of another boot.
 
@@ -131,8 +139,11 @@ class SourceProxy:
         self.finder = finder
         self._elsewhere = elsewhere
         self._batch_bytes = batch_bytes
-        long = level >= LONG_LEVEL if long is None else long
-        self._compressor = StreamCompressor(level, window_log if long else min(window_log, NEAR_WINDOW_LOG), long)
+        self._clock = clock
+        self._window_log, self._long = window_log, long
+        self.level = level
+        self._compressor = self._new_compressor()
+        self._fresh = False
         self._encoder: PageEncoder | None = None
         self._named: dict[str, int] = {}
         self._sequence = 0
@@ -140,6 +151,25 @@ class SourceProxy:
         self._tokens: list[Token] = []
         self._token_bytes = 0
         self._input: deque[memoryview] = deque()
+
+    def _new_compressor(self) -> StreamCompressor:
+        long = self.level >= LONG_LEVEL if self._long is None else self._long
+        log = self._window_log if long else min(self._window_log, NEAR_WINDOW_LOG)
+        return StreamCompressor(self.level, log, long)
+
+    def set_level(self, level: int) -> None:
+        """From the next batch on: a new zstd frame, which knows nothing of what went before."""
+        if level != self.level:
+            self.level = level
+            self._compressor = self._new_compressor()
+            self._fresh = True
+
+    def _compress(self, *parts: Buffer) -> bytes:
+        began = self._clock()
+        data = self._compressor.compress(*parts)
+        self.counters.compress_s += self._clock() - began
+        self.counters.plain_bytes += sum(len(memoryview(part).cast("B")) for part in parts)
+        return data
 
     @property
     def device_state(self) -> bool:
@@ -190,13 +220,13 @@ class SourceProxy:
         checksum = self._checksum(size)
         if self._encoder is None or not any(isinstance(token, Pages | Zeros) for token in tokens):
             plain = b"".join(token.data for token in tokens if isinstance(token, Raw))
-            data = self._compressor.compress(plain)
+            data = self._compress(plain)
             out.append(self._batch(OPAQUE, size, len(plain), checksum, data))
             _add(self.counters.raw, {"raw": len(plain)})
             self._count_wire(len(out[-1].data), {"raw": len(plain)})
             return out
         batch = self._encoder.encode(tokens)
-        out.append(self._batch(PAGES, size, batch.size, checksum, self._compressor.compress(*batch.parts)))
+        out.append(self._batch(PAGES, size, batch.size, checksum, self._compress(*batch.parts)))
         _add(self.counters.pages, batch.pages)
         _add(self.counters.raw, batch.raw)
         self._count_wire(len(out[-1].data), batch.columns)
@@ -227,7 +257,7 @@ class SourceProxy:
             token = Pages(block, True, addresses, pages[at : at + AHEAD_PAGES])
             raw = rebuild_all([token])
             batch = self._encoder.encode([token])
-            data = self._compressor.compress(*batch.parts)
+            data = self._compress(*batch.parts)
             out.append(self._batch(AHEAD, len(raw), batch.size, xxhash.xxh3_128_digest(raw), data))
             self.counters.ahead += len(addresses)
             _add(self.counters.pages, batch.pages)
@@ -277,7 +307,10 @@ class SourceProxy:
         return batch
 
     def _batch(self, kind: int, raw: int, plain: int, checksum: bytes, data: bytes) -> WireBatch:
-        head = _HEAD.pack(kind, self._sequence, raw, plain, checksum)
+        fresh = 0
+        if self._fresh and kind != TABLE:
+            fresh, self._fresh = FRESH, False
+        head = _HEAD.pack(kind | fresh, self._sequence, raw, plain, checksum)
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         self.counters.batches += 1
         return WireBatch(head + data, 0 if kind == AHEAD else raw)
@@ -325,6 +358,7 @@ class TargetProxy:
         self._base = base
         self._reader = reader
         self._max_memory = max_memory
+        self._max_window_log = max_window_log
         self._decompressor = StreamDecompressor(max_window_log)
         self._decoder: PageDecoder | None = None
         self._sequence = 0
@@ -379,6 +413,9 @@ class TargetProxy:
         self._sequence = (sequence + 1) & 0xFFFFFFFF
         self.wire_bytes += len(data)
         contents = memoryview(data)[_HEAD.size :]
+        if kind & FRESH:
+            kind &= ~FRESH
+            self._decompressor = StreamDecompressor(self._max_window_log)
         if kind == TABLE:
             self._begin(bytes(contents), raw_length, plain_length)
             return b""

@@ -1,0 +1,58 @@
+"""Measures what zstd's levels cost and yield on this host, of pages like those that handoffs send."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from haulier.compress.controller import DEFAULT, Cost, Profile
+from haulier.compress.stream import DEFAULT_WINDOW_LOG, StreamCompressor
+from haulier.errors import Corrupt, UsageError
+
+LEVELS: Final = (-5, 1, 2, 3, 5, 7, 9, 12, 15)
+NEAR_LOG: Final = 21
+PIECE: Final = 256 * 1024
+LONG_LEVEL: Final = 7
+PATIENCE_S: Final = 1.2
+"""CPU seconds for one level; what a slow level does not get to in that time is extrapolated."""
+
+
+def measure(sample: bytes, clock: Callable[[], float] = time.thread_time, now: float = 0.0) -> Profile:
+    """The profile by `sample`, some megabytes of pages. UsageError if it is too small to tell."""
+    if len(sample) < 4 * PIECE:
+        raise UsageError(f"a sample of {len(sample)} bytes is too small to measure compression with")
+    costs = []
+    for level in LEVELS:
+        log = DEFAULT_WINDOW_LOG if level >= LONG_LEVEL else NEAR_LOG
+        compressor = StreamCompressor(level, log, level >= LONG_LEVEL)
+        compressor.compress(sample[:PIECE])  # tables are made with the first bytes
+        done = wire = 0
+        began = clock()
+        for at in range(PIECE, len(sample), PIECE):
+            piece = sample[at : at + PIECE]
+            wire += len(compressor.compress(piece))
+            done += len(piece)
+            if clock() - began > PATIENCE_S:
+                break
+        costs.append(Cost(level, done / max(1e-9, clock() - began), wire / done, 1 << log))
+    return Profile(tuple(costs), DEFAULT.encode, now).frontier()
+
+
+def encode(profile: Profile) -> bytes:
+    """As JSON."""
+    return msgspec.json.format(msgspec.json.encode(profile))
+
+
+def decode(data: bytes) -> Profile:
+    """The profile back; Corrupt if it is none."""
+    try:
+        profile = msgspec.json.decode(data, type=Profile)
+    except msgspec.MsgspecError as error:
+        raise Corrupt(f"the profile of compression makes no sense ({error}): run 'haulier calibrate'") from None
+    sound = all(cost.speed > 0 and 0 < cost.ratio < 10 and -50 <= cost.level <= 19 for cost in profile.costs)
+    if not profile.costs or not sound or profile.encode <= 0:
+        raise Corrupt("the profile of compression makes no sense: run 'haulier calibrate'")
+    return profile.frontier()

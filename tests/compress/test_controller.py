@@ -1,0 +1,157 @@
+"""The controller as a pure function: monotone in link and CPU, quiet on constant input, and near the best."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from haulier.compress import profile
+from haulier.compress.controller import (
+    DEFAULT,
+    GAIN,
+    NEAR,
+    Controller,
+    Correction,
+    Cost,
+    Link,
+    Profile,
+    choose,
+    mean_of,
+    throughput,
+)
+from haulier.errors import Corrupt, UsageError
+
+links = st.floats(1e4, 1e9)
+cores = st.floats(0.05, 4)
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> Profile:
+    count = draw(st.integers(1, 9))
+    levels = draw(st.lists(st.integers(-20, 19), min_size=count, max_size=count, unique=True))
+    return Profile(
+        tuple(Cost(level, draw(st.floats(1e6, 1e9)), draw(st.floats(0.05, 1.0))) for level in levels)
+    ).frontier()
+
+
+@given(profiles(), links, links, cores)
+def test_a_faster_link_never_gets_a_slower_mode(found: Profile, one: float, other: float, cpu: float) -> None:
+    slow, fast = (choose(found, link, cpu) for link in sorted((one, other)))
+    assert fast.cost.speed >= slow.cost.speed and fast.promises >= slow.promises * (1 - NEAR) - 1
+
+
+@given(profiles(), links, cores, cores)
+def test_more_cpu_never_gets_a_faster_mode(found: Profile, link: float, one: float, other: float) -> None:
+    less, more = (choose(found, link, cpu) for cpu in sorted((one, other)))
+    assert more.cost.speed <= less.cost.speed and more.promises >= less.promises * (1 - NEAR) - 1
+
+
+@given(profiles(), links, cores)
+def test_nothing_promises_more_than_the_choice_but_by_a_hair(found: Profile, link: float, cpu: float) -> None:
+    choice = choose(found, link, cpu)
+    rates = [throughput(cost, found.encode, link, cpu, Correction())[0] for cost in found.costs]
+    assert choice.promises >= max(rates) * (1 - NEAR)
+    assert choice.limit in choice.reason and f"level {choice.level}" in choice.reason
+
+
+def test_slow_links_get_high_levels_and_fast_ones_low() -> None:
+    levels = [choose(DEFAULT, mbps * 125e3, 1.0).level for mbps in (2, 10, 50, 300, 1000, 10_000)]
+    assert levels == sorted(levels, reverse=True) and levels[0] >= 7 and levels[-1] <= 1
+    # With a tenth of a core a slow level is too dear even for a slow link.
+    assert choose(DEFAULT, 20 * 125e3, 0.1).level < choose(DEFAULT, 20 * 125e3, 1.0).level
+
+
+def drive(found: Profile, truth: dict[int, Correction], link: float, cpu: float, steps: int = 400) -> Controller:
+    """A handoff on a constant link: each mode really costs what `truth` says."""
+    control = Controller(found, link, cpu)
+    control.begin(0.0)
+    now = 0.0
+    for _ in range(steps):
+        cost = control.choice.cost
+        fix = truth.get(cost.level, Correction())
+        control.note(512 * 1024, int(512 * 1024 * cost.ratio * fix.ratio), 512 * 1024 / (cost.speed * fix.speed))
+        now += 0.1
+        control.decide(now, link, cpu)
+    return control
+
+
+@given(profiles(), links, cores, st.integers(0, 1 << 30))
+def test_on_constant_input_it_settles(found: Profile, link: float, cpu: float, seed: int) -> None:
+    chosen = random.Random(seed)
+    truth = {cost.level: Correction(chosen.uniform(0.3, 3), chosen.uniform(0.5, 2)) for cost in found.costs}
+    control = drive(found, truth, link, cpu)
+    assert len(control.changes) <= 2 * len(found.costs)
+    assert all(at < 30 for at, _ in control.changes), "it goes on changing"
+
+
+def test_what_the_guest_really_costs_decides() -> None:
+    link = 50 * 125e3
+    assert choose(DEFAULT, link, 1.0).level > 2
+    # Pages on which every level is six times slower than the profile says.
+    truth = {cost.level: Correction(speed=1 / 6) for cost in DEFAULT.costs}
+    control = drive(DEFAULT, truth, link, 1.0)
+    assert control.choice.level < choose(DEFAULT, link, 1.0).level
+    best = max(throughput(cost, DEFAULT.encode, link, 1.0, truth[cost.level])[0] for cost in DEFAULT.costs)
+    real = throughput(control.choice.cost, DEFAULT.encode, link, 1.0, truth[control.choice.level])[0]
+    assert real >= best / GAIN / (1 + NEAR)
+
+
+def test_a_link_that_changes_is_followed_at_once_but_not_at_every_batch() -> None:
+    control = Controller(DEFAULT, 5 * 125e3)
+    control.begin(0.0)
+    now, seen = 0.0, []
+    for mbps in (5, 500, 5):
+        for _ in range(100):
+            cost = control.choice.cost
+            control.note(1 << 20, int((1 << 20) * cost.ratio), (1 << 20) / cost.speed)
+            now += 0.05
+            control.decide(now, mbps * 125e3, 1.0)
+        seen.append(control.choice.level)
+    assert seen[1] < seen[0] and seen[2] == seen[0]
+    assert len(control.changes) <= 6
+
+
+def test_the_operators_cap_is_cpu_that_is_not_there() -> None:
+    free = Controller(DEFAULT, 30 * 125e3, 1.0)
+    capped = Controller(DEFAULT, 30 * 125e3, 1.0, cap=0.1)
+    assert capped.choice.level < free.choice.level and "0.10 cores" in capped.choice.reason
+
+
+def test_a_link_that_was_not_kept_full_may_carry_more_than_was_seen() -> None:
+    link = Link()
+    assert link.note(1e6, True) == 1e6
+    assert link.note(2e5, False) == 1e6, "what is known is not forgotten because little was sent"
+    assert link.note(1.2e6, False) > 1.2e6
+    assert link.note(2e5, True) == 2e5
+
+
+def test_modes_that_another_beats_in_both_are_left_out() -> None:
+    found = Profile((Cost(9, 40e6, 0.3), Cost(5, 90e6, 0.29), Cost(1, 300e6, 0.4))).frontier()
+    assert [cost.level for cost in found.costs] == [1, 5]
+    assert mean_of([]) == Correction() and mean_of([Correction(4, 1), Correction(1, 1)]).speed == pytest.approx(2)
+
+
+def test_a_profile_is_measured_in_order_and_comes_back_as_it_was() -> None:
+    ticks = iter(range(10_000_000))
+    chosen = random.Random(2)
+    sample = b"".join(chosen.randbytes(20) + b"some text that repeats " * 4 for _ in range(12_000))
+    found = profile.measure(sample, lambda: next(ticks) * 1e-3, 5.0)
+    assert found.made == 5.0 and found.costs and all(0 < cost.ratio < 1 for cost in found.costs)
+    assert profile.decode(profile.encode(found)) == found
+    with pytest.raises(UsageError, match="too small"):
+        profile.measure(sample[:1000])
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b'{"costs": []}', b'{"costs": [{"level": 5, "speed": 0, "ratio": 1}]}', b'{"costs": 5}']
+)
+def test_nonsense_is_no_profile(data: bytes) -> None:
+    with pytest.raises(Corrupt, match="calibrate"):
+        profile.decode(data)
+
+
+def test_the_shipped_profile_is_in_order() -> None:
+    assert DEFAULT.frontier() == DEFAULT
