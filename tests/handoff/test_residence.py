@@ -14,7 +14,7 @@ from haulier.errors import UsageError
 from haulier.handoff import residence
 from haulier.handoff.ownership import State
 from haulier.units import CHUNK
-from tests.handoff.hosts import GUEST, HANDOFF, SPEC, FakeQemu, Host, Hosts
+from tests.handoff.hosts import GUEST, HANDOFF, FakeQemu, Host, Hosts
 
 
 @pytest.fixture
@@ -115,22 +115,6 @@ def test_a_copy_is_run_once_and_says_when(lisbon: Host) -> None:
     assert residence.run_copy(lisbon.site, FakeQemu(lisbon)) == 12.5  # type: ignore[arg-type]
     assert residence.run_copy(lisbon.site, FakeQemu(lisbon)) > 1e9  # type: ignore[arg-type]
     assert lisbon.done == ["cont"]
-
-
-def test_the_hook_is_told_and_its_failure_undoes_nothing(lisbon: Host, tmp_path: Path) -> None:
-    assert residence.call_moved_hook(lisbon.site, SPEC, "oslo") == 0.0
-    for hook in ("/nonexistent/hook", "/bin/false"):
-        object.__setattr__(lisbon.site, "moved_hook", hook)
-        residence.call_moved_hook(lisbon.site, SPEC, "oslo")
-
-
-def test_a_hook_that_hangs_is_given_up(lisbon: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residence, "HOOK_S", 0.1)
-    hook = tmp_path / "hook"
-    hook.write_text("#!/bin/sh\nexec sleep 60\n")
-    hook.chmod(0o755)
-    object.__setattr__(lisbon.site, "moved_hook", str(hook))
-    assert residence.call_moved_hook(lisbon.site, SPEC, "oslo") < 30
 
 
 def test_a_name_that_leads_elsewhere_is_refused(lisbon: Host) -> None:

@@ -28,10 +28,10 @@ from haulier.fetch.holders import sources_of
 from haulier.guests import launch
 from haulier.guests.accel import probe
 from haulier.guests.golden import IMAGE_PREFIX, Golden, find_golden
-from haulier.guests.model import GuestSpec, new_spec
+from haulier.guests.model import GuestSpec, check_net, new_spec
 from haulier.guests.qemu import Qemu, memory_reasons
 from haulier.guests.tap import create_tap, delete_tap, tap_name
-from haulier.handoff import residence, retained
+from haulier.handoff import clients, residence, retained
 from haulier.handoff.journal import GuestRow
 from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, State
 
@@ -61,6 +61,8 @@ class RunRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     command: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
     user: str = ""
+    net: str = "hook"
+    """What its clients notice of a move: "hook" or "keep"."""
     disk_bytes: int = 0
     """Of a container: room for what it writes; 0 = the usual."""
 
@@ -112,7 +114,9 @@ class Guests:
             "handoff": row.handoff if row.state in UNDER_WAY else "",
             "pid": pid,
             "accel": accel,
-            **{k: spec.get(k) for k in ("image", "golden", "memory_mib", "vcpus", "disk_size", "address", "mac")},
+            **{
+                k: spec.get(k) for k in ("image", "golden", "memory_mib", "vcpus", "disk_size", "address", "mac", "net")
+            },
         }
 
     def _status(self, row: GuestRow) -> tuple[str, int, str]:
@@ -171,7 +175,7 @@ class Guests:
         if request.kind == "container" or (not request.kind and is_container(meta)):
             spec = containers.spec_for(request, meta, image, gateway)
             self.site.check_socket_path(residence.container_paths(self.site, spec.name).rootfs)
-            return spec, None, name
+            return msgspec.structs.replace(spec, net=check_net(request.net)), None, name
         if is_container(meta):
             raise UsageError(f"image {request.image!r} is one of containers: give --kind container, or name another")
         golden = None
@@ -203,7 +207,7 @@ class Guests:
         reasons = memory_reasons(spec, self.site.ram_dir)
         if reasons:
             raise NoRoom(f"{'; '.join(reasons)}: stop another guest, or give this one less memory")
-        return spec, golden, name
+        return msgspec.structs.replace(spec, net=check_net(request.net)), golden, name
 
     def _make(self, spec: GuestSpec, golden: Golden | None, source: str, agent: bool, progress: Progress) -> None:
         # The epoch goes on from where an earlier guest of this name ended.
@@ -354,6 +358,7 @@ class Guests:
 
     def _forget_leftovers(self, row: GuestRow) -> None:
         retained.forget(self.site, row.name)
+        clients.records(self.site).close(row.name)
         with contextlib.suppress(UnknownThing):
             self.store.drop_manifest(residence.retained_name(row.name))
         self.journal.forget_guest(row.name, row.state)
@@ -361,6 +366,7 @@ class Guests:
     def _erase(self, name: str) -> None:
         """Everything of an owned guest, in an order that may be cut short anywhere and be repeated."""
         residence.clear(self.site, name)
+        clients.records(self.site).close(name)
         retained.forget(self.site, name)
         for manifest in (residence.manifest_name(name), residence.retained_name(name)):
             with contextlib.suppress(UnknownThing):

@@ -34,6 +34,7 @@ from haulier.agent.notify import notify
 from haulier.agent.residuals import Residuals
 from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, peers, residuals, sites, upkeep
 from haulier.agent.site import Site, split_address
+from haulier.agent.tunnels import Tunnels
 from haulier.chunks.store import ChunkStore
 from haulier.coordinator import routes as coordinator_routes
 from haulier.coordinator.address import HERE
@@ -121,6 +122,7 @@ class Agent:
         self.images = Images(self.core, self.store)
         self.layers = Layers(self.core, self.store, self.images)
         self.residuals = Residuals(self.core, self.store)
+        self.tunnels = Tunnels(self.core)
         self.handoffs = Handoffs(self.core, self.residuals.check_may_leave)
         self.reporter = Reporter(site, self.journal, self.store)
         self._stopping = threading.Event()
@@ -157,6 +159,7 @@ class Agent:
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
             ("layers", LAYERS_EVERY_S, self.layers.learn),
             ("data left behind", GUESTS_EVERY_S, self.residuals.supervise),
+            ("tunnels", GUESTS_EVERY_S, self.tunnels.supervise),
             ("what other sites keep for guests here", TELL_EVERY_S, self.residuals.tell),
             ("the coordinator", REPORT_EVERY_S, self.reporter.step),
             ("the cache", CACHE_EVERY_S, self.cache.tick),

@@ -134,6 +134,8 @@ class Site:
     """Of haulier.policy; empty = the default."""
     transport: str = ""
     """"striping" (also when empty) or "mptcp": how bytes go over several paths, unless a handoff says otherwise."""
+    tunnel_idle_s: int = 86_400
+    """A tunnel that keeps a guest's address goes after so many seconds without a packet; 0 = never."""
     paths: tuple[Rule, ...] = ()
     """Caps and costs of uplinks, ``[[path]]`` in site.toml."""
     keep_bytes: int = 8 << 30
@@ -182,7 +184,7 @@ class Site:
         known = {"name": str, "control": str, "bulk": list, "moved_hook": str, "store_budget": int}
         known |= {"ram": str, "cache_policy": str, "keep_bytes": int, "keep_s": int, "cpu_cap": float}
         known |= {"origin": str, "origin_endpoint": str, "origin_cost": int}
-        known |= {"coordinator": str, "database": str, "transport": str, "path": list}
+        known |= {"coordinator": str, "database": str, "transport": str, "path": list, "tunnel_idle_s": int}
         for key, value in data.items():
             if key not in known:
                 raise Corrupt(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")

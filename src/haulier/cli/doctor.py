@@ -16,12 +16,17 @@ def doctor(
         bool,
         Parameter(negative="", help="Read all of the store, put right what can be, fetch what is lost from others."),
     ] = False,
+    network: Annotated[
+        bool, Parameter(negative="", help="Uplinks, tunnels, and what MPTCP would need, as commands.")
+    ] = False,
     root: Root = None,
     json: Json = False,
 ) -> int:
     """Examine this site's host, its store and the other sites. The exit code is 1 if something is wrong."""
     if repair:
         return _repair(root, json)
+    if network:
+        return _network(root, json)
     found = client(root).get("/v1/doctor", timeout=120)
     if json:
         print_json(found)
@@ -31,6 +36,35 @@ def doctor(
             [("ok" if c["ok"] else "WRONG", c["name"], c["found"], c["advice"]) for c in found["checks"]],
         )
     return 0 if found["ok"] else 1
+
+
+def _network(root: Root, json: bool) -> int:
+    found = client(root).get("/v1/doctor/network")
+    if json:
+        print_json(found)
+        return 0
+    print_table(
+        ("UPLINK", "ADDRESS", "CAP", "COST"),
+        [
+            (u["interface"], u["address"], f"{u['cap_mbps']:g} Mbit/s" if u["cap_mbps"] else "", u["cost"] or "")
+            for u in found["uplinks"]
+        ],
+    )
+    if found["tunnels"]:
+        print()
+        print_table(
+            ("GUEST", "TUNNEL", "", "PACKETS"),
+            [
+                (t["guest"], f"{'to' if t['role'] == 'home' else 'from'} {t['peer']}", t["interface"], t["packets"])
+                for t in found["tunnels"]
+            ],
+        )
+    print()
+    print("MPTCP: " + ("this kernel has it" if found["mptcp"]["available"] else "this kernel has none, or it is off"))
+    for site, each in found["mptcp"]["to"].items():
+        print(f"for MPTCP to {site}, a handoff sets up (and takes down):" if each["commands"] else "", end="")
+        print("\n" + "\n".join(each["commands"]) if each["commands"] else f"no MPTCP to {site}: {each['why_not']}")
+    return 0
 
 
 def _repair(root: Root, json: bool) -> int:

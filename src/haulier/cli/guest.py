@@ -34,6 +34,9 @@ def run(
     command: Annotated[str, Parameter(help="What a container runs, as one text [default: the image's].")] = "",
     env: Annotated[list[str] | None, Parameter(help="NAME=VALUE for a container; may be given again.")] = None,
     user: Annotated[str, Parameter(help="UID:GID of a container's command [default: the image's].")] = "",
+    net: Annotated[
+        str, Parameter(help="When it moves: hook (moved_hook leads clients) or keep (a tunnel from the old site).")
+    ] = "hook",
     disk: Annotated[str, Parameter(help="Room for what a container writes, for example 2G.")] = "",
     root: Root = None,
     json: Json = False,
@@ -60,6 +63,7 @@ def run(
         "command": shlex.split(command),
         "env": env or [],
         "user": user,
+        "net": net,
         "disk_bytes": parse_memory(disk) * MIB if disk else 0,
     }
     result = wait(caller, caller.post("/v1/guests", body), json)
@@ -69,6 +73,24 @@ def run(
         how = "a container" if result.get("kind") == "container" else "booted"
         how = "from a golden snapshot" if result.get("golden") else how
         console.print(plain(f"guest {name} runs ({how}, {result['accel']}, pid {result['pid']})"), highlight=False)
+
+
+@guest_app.command
+def net(name: str, policy: str, /, *, root: Root = None, json: Json = False) -> None:
+    """Say what a guest's clients notice when it moves: hook (moved_hook leads them) or keep (a tunnel leads to it).
+
+    Parameters
+    ----------
+    name
+        Name of the guest.
+    policy
+        hook or keep.
+    """
+    result = client(root).post(f"/v1/guests/{path_segment(name)}/net", {"net": policy})
+    if json:
+        print_json(result)
+    else:
+        console.print(plain(f"guest {name}: {result['net']}"), highlight=False)
 
 
 @guest_app.command

@@ -45,6 +45,13 @@ def check_name(name: str, what: str = "guest") -> str:
     return name
 
 
+def check_net(net: str) -> str:
+    """`net` itself; UsageError if there is no such policy."""
+    if net not in ("hook", "keep"):
+        raise UsageError(f"there is no way for clients to follow that is called {net[:40]!r}: give hook or keep")
+    return net
+
+
 class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """One guest, as both sites need to know it to give it the same machine.
 
@@ -72,6 +79,8 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cpu: str = DEFAULT_CPU
     vmgenid: str
     free_page_hint: bool = False
+    net: str = "hook"
+    """What its clients notice of a move (haulier.handoff.clients): "hook" or "keep"."""
     container: ContainerSpec | None = None
     """What makes it a container; None for a VM."""
 
@@ -89,6 +98,7 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise UsageError(f"a disk of {self.disk_size} bytes is not whole sectors: make it a multiple of 512")
         if self.container is not None and self.container.lower_chunks * CHUNK >= self.disk_size:
             raise UsageError(f"a container on a disk of {self.disk_size} bytes has no room to write: give it more")
+        check_net(self.net)
         _check_mac(self.mac)
         _check_address(self.address, self.gateway)
         if not _MACHINE.fullmatch(self.machine):

@@ -35,7 +35,7 @@ from haulier.containers.tree import Tree
 from haulier.containers.upper import UpperRounds, load_signatures, mapped_for_writing
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError, Unsupported
-from haulier.handoff import retained
+from haulier.handoff import clients, retained
 from haulier.handoff.messages import Accept, Arrived, Channel, Finish, Prepared, PrepareMemory, Running
 from haulier.handoff.residence import container_paths, images_dir, incoming_name, retire
 from haulier.handoff.source import SourceHandoff
@@ -406,6 +406,7 @@ class ContainerSource(SourceHandoff):
         retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
         retained.keep_places(self.site, self.spec.name, places)
         retire(self.site, self.spec.name, self.job.handoff)
+        clients.gone(self.site, self.spec.name)
         self.journal.advance(self.spec.name, "away", "away", manifest="")
 
     def _figures(self, done: float) -> dict[str, Any]:

@@ -213,6 +213,21 @@ class MemoryReady(Message, frozen=True, tag="memory-ready"):
     """T>S: the stream may come."""
 
 
+class Stretch(Message, frozen=True, tag="stretch"):
+    """S>T: make the far end of a tunnel: number on the wire, addresses of both hosts, MAC of the bridge here."""
+
+    vni: int
+    home: str
+    away: str
+    gateway_mac: str
+
+
+class Stretched(Message, frozen=True, tag="stretched"):
+    """T>S: it is there, or why not."""
+
+    error: str = ""
+
+
 class Prepared(Message, frozen=True, tag="prepared"):
     """T>S: all that a container needs to be restored is there but for the final dump."""
 
@@ -279,6 +294,8 @@ AnyMessage = (
     | GiveUp
     | GivenUp
     | MemoryReady
+    | Stretch
+    | Stretched
     | Prepared
     | Clock
     | Arrived

@@ -23,7 +23,7 @@ from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
 from haulier.errors import HaulierError, PeerError
 from haulier.guests.model import GuestSpec
-from haulier.handoff import attempts, retained
+from haulier.handoff import attempts, clients, retained
 from haulier.handoff.custody import Happened, happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.messages import Job, Status
@@ -31,7 +31,6 @@ from haulier.handoff.ownership import Action, Event, State, step
 from haulier.handoff.residence import (
     adopt,
     adopt_container,
-    call_moved_hook,
     copy_alive,
     copy_manifest,
     discard_copy,
@@ -174,14 +173,16 @@ def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
     if qemu is not None:
         try:
             if qemu.status() == "paused":
+                clients.coming(site, row.guest)
                 run_copy(site, qemu)
-                call_moved_hook(site, spec_of(guest), row.peer)
+                clients.arrived(site, journal, spec_of(guest), row.peer)
         finally:
             qemu.close()
     container = adopt_container(site, row.guest)
     if container is not None and container.status() == "paused":
+        clients.coming(site, row.guest)
         container.cont()
-        call_moved_hook(site, spec_of(guest), row.peer)
+        clients.arrived(site, journal, spec_of(guest), row.peer)
     name, incoming = manifest_name(row.guest), incoming_name(row.id)
     with ChunkStore(site.store) as store:
         if incoming in store.manifest_names(incoming):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -27,8 +26,6 @@ from haulier.guests.qemu import GuestPaths, Qemu
 from haulier.guests.tap import delete_tap, tap_name
 from haulier.handoff import attempts
 from haulier.handoff.journal import GuestRow
-
-HOOK_S = 10.0
 
 
 def guest_paths(site: Site, guest: str) -> GuestPaths:
@@ -125,18 +122,6 @@ def run_copy(site: Site, qemu: Qemu) -> float:
         return time.time()
     qemu.cont()
     return qemu.qmp.wait_event("RESUME", timeout=10, since=mark).at
-
-
-def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> float:
-    """Tells the operator's hook that the guest runs here now; seconds it took. Its failure does not undo a move."""
-    if not site.moved_hook:
-        return 0.0
-    began = time.monotonic()
-    address = spec.address.partition("/")[0]
-    command = [site.moved_hook, spec.name, address, source, site.name]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        subprocess.run(command, check=False, timeout=HOOK_S, stdin=subprocess.DEVNULL)
-    return time.monotonic() - began
 
 
 def discard_copy(site: Site, guest: str, handoff: str) -> None:

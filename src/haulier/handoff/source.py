@@ -29,7 +29,7 @@ from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, Haulie
 from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
 from haulier.guests.qmp import Event as QmpEvent
-from haulier.handoff import agreeing, attempts, foretold, retained
+from haulier.handoff import agreeing, attempts, clients, foretold, retained
 from haulier.handoff.adapting import Adapting, profile_of
 from haulier.handoff.check import differing, memory_digests
 from haulier.handoff.control import Control, failure
@@ -63,6 +63,7 @@ from haulier.handoff.messages import (
     PrepareMemory,
     Running,
     Status,
+    Stretched,
 )
 from haulier.handoff.ownership import Action, Event
 from haulier.handoff.progress import Progress
@@ -350,6 +351,7 @@ class SourceHandoff:
         self._control = Control(session, self.job.peer, self._check)
         self._control.wait_connected(CONNECT_S)
         self._control.compare_clocks()
+        self._stretch(ways[0].there)
         # Learns the link's rate while the disk is looked at; at 10 Mbps it is through in 80 ms.
         for _ in range(4 if self._probe_bytes else 0):
             session.send(Channel.PROBE, os.urandom(self._probe_bytes // 4))
@@ -358,6 +360,20 @@ class SourceHandoff:
             self._control.send(Base(self._manifest.encode()))
             self._control.wait(BaseReady, 120)
         self._observe()
+
+    def _stretch(self, there: str) -> None:
+        """A guest that keeps its address: the tunnel, before anything of it is needed."""
+        assert self._control is not None
+        news = clients.stretch(self.site, self.spec, self.job.handoff, self.job.peer, there)
+        if news is None:
+            return
+        self._control.send(news)
+        error = self._control.wait(Stretched, 30).error
+        if error:
+            raise HandoffFailed(
+                f"the address of guest {self.job.guest!r} cannot be kept: site {self.job.peer!r} can make no tunnel "
+                f"({error}); see 'haulier doctor --network' there"
+            )
 
     # -- disk ------------------------------------------------------------------------------------------------------
 
@@ -662,6 +678,7 @@ class SourceHandoff:
         self._granted = True
         self._send(happened)
         self._marks["token"] = time.time()
+        clients.left(self.site, self.job.guest)
         self.progress.phase("token", "the guest is the target's")
         while True:
             try:
@@ -752,6 +769,7 @@ class SourceHandoff:
         retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
         self.qemu.close()
         retire(self.site, self.spec.name, self.job.handoff)
+        clients.gone(self.site, self.spec.name)
         self.journal.advance(self.spec.name, "away", "away", manifest="")
 
     def _figures(self, done: float) -> dict[str, Any]:
@@ -839,6 +857,7 @@ class SourceHandoff:
         """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""
         log.warning("handoff %s of %s: %s", self.job.handoff, self.job.guest, error)
         self.progress.phase("back out", str(error))
+        clients.stayed(self.site, self.job.guest)
         self._resume()
         if isinstance(error, Cancelled) and self._session is not None and self._pump is not None:
             with contextlib.suppress(HaulierError):

@@ -21,7 +21,7 @@ from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, Pee
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu, create_overlay
 from haulier.guests.tap import create_tap, tap_name
-from haulier.handoff import attempts, retained
+from haulier.handoff import attempts, clients, retained
 from haulier.handoff.agreeing import TargetComparison
 from haulier.handoff.check import memory_digests
 from haulier.handoff.control import Control, failure
@@ -43,11 +43,12 @@ from haulier.handoff.messages import (
     PrepareMemory,
     Running,
     Status,
+    Stretch,
+    Stretched,
 )
 from haulier.handoff.ownership import Action, Event
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import (
-    call_moved_hook,
     copy_manifest,
     discard_copy,
     guest_paths,
@@ -102,6 +103,7 @@ class TargetHandoff:
         self._durable_at = 0.0
         self._voted = False
         self._running = False
+        self._stretched = False
         self._lock = threading.Lock()
         self._partial = self.offer.options.disk == "on-demand"
         self._heat = b""
@@ -186,6 +188,9 @@ class TargetHandoff:
                 self.control.send(self._compare_with().compare(news))
             elif isinstance(news, GiveUp):
                 self.control.send(self._compare_with().give_up(news))
+            elif isinstance(news, Stretch):
+                self._stretched = True
+                self.control.send(Stretched(clients.receive(self.site, self.spec, self.job.peer, news)))
             elif isinstance(news, Own):
                 if self._owned(news):
                     return
@@ -407,6 +412,7 @@ class TargetHandoff:
         )
         for action in happened.actions:
             if action is Action.RUN_COPY:
+                clients.coming(self.site, self.spec.name)
                 self._run()
             elif action is Action.DISCARD_COPY:
                 self._discard()
@@ -442,7 +448,7 @@ class TargetHandoff:
 
     def _moved(self) -> None:
         """The guest runs here: has its clients' network follow."""
-        call_moved_hook(self.site, self.spec, self.job.peer)
+        clients.arrived(self.site, self.journal, self.spec, self.job.peer)
 
     def _finish(self, news: Finish) -> None:
         """Keeps the mirror for the way back."""
@@ -481,6 +487,8 @@ class TargetHandoff:
         if self._qemu is not None:
             self._qemu.close()
         discard_copy(self.site, self.spec.name, self.job.handoff)
+        if self._stretched:
+            clients.records(self.site).close(self.spec.name, "away")
 
     def _close(self, session: Session) -> None:
         self._enough.set()

@@ -8,6 +8,7 @@ import msgspec
 
 from haulier.agent.guests import RunRequest
 from haulier.agent.routes import Access, Call, Route
+from haulier.agent.tunnels import NetRequest
 
 if TYPE_CHECKING:
     from haulier.agent.server import Agent
@@ -44,6 +45,10 @@ def remove(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.guests.remove(call.names["name"], force=call.query.get("force") == "1")
 
 
+def net(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.tunnels.set_net(call.names["name"], call.read(NetRequest))
+
+
 def verify(agent: Agent, call: Call) -> dict[str, Any]:
     name = call.names["name"]
     agent.guests.show(name)
@@ -63,5 +68,6 @@ TABLE = (
     Route("DELETE", "/v1/guests/{name}", Access.OPERATOR, remove),
     Route("POST", "/v1/guests/{name}/start", Access.OPERATOR, start),
     Route("POST", "/v1/guests/{name}/stop", Access.OPERATOR, stop),
+    Route("POST", "/v1/guests/{name}/net", Access.OPERATOR, net),
     Route("POST", "/v1/guests/{name}/verify", Access.OPERATOR, verify),
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from haulier.agent import offers
 from haulier.agent.handoffs import OwnershipMessage
 from haulier.agent.routes import Access, Call, Route
+from haulier.agent.tunnels import RoutedMessage
 
 if TYPE_CHECKING:
     from haulier.agent.server import Agent
@@ -37,7 +38,12 @@ def ownership(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.handoffs.ownership(call.read(OwnershipMessage), call.site)
 
 
+def routed(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.tunnels.routed(call.read(RoutedMessage), call.site)
+
+
 TABLE = (
+    Route("POST", "/v1/peer/routed", Access.SITE, routed),
     Route("POST", "/v1/peer/offers", Access.SITE, offer),
     Route("POST", "/v1/peer/prefetches", Access.SITE, prefetch),
     Route("POST", "/v1/peer/look", Access.SITE, look),

@@ -56,7 +56,12 @@ def scrub(agent: Agent, call: Call) -> dict[str, Any]:
     return dict(msgspec.to_builtins(agent.health.scrub(call.read(ScrubRequest))))
 
 
+def network(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.tunnels.facts()
+
+
 TABLE = (
+    Route("GET", "/v1/doctor/network", Access.OPERATOR, network),
     Route("GET", "/v1/jobs", Access.OPERATOR, jobs),
     Route("GET", "/v1/jobs/{id}", Access.OPERATOR, job),
     Route("POST", "/v1/jobs/{id}/cancel", Access.OPERATOR, cancel),

@@ -1,0 +1,183 @@
+"""What a guest's clients notice of its move, by the policy in its spec: `hook` or `keep`.
+
+    hook   the operator's program leads the address to the new site (`moved_hook` in site.toml)
+    keep   the address stays where it is routed: a tunnel leads from there to the guest (haulier.network.tunnel)
+
+With `keep` the tunnel is made before the guest stops, and frames take it from the moment the token is given. A hook, if
+there is one, runs all the same; when it worked, the tunnel goes as soon as it is quiet. A guest that comes home needs
+no tunnel. Workers do this, recovery repeats it, and the agent looks after what is left (haulier.agent.tunnels).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import time
+from typing import Final, NamedTuple
+
+from haulier.agent.client import Client
+from haulier.agent.site import Site
+from haulier.errors import HandoffFailed, HaulierError
+from haulier.guests.model import GuestSpec
+from haulier.guests.tap import BRIDGE
+from haulier.handoff.journal import Journal
+from haulier.handoff.messages import Stretch
+from haulier.network import announce, tunnel
+from haulier.network.tunnel import Records, Tunnel
+
+log = logging.getLogger(__name__)
+
+HOOK_S: Final = 10.0
+
+
+class Hooked(NamedTuple):
+    """How long the operator's hook took, and whether it did what it should; (0, False) without one."""
+
+    seconds: float
+    worked: bool
+
+
+def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> Hooked:
+    """Tells the operator's hook that the guest runs here now. Its failure does not undo a move."""
+    if not site.moved_hook:
+        return Hooked(0.0, False)
+    began = time.monotonic()
+    address = spec.address.partition("/")[0]
+    command = [site.moved_hook, spec.name, address, source, site.name]
+    facts = {"GUEST": spec.name, "ADDRESS": address, "MAC": spec.mac, "OLD_SITE": source, "NEW_SITE": site.name}
+    with contextlib.suppress(HaulierError):
+        facts["NEW_SITE_ADDRESSES"] = " ".join(site.reachable())
+    environment = {**os.environ, **{f"HAULIER_{name}": value for name, value in facts.items()}}
+    worked = False
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, check=False, timeout=HOOK_S, stdin=subprocess.DEVNULL, env=environment)
+        worked = done.returncode == 0
+    if not worked:
+        log.warning("the hook %s failed for guest %s", site.moved_hook, spec.name)
+    return Hooked(time.monotonic() - began, worked)
+
+
+def records(site: Site) -> Records:
+    """The tunnels of a site."""
+    return Records(site.root / "tunnels")
+
+
+# -- at the source --------------------------------------------------------------------------------------------------
+
+
+def stretch(site: Site, spec: GuestSpec, handoff: str, target: str, there: str) -> Stretch | None:
+    """Makes this site's end of a tunnel to `target`, whose host answers at `there`; what to tell it.
+
+    None if none is needed. HandoffFailed if the host refuses.
+    """
+    if spec.net != "keep" or not spec.address:
+        return None
+    mine = records(site)
+    away = mine.find(spec.name, "away")
+    if away is not None and away.peer == target:
+        return None  # the other end of this tunnel is where the guest goes
+    try:
+        local, remote = _ends(there)
+        made = mine.open(
+            Tunnel(
+                guest=spec.name,
+                role="home",
+                peer=target,
+                owner=str(site.root),
+                vni=tunnel.vni_of(handoff),
+                local=local,
+                remote=remote,
+                mac=spec.mac,
+                address=spec.address.partition("/")[0],
+                bridge=BRIDGE,
+            )
+        )
+        return Stretch(vni=made.vni, home=local, away=remote, gateway_mac=tunnel.mac_of(BRIDGE))
+    except (HaulierError, OSError, IndexError, KeyError) as error:
+        mine.close(spec.name, "home")
+        raise HandoffFailed(
+            f"the address of guest {spec.name!r} cannot be kept: no tunnel to site {target!r} can be made ({error}); "
+            f"see 'haulier doctor --network', or let a hook lead the way ('haulier guest net {spec.name} hook')"
+        ) from error
+
+
+def _ends(there: str) -> tuple[str, str]:
+    """The address by which this host would reach `there`, and that of `there`."""
+    family, _, _, _, where = socket.getaddrinfo(there, tunnel.PORT, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(where)
+        return str(sock.getsockname()[0]), str(where[0])
+
+
+def left(site: Site, guest: str) -> None:
+    """The token is given: what comes for the guest follows it. Never fails: the agent tries again."""
+    try:
+        records(site).lead_away(guest)
+    except HaulierError as error:
+        log.error("packets for guest %s do not follow it yet: %s", guest, error)
+
+
+def stayed(site: Site, guest: str) -> None:
+    """The handoff failed: the guest is here, and so is all that comes for it."""
+    mine = records(site)
+    with contextlib.suppress(HaulierError):
+        mine.come_home(guest)
+    mine.close(guest, "home")
+
+
+def gone(site: Site, guest: str) -> None:
+    """The guest runs elsewhere for good: the far end of its earlier tunnel goes, unless its way leads on from here."""
+    mine = records(site)
+    if mine.find(guest, "home") is None:
+        mine.close(guest, "away")
+
+
+# -- at the target --------------------------------------------------------------------------------------------------
+
+
+def receive(site: Site, spec: GuestSpec, source: str, news: Stretch) -> str:
+    """Makes this site's end of the tunnel; "" or why it cannot be made."""
+    try:
+        records(site).open(
+            Tunnel(
+                guest=spec.name,
+                role="away",
+                peer=source,
+                owner=str(site.root),
+                vni=news.vni,
+                local=news.away,
+                remote=news.home,
+                mac=spec.mac,
+                address=spec.address.partition("/")[0],
+                gateway_mac=news.gateway_mac,
+                bridge=BRIDGE,
+            )
+        )
+    except (HaulierError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def coming(site: Site, guest: str) -> None:
+    """The guest is about to run here: what comes for it must not leave any more."""
+    try:
+        records(site).come_home(guest)
+    except HaulierError as error:
+        log.error("packets for guest %s still leave this site: %s", guest, error)
+
+
+def arrived(site: Site, journal: Journal, spec: GuestSpec, source: str) -> None:
+    """The guest runs here: announces it, closes the tunnel that led away from here, calls the hook."""
+    if spec.address:
+        announce.announce(spec.mac, spec.address.partition("/")[0], BRIDGE)
+    mine = records(site)
+    mine.close(spec.name, "home")
+    hooked = call_moved_hook(site, spec, source)
+    if not hooked.worked or mine.find(spec.name, "away") is None:
+        return
+    mine.routed(spec.name)
+    with contextlib.suppress(HaulierError):
+        Client.peer(site, journal.site(source)).post("/v1/peer/routed", {"guest": spec.name})

@@ -1,0 +1,159 @@
+"""Clients keep their connections to a guest that moves, whatever the paths between its sites."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from haulier.lab.lab import Lab
+from haulier.lab.scenario import GUEST_ADDRESS, LabSite, Template, wan
+from haulier.lab.workload import PORT
+from haulier.session.mptcp import available
+from tests.support.waiting import wait_for
+from tests.system.stage import Stage, stage
+
+pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(400)]
+HOST = GUEST_ADDRESS.partition("/")[0]
+
+
+class OneConnection:
+    """A client that asks the guest's service again and again over one TCP connection, as long as it holds."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._sock = lab.call("client", lambda: socket.create_connection((HOST, PORT), timeout=30))
+        self.answers: list[float] = []
+        self.error = ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        try:
+            file = self._sock.makefile("rb")
+            while not self._over.wait(0.02):
+                self._sock.sendall(b'{"cmd": "stats"}\n')
+                if not json.loads(file.readline())["ok"]:
+                    raise ValueError("a wrong answer")
+                self.answers.append(time.monotonic())
+        except (OSError, ValueError) as error:
+            if not self._over.is_set():
+                self.error = repr(error)
+
+    def assert_goes_on(self) -> None:
+        count = len(self.answers)
+        wait_for(lambda: len(self.answers) > count + 5 or self.error, 30, "answers over the same connection")
+        assert not self.error
+
+    def close(self) -> None:
+        self._over.set()
+        self._sock.close()
+        self._thread.join(10)
+
+
+def tunnels(site: LabSite) -> list[dict[str, Any]]:
+    return list(site.facts("doctor", "--network")["tunnels"])
+
+
+def traces(lab: Lab, site: str) -> list[str]:
+    """What tunnels and MPTCP could leave behind in a site's network."""
+    words = ("link", "rule", "route show table all", "neigh", "mptcp endpoint")
+    shown = "\n".join(lab.exec(site, ["ip", *line.split()]).stdout for line in words)
+    return [
+        line for line in shown.splitlines() if re.search(r"h[xy]-|table 7[45]|lookup 7[45]|PERMANENT|subflow", line)
+    ]
+
+
+def settings(site: LabSite) -> None:
+    """Uplinks are looked for, the second one costs something, and no hook leads the clients."""
+    config = site.root / "site.toml"
+    text = re.sub(r"bulk = .*", 'bulk = ["auto"]', config.read_text())
+    text = re.sub(r"moved_hook = .*", 'moved_hook = ""', text)
+    config.write_text(text + '[[path]]\nuplink = "wan1"\ncost = 5\n')
+    site.kill_agent()
+    site.start_agent()
+
+
+@pytest.fixture(scope="module")
+def running(made: Template) -> Iterator[Stage]:
+    with stage(made, "net", [wan("20mbit", "10ms"), wan("20mbit", "10ms")]) as standing:
+        for site in standing.scenario.sites.values():
+            settings(site)
+        standing.run_guest("web1", random_share=0.5)
+        assert standing.site("oslo").facts("guest", "net", "web1", "keep")["net"] == "keep"
+        yield standing
+
+
+def test_one_connection_outlives_the_way_there_and_back_without_a_hook(running: Stage) -> None:
+    lab = running.scenario.lab
+    client = OneConnection(lab)
+    try:
+        client.assert_goes_on()
+        there = running.begin("web1", "--paths", "cheap")
+        report = there.done()
+        client.assert_goes_on()
+        running.assert_clean(there, "lisbon")
+        running.assert_right()
+        # Of two paths, found by probing, the dear one was kept in reserve.
+        found = {path["cost"]: path for path in report["wire"]["paths"]}
+        assert set(found) == {0, 5} and found[0]["acked"] > 100_000 and found[5]["sent"] == 0, report["wire"]
+        assert found[0]["name"].startswith("wan0>"), found
+        (home,), (away,) = tunnels(running.site("oslo")), tunnels(running.site("lisbon"))
+        assert home["leads"] and home["packets"] > 10 and away["packets"] > 10
+
+        wanted = "mptcp" if available() else "striping"
+        back = running.begin("web1", "--transport", wanted, "--paths", "all")
+        report = back.done()
+        client.assert_goes_on()
+        running.assert_clean(back, "oslo")
+        running.assert_right()
+        assert report["wire"]["transport"] == ("MPTCP, 2 subflows" if available() else "striping over 2 paths"), report[
+            "wire"
+        ]
+    finally:
+        client.close()
+    for site in ("oslo", "lisbon"):
+        wait_for(lambda site=site: not tunnels(running.site(site)), 20, f"no tunnel at {site}")
+        assert traces(lab, site) == []
+
+
+@pytest.mark.full
+def test_a_handoff_that_fails_leaves_no_tunnel_and_the_connection_as_it_was(running: Stage) -> None:
+    client = OneConnection(running.scenario.lab)
+    try:
+        for side in ("source", "target"):
+            handoff = running.begin("web1")
+            handoff.wait_phase(handoff.source, {"memory"})
+            assert len(tunnels(running.site(handoff.target))) == 1
+            handoff.kill_worker(getattr(handoff, side))
+            handoff.settled()
+            client.assert_goes_on()
+            assert running.home("web1") == handoff.source
+            for site in ("oslo", "lisbon"):
+                wait_for(lambda site=site: not tunnels(running.site(site)), 30, f"no tunnel at {site}")
+                assert traces(running.scenario.lab, site) == []
+    finally:
+        client.close()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+def test_twenty_handoffs_in_a_row_leak_nothing_and_one_connection_outlives_them(running: Stage) -> None:
+    client = OneConnection(running.scenario.lab)
+    try:
+        for _ in range(20):
+            running.begin("web1").done()
+            client.assert_goes_on()
+    finally:
+        client.close()
+    running.assert_right()
+    assert running.home("web1") == "oslo"
+    for site in ("oslo", "lisbon"):
+        wait_for(lambda site=site: not tunnels(running.site(site)), 20, f"no tunnel at {site}")
+        assert traces(running.scenario.lab, site) == []
