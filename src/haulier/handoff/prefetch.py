@@ -82,6 +82,9 @@ class PrefetchSource(SourceHandoff):
             self._send_round(self._rounds.next())
         self._settle_memory()
 
+    def _stretch(self, there: str) -> None:
+        """The guest goes nowhere."""
+
     def _begin_memory(self, accept: Accept) -> None:
         assert self._control is not None
         base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
