@@ -12,12 +12,17 @@ from typing import Any
 
 import pytest
 
+from haulier.containers.criu import find_criu, self_test
+from haulier.errors import Unsupported
+from haulier.lab.container_clients import Player
+from haulier.lab.containers import container_template
 from haulier.lab.lab import Lab
 from haulier.lab.scenario import GUEST_ADDRESS, LabSite, Template, wan
 from haulier.lab.workload import PORT
 from haulier.session.mptcp import available
 from tests.support.waiting import wait_for
 from tests.system.stage import Stage, stage
+from tests.system.test_containers import container_stage
 
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(400)]
 HOST = GUEST_ADDRESS.partition("/")[0]
@@ -157,3 +162,32 @@ def test_twenty_handoffs_in_a_row_leak_nothing_and_one_connection_outlives_them(
     for site in ("oslo", "lisbon"):
         wait_for(lambda site=site: not tunnels(running.site(site)), 20, f"no tunnel at {site}")
         assert traces(running.scenario.lab, site) == []
+
+
+@pytest.mark.full
+def test_a_container_keeps_its_address_too() -> None:
+    try:
+        problem = self_test(find_criu().path)
+    except Unsupported as error:
+        problem = str(error)
+    if problem:
+        pytest.skip(f"containers cannot be handed over on this machine: {problem}")
+    with container_stage(container_template(), "keep", [wan("50mbit", "10ms")]) as standing:
+        for site in standing.scenario.sites.values():
+            settings(site)
+        standing.run_container("game1", "game", "--net", "keep")
+        player = Player(standing.scenario.lab, "client", HOST)
+        wait_for(lambda: len(player.ticks) > 10, 30, "the game")
+        try:
+            for home in ("lisbon", "oslo"):
+                standing.go("game1")
+                count = len(player.ticks)
+                wait_for(lambda count=count: len(player.ticks) > count + 20, 30, f"the game at {home}")
+                assert len(tunnels(standing.site("oslo"))) == (home == "lisbon")
+        finally:
+            player.close()
+        assert player.wrong() == []
+        for site in ("oslo", "lisbon"):
+            wait_for(lambda site=site: not tunnels(standing.site(site)), 20, f"no tunnel at {site}")
+            assert traces(standing.scenario.lab, site) == []
+        standing.end_container("game1")

@@ -1,0 +1,288 @@
+"""One client's connections over real handoffs of a VM: a stream as fast as it goes, and an echo every 10 ms.
+
+`keep`: the address stays at the old site, a tunnel leads on from there. `hook`: the clients' route follows the guest.
+The client asks from a site of its own, a round trip of 10 ms from either; that between the two sites is 20 ms, at 20 or
+5 Mbit/s once the guest has moved (the handoff itself has 50). Needs root.
+
+    python bench/connection.py picture RESULT.json OUT.svg     throughput and echo over time, as the client saw them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+PORT = 7100
+BEFORE_S, AFTER_S = 6.0, 10.0
+SETTLED_S = 3.0
+SERVER = f"""
+import os, socket, threading
+def serve(s):
+    try:
+        s.setsockopt(6, 1, 1)
+        if s.recv(1) == b"S":
+            data = os.urandom(65536)
+            while True: s.sendall(data)
+        while True:
+            got = s.recv(4096)
+            if not got: return
+            s.sendall(got)
+    except OSError: pass
+if os.fork() == 0:
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2): os.dup2(null, fd)
+    l = socket.create_server(("0.0.0.0", {PORT}))
+    while True: threading.Thread(target=serve, args=(l.accept()[0],), daemon=True).start()
+"""
+
+
+class Client:
+    """Two connections, and when what came on them."""
+
+    def __init__(self, lab: Any, host: str) -> None:
+        self.received: list[tuple[float, int]] = []
+        self.echoes: list[tuple[float, float]] = []
+        self.errors: list[str] = []
+        self._over = threading.Event()
+        self._socks = [lab.call("client", lambda: self._dial(host)) for _ in range(2)]
+        self._threads = [
+            threading.Thread(target=work, args=(sock,), daemon=True)
+            for work, sock in zip((self._stream, self._echo), self._socks, strict=True)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _dial(self, host: str) -> socket.socket:
+        sock = socket.create_connection((host, PORT), timeout=60)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def _stream(self, sock: socket.socket) -> None:
+        try:
+            sock.sendall(b"S")
+            while not self._over.is_set():
+                got = len(sock.recv(1 << 16))
+                if not got:
+                    raise ConnectionError("the stream ended")
+                self.received.append((time.time(), got))
+        except OSError as error:
+            self._fail(error)
+
+    def _echo(self, sock: socket.socket) -> None:
+        try:
+            sock.sendall(b"E")
+            while not self._over.wait(0.01):
+                at = time.time()
+                sock.sendall(b"12345678")
+                left = 8
+                while left:
+                    got = len(sock.recv(left))
+                    if not got:
+                        raise ConnectionError("the echo ended")
+                    left -= got
+                self.echoes.append((at, time.time() - at))
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if not self._over.is_set():
+            self.errors.append(repr(error))
+
+    def close(self) -> None:
+        self._over.set()
+        for sock in self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        for thread in self._threads:
+            thread.join(5)
+
+    # -- what it saw
+
+    def mbps(self, start: float, end: float) -> float:
+        return sum(n for at, n in self.received if start <= at < end) * 8 / (end - start) / 1e6
+
+    def gap(self, start: float, end: float) -> float:
+        times = [start, *(at for at, _ in self.received if start <= at < end), end]
+        return max(b - a for a, b in itertools.pairwise(times))
+
+    def echo_ms(self, start: float, end: float) -> float:
+        found = [took for at, took in self.echoes if start <= at < end]
+        return median(found) * 1000 if found else float("inf")
+
+    def longest_echo(self, start: float, end: float) -> float:
+        return max((took for at, took in self.echoes if start - 5 <= at < end), default=float("inf"))
+
+    def series(self, zero: float, start: float, end: float) -> dict[str, list[Any]]:
+        """Throughput and echo by tenths of a second."""
+        steps = [start + n / 10 for n in range(int((end - start) * 10))]
+        echoes = [[took for at, took in self.echoes if step <= at < step + 0.1] for step in steps]
+        return {
+            "at": [round(step - zero, 2) for step in steps],
+            "mbps": [round(self.mbps(step, step + 0.1), 2) for step in steps],
+            "echo_ms": [round(max(found) * 1000, 1) if found else None for found in echoes],
+        }
+
+
+def start_server(stage: Any) -> None:
+    from haulier.guests.agent import GuestAgent
+    from haulier.handoff.residence import guest_paths
+
+    with GuestAgent(guest_paths(stage.oslo.site, "web1").qga_sock, name="web1", timeout=30) as agent:
+        agent.check(["/usr/bin/python3", "-c", SERVER])
+
+
+def one(stage: Any, policy: str, tunnel_mbps: float) -> dict[str, Any]:
+    """There, as a client sees it, and back again."""
+    from haulier.lab.scenario import GUEST_ADDRESS
+
+    (wan,) = stage.lab.links_between("oslo", "lisbon")
+    stage.lab.link(wan).set(rate_bps=50e6)
+    stage.route("oslo")
+    stage.oslo.facts("guest", "net", "web1", policy)
+    client = Client(stage.lab, GUEST_ADDRESS.partition("/")[0])
+    try:
+        time.sleep(BEFORE_S)
+        begun = time.time()
+        report = stage.hand_over("web1", "oslo", "lisbon")["report"]
+        stage.lab.link(wan).set(rate_bps=tunnel_mbps * 1e6)
+        running = report["running_at"]
+        time.sleep(max(0.0, running + SETTLED_S + AFTER_S - time.time()))
+        end = time.time()
+        found = {
+            "downtime_s": report["downtime_ms"] / 1000,
+            "total_s": report["total_s"],
+            "gap_s": client.gap(begun, end - 1),
+            "longest_echo_s": client.longest_echo(begun, end - 1),
+            "before": client.mbps(begun - BEFORE_S + 2, begun),
+            "during": client.mbps(begun, report["stopped_at"]),
+            "after": client.mbps(running + SETTLED_S, end - 0.5),
+            "echo_before_ms": client.echo_ms(begun - BEFORE_S + 2, begun),
+            "echo_during_ms": client.echo_ms(begun, report["stopped_at"]),
+            "echo_after_ms": client.echo_ms(running + SETTLED_S, end - 0.5),
+            "alive": not client.errors and client.mbps(end - 2, end - 0.5) > 0,
+            "errors": client.errors,
+            "series": client.series(running, begun - 3, end),
+        }
+    finally:
+        client.close()
+    stage.lab.link(wan).set(rate_bps=50e6)
+    stage.hand_over("web1", "lisbon", "oslo")
+    stage.route("oslo")
+    return found
+
+
+def run(quick: bool) -> Any:
+    from report import Report, Target
+
+    from haulier.lab.scenario import GUEST_ADDRESS, hook_script, scenario, template, wan
+
+    rows: list[dict[str, object]] = []
+    targets: list[Target] = []
+    notes: list[str] = []
+    if os.geteuid() != 0:
+        return Report(rows=rows, notes=["labs need root: nothing was measured"])
+    runs = 2 if quick else 20
+    with scenario("bench-connection", template(512), [wan("50mbit", "10ms")]) as stage:
+        hook = stage.work / "moved-hook"
+        stage.start_guest()
+        start_server(stage)
+        for policy, tunnel in (("keep", 20.0), ("keep", 5.0), ("hook", 20.0)):
+            # A hook that fails leads nobody: the tunnel stays.
+            hook.write_text("#!/bin/sh\nexit 1\n" if policy == "keep" else hook_script(stage.lab))
+            stage.route("oslo", GUEST_ADDRESS)
+            found = [one(stage, policy, tunnel) for _ in range(runs)]
+
+            def middle(key: str, found: list[dict[str, Any]] = found) -> float:
+                return float(median(each[key] for each in found))
+
+            label = f"{policy}, tunnel {tunnel:g} Mbit/s" if policy == "keep" else policy
+            rows.append(
+                {
+                    "after / before": middle("after") / middle("before"),
+                    "policy": label,
+                    "runs": runs,
+                    "alive": sum(each["alive"] for each in found),
+                    "downtime s": middle("downtime_s"),
+                    "gap s": middle("gap_s"),
+                    "worst gap": max(each["gap_s"] for each in found),
+                    "longest echo s": middle("longest_echo_s"),
+                    "Mbit/s before": middle("before"),
+                    "during": middle("during"),
+                    "after": middle("after"),
+                    "echo ms before": middle("echo_before_ms"),
+                    "echo during": middle("echo_during_ms"),
+                    "echo after": middle("echo_after_ms"),
+                    "series": found[0]["series"],
+                }
+            )
+            targets.append(Target.at_least(f"{label}: runs whose connections lived", rows[-1]["alive"], runs))
+            extra = max(each["gap_s"] - each["downtime_s"] for each in found)
+            targets.append(Target.at_most(f"{label}: gap beyond the downtime, s", extra, 0.1 + 2 * 0.04))
+            notes += [f"{label}: {error}" for each in found for error in each["errors"]]
+        notes.append("the echo shares its link with the stream, so it waits in the same queue")
+        notes.append(f"back end {stage.lab.backend}; the client is 10 ms from either site, the sites 20 ms apart")
+    return Report(
+        rows=rows, targets=targets, link="50 Mbit/s and 20 ms during the handoff, then as the rows say", notes=notes
+    )
+
+
+# -- a picture of it
+
+
+def picture(result: dict[str, Any]) -> str:
+    """An SVG: a panel of throughput and one of echo for each row."""
+    rows = [row for row in result["rows"] if row.get("series")]
+    width, panel, left = 760, 110, 60
+    out = []
+    for number, row in enumerate(rows):
+        series, top = row["series"], number * (2 * panel + 70) + 40
+        at = series["at"]
+        x0, x1 = min(at), max(at)
+
+        def x(value: float, x0: float = x0, x1: float = x1) -> float:
+            return left + (value - x0) / (x1 - x0) * (width - left - 20)
+
+        out.append(f'<text x="{left}" y="{top - 12}" font-weight="bold">{row["policy"]}</text>')
+        for key, unit, where, colour, most in (
+            ("mbps", "Mbit/s", top, "#1f6feb", None),
+            ("echo_ms", "longest echo, ms", top + panel + 20, "#bc4c00", 1000.0),
+        ):
+            known = [value for value in series[key] if value is not None]
+            high = max(1.0, min(max(known), most or max(known)))
+            points = " ".join(
+                f"{x(t):.1f},{where + panel - min(value, high) / high * panel:.1f}"
+                for t, value in zip(at, series[key], strict=True)
+                if value is not None
+            )
+            out.append(f'<rect x="{left}" y="{where}" width="{width - left - 20}" height="{panel}" fill="#f6f8fa"/>')
+            out.append(
+                f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{where}" y2="{where + panel}" '
+                'stroke="#888" stroke-dasharray="3"/>'
+            )
+            out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.2"/>')
+            out.append(f'<text x="{left - 6}" y="{where + 10}" text-anchor="end">{high:.0f}</text>')
+            out.append(f'<text x="{left - 6}" y="{where + panel}" text-anchor="end">0</text>')
+            out.append(f'<text x="{left + 6}" y="{where + 12}" fill="{colour}">{unit}</text>')
+        low = top + 2 * panel + 34
+        out.append(f'<text x="{x(0):.1f}" y="{low}" text-anchor="middle">the guest runs at the new site</text>')
+        out.append(f'<text x="{x1 and x(x1):.1f}" y="{low}" text-anchor="end">{x1:.0f} s</text>')
+        out.append(f'<text x="{left}" y="{low}">{x0:.0f} s</text>')
+    height = len(rows) * (2 * panel + 70) + 30
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+    head += 'font-family="sans-serif" font-size="11">'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *out, "</svg>\n"])
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["picture"]:
+    Path(sys.argv[3]).write_text(picture(json.loads(Path(sys.argv[2]).read_text())))
