@@ -16,6 +16,7 @@ FLEET: Final = (
     "docs/handoff.md",
     "docs/caches.md",
     "docs/on-demand.md",
+    "docs/network.md",
     "docs/coordinator.md",
 )
 """One after the other on the same two sites, which have no haulier before the first page."""

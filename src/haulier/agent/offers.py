@@ -31,6 +31,7 @@ from haulier.handoff.custody import record_of
 from haulier.handoff.messages import Accept, Offer
 from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, Event, State, find
 from haulier.handoff.shared import grown
+from haulier.network import tunnel
 from haulier.units import CHUNK, FINGERPRINT, MIB
 
 _HEX64: Final = re.compile(r"[0-9a-f]{64}")
@@ -215,6 +216,8 @@ def reasons(core: Core, cache: Cache, offer: Offer, here: Found) -> list[tuple[t
         )
     if spec.address and not exists(BRIDGE):
         found.append((Unsupported, f"there is no bridge {BRIDGE} for its network ('haulier doctor' tells more)"))
+    if spec.address and spec.net == "keep" and (why := tunnel.missing()):
+        found.append((Unsupported, f"its address cannot be kept, that host makes no VXLAN tunnel ({why})"))
     path = residence.guest_paths(core.site, spec.name).handoff_sock
     try:
         core.site.check_socket_path(path)

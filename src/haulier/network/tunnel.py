@@ -18,8 +18,10 @@ encrypt; what it carries is what crossed the same networks before.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import ipaddress
+import os
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -89,6 +91,18 @@ def vni_of(handoff: str) -> int:
 def mac_of(bridge: str) -> str:
     """The MAC of the guests' bridge here. HaulierError without one."""
     return str(iproute.facts("link", "show", "dev", bridge)[0]["address"])
+
+
+@functools.cache
+def missing() -> str:
+    """Why this host can make no tunnel; "" if it can, which was tried."""
+    name = f"hz-{os.getpid()}"
+    try:
+        iproute.run(["ip", *f"link add {name} type vxlan id {(1 << 24) - 1} dstport {PORT} nolearning".split()])
+        iproute.run(["ip", "link", "del", "dev", name])
+    except HaulierError as error:
+        return str(error)
+    return ""
 
 
 def up_lines(tunnel: Tunnel) -> list[str]:
