@@ -207,3 +207,18 @@ def test_exit_codes_are_documented() -> None:
             assert f"| {kind.exit_code} |" in text, kind
     for verb in VERBS:
         assert f"haulier {verb}" in text, verb
+
+
+def test_a_paths_line_says_what_it_carried_and_what_became_of_it() -> None:
+    from haulier.cli.status import path_rows
+
+    path = {"name": "wan0>192.0.2.1:7", "up": True, "acked": 3_000_000, "rate_bps": 9.6e6, "rtt_s": 0.021, "loss": 0.01}
+    dear = {**path, "name": "wan1>192.0.2.5:7", "cap_bps": 5e6, "cost": 10, "held": True}
+    report = {"wire": {"transport": "striping over 2 paths", "paths": [path, dear, {**path, "name": "x", "up": False}]}}
+    rows = dict(path_rows(report, None))
+    assert rows["transport"] == "striping over 2 paths"
+    assert rows["path wan0>192.0.2.1:7"] == "3.0 MB, 9.6 Mbit/s, 21 ms, 1.0 % sent again"
+    assert str(rows["path wan1>192.0.2.5:7"]).endswith(", at most 5 Mbit/s, cost 10, in reserve")
+    assert str(rows["path x"]).endswith(", down")
+    assert path_rows(None, None) == [] == path_rows({}, {"paths": []})
+    assert dict(path_rows(None, report["wire"]))["transport"] == "striping over 2 paths", "while it goes on"

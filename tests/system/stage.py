@@ -346,9 +346,9 @@ class Stage:
 
 
 @contextlib.contextmanager
-def stage(made: Template, name: str, links: list[str] | None = None) -> Iterator[Stage]:
+def stage(made: Template, name: str, links: list[str] | None = None, *, ipv6: bool = False) -> Iterator[Stage]:
     """Everything up; at the end everything down again."""
-    with scenario(f"sys-{name}", made, links or [wan("50mbit", "25ms")]) as found:
+    with scenario(f"sys-{name}", made, links or [wan("50mbit", "25ms")], ipv6=ipv6) as found:
         standing = Stage(found)
         try:
             yield standing

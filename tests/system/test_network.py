@@ -148,6 +148,26 @@ def test_a_handoff_that_fails_leaves_no_tunnel_and_the_connection_as_it_was(runn
 
 
 @pytest.mark.full
+def test_a_dear_path_is_used_when_the_deadline_needs_it(running: Stage) -> None:
+    running.work("web1", random_share=1.0, seed=7)
+    cheap = running.scenario.lab.link(running.links()[0])
+    cheap.set(rate_bps=3e6)
+    try:
+        report = running.begin("web1", "--paths", "deadline", "--deadline", "40").done()
+    finally:
+        cheap.set(rate_bps=20e6)
+    found = {path["cost"]: path for path in report["wire"]["paths"]}
+    assert found[5]["acked"] > 1_000_000, found
+    assert report["total_s"] < 40
+    # With time enough it is not.
+    running.work("web1", seed=8)
+    report = running.begin("web1", "--deadline", "600").done()
+    found = {path["cost"]: path for path in report["wire"]["paths"]}
+    assert found[5]["sent"] == 0 and found[0]["acked"] > 100_000, found
+    running.assert_right()
+
+
+@pytest.mark.full
 @pytest.mark.timeout(1500)
 def test_twenty_handoffs_in_a_row_leak_nothing_and_one_connection_outlives_them(running: Stage) -> None:
     client = OneConnection(running.scenario.lab)
@@ -162,6 +182,30 @@ def test_twenty_handoffs_in_a_row_leak_nothing_and_one_connection_outlives_them(
     for site in ("oslo", "lisbon"):
         wait_for(lambda site=site: not tunnels(running.site(site)), 20, f"no tunnel at {site}")
         assert traces(running.scenario.lab, site) == []
+
+
+@pytest.mark.full
+def test_all_between_the_sites_may_be_ipv6(made: Template) -> None:
+    with stage(made, "net6", [wan("20mbit", "10ms")] * 2, ipv6=True) as standing:
+        for site in standing.scenario.sites.values():
+            text = (site.root / "site.toml").read_text()
+            (site.root / "site.toml").write_text(re.sub(r"moved_hook = .*", 'moved_hook = ""', text))
+            site.kill_agent()
+            site.start_agent()
+        standing.run_guest("web1", random_share=0.5)
+        standing.site("oslo").facts("guest", "net", "web1", "keep")
+        client = OneConnection(standing.scenario.lab)
+        try:
+            for words in (["--transport", "striping"], ["--transport", "mptcp"]):
+                report = standing.begin("web1", *words).done()
+                client.assert_goes_on()
+                standing.assert_right()
+                assert all("[fd91" in path["name"] for path in report["wire"]["paths"]), report["wire"]
+                expected = "MPTCP, 2 subflows" if available() and "mptcp" in words else "striping over 2 paths"
+                assert report["wire"]["transport"] == expected
+        finally:
+            client.close()
+        assert standing.home("web1") == "oslo"
 
 
 @pytest.mark.full

@@ -267,7 +267,7 @@ class Layers:
 
         def work(progress: Progress) -> dict[str, Any]:
             with self.core.alone(f"push of {request.name} to {peer.name}", "under way"), self.store.sibling() as own:
-                find = partial(networks.find, rules=self.site.paths, explore=self.site.explores)
+                find = partial(networks.find, rules=self.site.paths, explore=self.site.explores, uplinks=False)
                 tls = self._tls(peer.name)
                 pushing = Push(own, self.site.golden, tls, request.name, progress, warm=request.warm, find=find)
                 return pushing.run(_PushPeer(client)) | {"source": self.site.name, "target": peer.name}

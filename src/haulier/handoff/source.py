@@ -332,8 +332,9 @@ class SourceHandoff:
     def _connect(self, offer: Offer, accept: Accept) -> None:
         self.progress.phase("connect", f"connecting to {self.job.peer}")
         site = self.site
-        ways = networks.find(accept.bulk, accept.port, site.paths, explore=site.explores)
-        mptcp = self._transport == "mptcp" and len(ways) > 1
+        mptcp = self._transport == "mptcp"
+        ways = networks.find(accept.bulk, accept.port, site.paths, explore=site.explores, uplinks=mptcp)
+        mptcp = mptcp and len(ways) > 1
         if mptcp:
             # What it is missing, the count of subflows will show; the session then has a connection for each path.
             missing = self._host_network.enter_context(networks.spread(ways, site.run))

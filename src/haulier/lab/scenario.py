@@ -45,9 +45,9 @@ def quiet(share: float, what: str) -> None:
     """A progress callback that says nothing."""
 
 
-def topology(name: str, links: list[str]) -> str:
+def topology(name: str, links: list[str], *, ipv6: bool = False) -> str:
     """Sites oslo, lisbon and client; `links` are the settings of each link between oslo and lisbon."""
-    text = [f'name = "{name}"']
+    text = [f'name = "{name}"', f"ipv6 = {str(ipv6).lower()}"]
     for site in ("oslo", "lisbon"):
         text += ["[[site]]", f'name = "{site}"', f'guest_gateway = "{GATEWAY}"']
     text += ["[[site]]", 'name = "client"']
@@ -254,13 +254,16 @@ def hook_script(lab: Lab) -> str:
 
 @contextmanager
 def scenario(
-    name: str, made: Filled, links: list[str], *, keep: bool = False, agents: bool = True
+    name: str, made: Filled, links: list[str], *, keep: bool = False, agents: bool = True, ipv6: bool = False
 ) -> Iterator[Scenario]:
-    """Brings the lab up, makes the two sites a fleet, starts their agents; takes everything down at the end."""
+    """Brings the lab up, makes the two sites a fleet, starts their agents; takes everything down at the end.
+
+    With `ipv6` the two sites know IPv6 addresses of each other and nothing else.
+    """
     work = WORK / name
     if work.exists():
         shutil.rmtree(work)
-    lab = Lab.up(topology(name, links), force=True)
+    lab = Lab.up(topology(name, links, ipv6=ipv6), force=True)
     sites = {site: LabSite(lab, site, work / site) for site in ("oslo", "lisbon")}
     try:
         for site in sites.values():
@@ -269,7 +272,7 @@ def scenario(
         hook.write_text(hook_script(lab))
         hook.chmod(0o755)
         if agents:
-            _make_fleet(lab, sites, hook)
+            _make_fleet(lab, sites, hook, ipv6)
         yield Scenario(lab, work, sites, made)
     finally:
         for site in sites.values():
@@ -295,16 +298,21 @@ def _end_containers(site: Site) -> None:
             clear(paths)
 
 
-def _make_fleet(lab: Lab, sites: dict[str, LabSite], hook: Path) -> None:
+def _make_fleet(lab: Lab, sites: dict[str, LabSite], hook: Path, ipv6: bool) -> None:
+    def control_of(site: str) -> str:
+        address = lab.address6(site, paths[0]) if ipv6 else lab.address(site, paths[0])
+        return f"[{address}]:{CONTROL_PORT}" if ipv6 else f"{address}:{CONTROL_PORT}"
+
     paths = lab.links_between("oslo", "lisbon")
     for site in sites.values():
-        control = f"{lab.address(site.name, paths[0])}:{CONTROL_PORT}"
-        bulk = [word for link in paths for word in ("--bulk", lab.address(site.name, link))]
+        control = control_of(site.name)
+        address = lab.address6 if ipv6 else lab.address
+        bulk = [word for link in paths for word in ("--bulk", address(site.name, link))]
         if site.name == "oslo":
             site.haulier("site", "init", "oslo", "--address", control, *bulk)
         else:
             token = sites["oslo"].facts("site", "token")["token"]
-            via = f"{lab.address('oslo', paths[0])}:{CONTROL_PORT}"
+            via = control_of("oslo")
             site.haulier("site", "join", "--via", via, "--token", token, site.name, "--address", control, *bulk)
         config = site.root / "site.toml"
         text = config.read_text().replace('moved_hook = ""', f"moved_hook = {json.dumps(str(hook))}")
