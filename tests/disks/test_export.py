@@ -18,7 +18,7 @@ import pytest
 from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.disks.export import DiskExport, ExportState
+from haulier.disks.export import DiskExport, ExportState, waiting_export
 from haulier.disks.nbd import NbdReader
 from haulier.errors import Conflict, Corrupt, HaulierError, UnknownThing, UsageError
 from haulier.units import CHUNK
@@ -140,6 +140,34 @@ def test_other_things_on_the_path_are_left_alone(site: Site) -> None:
     # Nobody listens there any more: a leftover, which is replaced.
     site.start("one")
     assert site.read(0, 10) == bytes(10)
+
+
+def test_a_process_that_waits_becomes_the_export(site: Site) -> None:
+    fill(site.store, "one", {0: b"1" * CHUNK})
+    waiting = waiting_export()
+    export = DiskExport.start(site.root / "store", "one", site.socket, site.control, site.log, waiting=waiting)
+    site.exports.append(export)
+    assert site.read() == b"1" * CHUNK
+    assert waiting.returncode == 0 and export.pid != waiting.pid
+    parent = psutil.Process(export.pid).parent()
+    assert parent is None or parent.pid != os.getpid()
+
+
+def test_a_process_that_waited_and_died_is_done_without(site: Site) -> None:
+    fill(site.store, "one", {0: b"1" * CHUNK})
+    waiting = waiting_export()
+    waiting.kill()
+    waiting.communicate()
+    site.exports.append(
+        DiskExport.start(site.root / "store", "one", site.socket, site.control, site.log, waiting=waiting)
+    )
+    assert site.read() == b"1" * CHUNK
+
+
+def test_a_process_that_waits_ends_when_nobody_needs_it() -> None:
+    waiting = waiting_export()
+    _, said = waiting.communicate(timeout=30)
+    assert waiting.returncode == 0 and not said
 
 
 def test_what_cannot_start_says_why(site: Site) -> None:

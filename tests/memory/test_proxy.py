@@ -114,6 +114,39 @@ def test_with_base_and_disk(tmp_path: Path) -> None:
     assert "literal" not in out.counters.pages
 
 
+@pytest.mark.parametrize("early", ["both", "source", "target"])
+def test_mirrors_made_before_the_stream_are_those_it_gets(tmp_path: Path, early: str) -> None:
+    mapped_ram(tmp_path / "golden", {"ram0": {page: page_of(page % 11) for page in range(64)}, "rom": {}}, BLOCKS)
+    base = MemoryBase.from_mapped_ram(tmp_path / "golden")
+    out, into = source(tmp_path, base=base), target(tmp_path, base=base)
+    made = out.prepare() if early != "target" else None
+    if early != "source":
+        into.prepare()
+    writer = busy()
+    assert deliver(into, batches(out, writer.data, 5000)) == writer.data
+    assert early == "target" or out.mirror is made
+    assert out.counters.pages["same"] > 40
+    assert out.mirror is not None and into.mirror is not None
+    assert (out.mirror.view == into.mirror.view).all() and out.mirror.view.any()
+
+
+def test_a_mirror_made_early_of_other_memory_is_not_used(tmp_path: Path) -> None:
+    mapped_ram(tmp_path / "golden", {"ram0": {1: page_of(1)}, "rom": {}}, {"rom": 4 * PAGE, "ram0": 64 * PAGE})
+    base = MemoryBase.from_mapped_ram(tmp_path / "golden")
+    out, into = source(tmp_path, base=base), target(tmp_path, base=base)
+    made = out.prepare()
+    into.prepare()
+    writer = busy()
+    assert deliver(into, batches(out, writer.data)) == writer.data
+    assert made is not None and out.mirror is not made and out.mirror is not None
+    assert list(out.mirror.blocks) == list(BLOCKS)
+
+
+def test_nothing_is_made_early_without_a_base(tmp_path: Path) -> None:
+    assert source(tmp_path).prepare() is None
+    assert not (tmp_path / "source.mirror").exists()
+
+
 def test_base_elsewhere(tmp_path: Path) -> None:
     mapped_ram(tmp_path / "golden", {"ram0": {page: page_of(page + 1) for page in range(64)}, "rom": {}}, BLOCKS)
     base = MemoryBase.from_mapped_ram(tmp_path / "golden")

@@ -48,6 +48,9 @@ from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, PeerError, U
 
 log = logging.getLogger(__name__)
 
+MAX_WORDS: Final = 64 * 1024
+"""Of what a waiting export is told."""
+
 MAX_LINE: Final = 64 << 10
 MAX_SOCKET_PATH: Final = 100
 START_S: Final = 30.0
@@ -96,6 +99,19 @@ _STATE_FIELDS: Final[dict[str, Callable[[Any], Any]]] = {
 }  # fmt: skip
 
 
+def waiting_export() -> subprocess.Popen[bytes]:
+    """A process that has started and waits to be told what to export, by `DiskExport.start`.
+
+    Half a second of a handoff is otherwise the start of a Python process. It ends when its standard input closes.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "haulier.disks.export", "--standby"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
 class DiskExport:
     """A handle on a running export. Any process may have one; none owns the export."""
 
@@ -113,24 +129,27 @@ class DiskExport:
         log: Path,
         patience_s: float = PATIENCE_S,
         mode: str = "",
+        waiting: subprocess.Popen[bytes] | None = None,
     ) -> DiskExport:
-        """Start an export and return when it accepts connections.
+        """Start an export and return when it accepts connections. `waiting` (see `waiting_export`) becomes it.
 
         Conflict when one is running at `control` or something else listens on `socket`; UnknownThing when the store
         or manifest does not exist.
         """
-        command = [sys.executable, "-m", "haulier.disks.export", "--detach"]
-        command += ["--store", str(Path(store_dir).absolute()), "--manifest", manifest_name]
-        command += ["--socket", str(Path(socket).absolute()), "--control", str(Path(control).absolute())]
-        command += ["--log", str(Path(log).absolute()), "--patience", str(patience_s)]
-        command += ["--mode", mode] if mode else []
+        words = ["--detach", "--store", str(Path(store_dir).absolute()), "--manifest", manifest_name]
+        words += ["--socket", str(Path(socket).absolute()), "--control", str(Path(control).absolute())]
+        words += ["--log", str(Path(log).absolute()), "--patience", str(patience_s)]
+        words += ["--mode", mode] if mode else []
+        process = waiting if waiting is not None and waiting.poll() is None else waiting_export()
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=START_S, check=False)
+            _, said = process.communicate(json.dumps(words).encode(), START_S)
         except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
             raise PeerError(f"the disk export of {manifest_name} did not start within {START_S:.0f} s") from None
-        if done.returncode:
-            text = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise by_code(done.returncode)(text[-1] if text else f"disk export of {manifest_name} did not start")
+        if process.returncode:
+            text = said.decode("utf-8", "replace").strip().splitlines()
+            raise by_code(process.returncode)(text[-1] if text else f"disk export of {manifest_name} did not start")
         return cls.attach(control)
 
     @classmethod
@@ -401,7 +420,15 @@ class _Process:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the export; the exit code is that of the error's class."""
+    """Run the export; the exit code is that of the error's class.
+
+    With ``--standby`` alone the arguments come as a JSON list from standard input; nothing there ends it.
+    """
+    if (sys.argv[1:] if arguments is None else arguments) == ["--standby"]:
+        words = sys.stdin.read(MAX_WORDS)
+        if not words:
+            return 0
+        arguments = json.loads(words)
     parser = argparse.ArgumentParser(prog="haulier.disks.export", description="Serves a disk's manifest as NBD.")
     parser.add_argument("--store", type=Path, required=True, help="directory of the chunk store")
     parser.add_argument("--manifest", required=True, help="name of the manifest in the store")

@@ -172,6 +172,9 @@ class ContainerSource(SourceHandoff):
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
+    def _prepare_memory_for(self, picture: str, again: bool) -> None:
+        """Its picture is made from its processes, later."""
+
     def _start_memory(self, accept: Accept) -> None:
         assert self._session is not None and self._control is not None
         self.progress.phase("memory", "sending memory while the container runs")

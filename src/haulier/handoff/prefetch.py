@@ -69,6 +69,7 @@ class PrefetchSource(SourceHandoff):
         with self._preparing():
             accept = self.peer.prefetch(offer)
         self._connect(offer, accept)
+        self._prepare_for(accept)
         sender = self._make_sender(accept)
         self._first_disk(sender, None)
         self._begin_memory(accept)
@@ -84,6 +85,9 @@ class PrefetchSource(SourceHandoff):
 
     def _stretch(self, there: str) -> None:
         """The guest goes nowhere."""
+
+    def _prepare_memory_for(self, picture: str, again: bool) -> None:
+        """There is no stream to be early for."""
 
     def _begin_memory(self, accept: Accept) -> None:
         assert self._control is not None

@@ -112,6 +112,10 @@ class Peer(Protocol):
     def own(self, guest: str, event: str, epoch: int, handoff: str = "") -> list[tuple[str, int]]: ...
 
 
+_Memory = tuple[str, MemoryBase | None, SourceProxy, AheadReader]
+"""Which picture of memory to start from, that picture, and what sends the rest."""
+
+
 class SourceHandoff:
     """One handoff at its source. `run` returns the report; raises what went wrong, with the guest running here."""
 
@@ -135,6 +139,7 @@ class SourceHandoff:
         self._pump: MemoryPump | None = None
         self._rounds: DiskRounds | None = None
         self._prepared: Future[tuple[BlockIndex, BlockSpace]]
+        self._memory_ready: Future[_Memory] | None = None
         self._sender: DiskSender | None = None
         self._began = False
         self._granted = False
@@ -191,9 +196,9 @@ class SourceHandoff:
         with ThreadPoolExecutor(1, thread_name_prefix="begin-rounds") as pool:
             begun = pool.submit(self._begin_rounds) if accept.complete else None
             self._connect(offer, accept)
+            self._prepare_for(accept)
         first = begun.result() if begun is not None else None
         sender = self._make_sender(accept)
-        self._foretell(accept)
         early = first is not None and len(first.dirty) * DISK_CHUNK_WIRE < SMALL_DISK
         if early:
             # All at once: pages that would equal blocks of so small a disk cost less than the wait for it.
@@ -204,6 +209,7 @@ class SourceHandoff:
         assert self._control is not None
         self._control.wait(MemoryReady, 90)
         self.progress.phase("memory", "sending memory while the guest runs")
+        self._foretell(accept)
         self._converge()
         self._switch_over()
         self._before_token()
@@ -292,15 +298,18 @@ class SourceHandoff:
         self._epoch = happened.after.pending
         self.journal.update_handoff(self.job.handoff, epoch=self._epoch)
         offer = self._offer_of(self._epoch)
-        with self._preparing():
+        with self._preparing() as pool:
+            first = next(iter(offer.memory_bases), attempts.PREFIX)
+            if offer.golden and not first.startswith(attempts.PREFIX):
+                self._memory_ready = pool.submit(self._prepare_early, first)
             return offer, self.peer.offer(offer)
 
     @contextlib.contextmanager
-    def _preparing(self) -> Iterator[None]:
-        """What both sites hold is indexed while the target looks at the offer."""
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare-disk") as pool:
+    def _preparing(self) -> Iterator[ThreadPoolExecutor]:
+        """What both sites hold is indexed while the target looks at the offer; what is given to the pool follows."""
+        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
             self._prepared = pool.submit(self._prepare_index)
-            yield
+            yield pool
 
     def _offer_of(self, epoch: int) -> Offer:
         manifest = self._manifest = self._store.load_manifest(self.row.manifest)
@@ -385,6 +394,48 @@ class SourceHandoff:
         ready = self.site.golden / self.spec.golden / "blocks.idx"
         return blocks_of(self._store, self._manifest, golden, ready, images)
 
+    def _prepare_memory(self, picture: str, base: MemoryBase | None) -> _Memory:
+        """What memory needs before it can begin, from the picture `base`."""
+        self._finder = StoreBlockFinder(*self._prepared.result())
+        if self._sender is not None:
+            self._finder.index = self._sender.index
+        proxy = SourceProxy(self.site.mirror(self.job.handoff), base, self._finder, clock=time.thread_time)
+        try:
+            ahead = AheadReader(self.paths.ram, RAM_ID)
+            if (mirror := proxy.prepare()) is not None and RAM_ID in mirror.first:
+                ahead.plan(mirror, proxy.finder)
+        except BaseException:
+            proxy.close()
+            raise
+        return picture, base, proxy, ahead
+
+    def _prepare_early(self, picture: str) -> _Memory:
+        """While the target thinks about the offer, for what it will most probably start from."""
+        base = retained.open_base(self.site, self.spec.name, self.spec.uuid, picture)
+        return self._prepare_memory(picture, base)
+
+    def _prepare_for(self, accept: Accept) -> None:
+        """Now the target has said what it has: keeps what was prepared for just that, or prepares again."""
+        again = not accept.golden or bool(accept.images)
+        if again:
+            self._prepared = Future()
+            self._prepared.set_result(self._prepare_index(accept))
+        self._finder = StoreBlockFinder(*self._prepared.result())
+        self._prepare_memory_for(accept.memory_base, again)
+
+    def _prepare_memory_for(self, picture: str, again: bool) -> None:
+        if self._memory_ready is not None and not again:
+            with contextlib.suppress(HaulierError, OSError):
+                found, _, proxy, _ = self._memory_ready.result()
+                if found == picture:
+                    assert isinstance(proxy.finder, StoreBlockFinder)
+                    self._finder = proxy.finder
+                    return
+        self._drop_memory()
+        if not picture.startswith(attempts.PREFIX):
+            self._memory_ready = Future()
+            self._memory_ready.set_result(self._prepare_early(picture))
+
     def _begin_rounds(self) -> Round | None:
         """From here on the guest is touched: QEMU notes what it writes."""
         self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
@@ -396,8 +447,6 @@ class SourceHandoff:
         self.progress.phase("disk", "sending the base and application layers that the target lacks")
         self._store.add_lease(lease_of(self.job.handoff))
         index, space = self._prepared.result()
-        if not accept.golden or accept.images:
-            index, space = self._prepare_index(accept)
         self._split = split_of(self._store, self.spec.image, self.spec.golden, self.spec.uuid)
         sender = self._sender = DiskSender(
             self._store,
@@ -410,7 +459,8 @@ class SourceHandoff:
             layer_of=self._split.of,
             order=LAYERS,
         )
-        self._finder = StoreBlockFinder(sender.index, space)
+        # What the target turns out to lack is hidden there.
+        self._finder.index = sender.index
         session.on(Channel.DISK, sender.handle)
         return sender
 
@@ -497,18 +547,21 @@ class SourceHandoff:
 
     def _start_memory(self, accept: Accept) -> None:
         assert self._session is not None and self._control is not None
-        base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
         if not accept.manifest:
             self._control.send(PrepareMemory(accept.memory_base))
-        self.report["given_up_pages"] = agreeing.at_source(base, accept.memory_base, self._control)
-        self._base, self.progress.status.memory_base = base, accept.memory_base
+        made = self._memory_ready
+        if made is None:
+            # A picture of an attempt: first both sites agree on what it holds.
+            base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
+            self.report["given_up_pages"] = agreeing.at_source(base, accept.memory_base, self._control)
+            made = self._memory_ready = Future()
+            made.set_result(self._prepare_memory(accept.memory_base, base))
+        _, self._base, proxy, ahead = made.result()
+        self.progress.status.memory_base = accept.memory_base
         if not self.job.options.level:
             self._adapting = Adapting(profile_of(self.site), self._rate or 10e6, self.site.cpu_cap)
-        level = self._adapting.level if self._adapting is not None else self.job.options.level
-        mirror = self.site.mirror(self.job.handoff)
-        proxy = SourceProxy(mirror, base, self._finder, level=level, clock=time.thread_time)
+        proxy.set_level(self._adapting.level if self._adapting is not None else self.job.options.level)
         ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ahead = AheadReader(self.paths.ram, RAM_ID)
         self._pump = MemoryPump(ours, proxy, self._session, self._window, ahead, self._adapting)
         self._pump.widen(qemus)
         qemu = self.qemu
@@ -852,7 +905,11 @@ class SourceHandoff:
         """Lets go of what was made for sending memory."""
         if self._pump is not None:
             self._pump.close()
-            self._pump.proxy.close()
+        ready, self._memory_ready = self._memory_ready, None
+        if ready is not None and ready.exception() is None:
+            _, _, proxy, ahead = ready.result()
+            ahead.close()
+            proxy.close()
 
     def _back_out(self, error: BaseException) -> None:
         """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""

@@ -43,12 +43,22 @@ class Standby:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
     def warm(self) -> None:
         """Has one waiting from now on."""
         with self._lock:
+            self._closed = False
             if self._waiting is None or self._waiting.poll() is not None:
                 self._waiting = _start(["--standby"], stdin=subprocess.PIPE, output=None)
+
+    def warm_after(self, process: subprocess.Popen[bytes]) -> None:
+        """Has the next one waiting once that handoff is over: until then the processors have better things to do."""
+        process.wait()
+        with self._lock:
+            closed = self._closed
+        if not closed:
+            self.warm()
 
     def give(self, site: Site, handoff: str) -> subprocess.Popen[bytes] | None:
         """The waiting worker, told its handoff; None if there is none."""
@@ -65,8 +75,9 @@ class Standby:
         return process
 
     def close(self) -> None:
-        """Ends the one that waits."""
+        """Ends the one that waits; no other comes."""
         with self._lock:
+            self._closed = True
             process, self._waiting = self._waiting, None
         if process is not None:
             process.communicate()
@@ -97,7 +108,7 @@ def spawn(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
             words = ["--root", str(site.root), "--id", job.handoff]
             process = _start(words, stdin=subprocess.DEVNULL, output=output)
     else:
-        threading.Thread(target=STANDBY.warm, name="standby", daemon=True).start()
+        threading.Thread(target=STANDBY.warm_after, args=(process,), name="standby", daemon=True).start()
     started = psutil.Process(process.pid).create_time()
     journal.update_handoff(job.handoff, pid=process.pid, pid_started=started)
     return process

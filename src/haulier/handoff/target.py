@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,15 @@ class Undecided(HandoffFailed):
 class TargetHandoff:
     """One handoff at its target. `run` returns the outcome: "done", "failed" or "undecided"."""
 
-    def __init__(self, site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> None:
+    def __init__(
+        self,
+        site: Site,
+        journal: Journal,
+        job: Job,
+        cancelled: threading.Event,
+        waiting: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        """`waiting`: a disk export that has started already and waits."""
         assert job.offer is not None
         self.site, self.journal, self.job, self.offer = site, journal, job, job.offer
         self.spec = self._spec()
@@ -94,6 +103,7 @@ class TargetHandoff:
         self._qemu: Qemu | None = None
         self._sink: MemorySink | None = None
         self._export: DiskExport | None = None
+        self._waiting = waiting
         self._receiver: DiskReceiver | None = None
         self._store = ChunkStore(site.store)
         self._base: MemoryBase | None = None
@@ -154,13 +164,14 @@ class TargetHandoff:
     def _prepare_early(self, session: Session, manifest: Manifest) -> None:
         """All that can be made here without a word of the source, because the base's manifest is here."""
         self.paths.prepare()
-        # A Python process of its own: half a second beside all else.
-        with ThreadPoolExecutor(1, thread_name_prefix="start-export") as pool:
-            starting = pool.submit(self._start_export, self.job.manifest)
+        with ThreadPoolExecutor(2, thread_name_prefix="prepare") as pool:
+            proxy = pool.submit(self._make_proxy, self.job.memory_base)
+            qemu = pool.submit(self._start_qemu, self.job.manifest)
             self._start_receiver(manifest)
             session.on(Channel.DISK, self._disk)
-        starting.result()
-        self._prepare_memory(PrepareMemory(self.job.memory_base))
+        qemu.result()
+        self._swap_export(incoming_name(self.job.handoff))
+        self._receive_memory(proxy.result())
 
     def _work(self, session: Session) -> None:
         quiet_since = 0.0
@@ -304,7 +315,10 @@ class TargetHandoff:
 
     def _start_export(self, manifest: str) -> None:
         paths = self.paths
-        export = DiskExport.start(self.site.store, manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log)
+        waiting, self._waiting = self._waiting, None
+        export = DiskExport.start(
+            self.site.store, manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log, waiting=waiting
+        )
         with self._lock:
             self._export = export
 
@@ -316,15 +330,14 @@ class TargetHandoff:
     def _prepare_memory(self, news: PrepareMemory) -> None:
         if self._receiver is None or self._qemu is not None:
             raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
+        self.paths.prepare()
+        self._start_qemu(incoming_name(self.job.handoff))
+        self._receive_memory(self._make_proxy(news.memory_base))
+
+    def _start_qemu(self, manifest: str) -> None:
+        """The guest's copy: stopped, with its disk's export, and waiting for memory."""
         spec, paths = self.spec, self.paths
-        base = self._base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
-        self.progress.status.memory_base = news.memory_base
-        name = incoming_name(self.job.handoff)
-        paths.prepare()
-        if self._export is None:
-            self._start_export(name)
-        else:
-            self._swap_export(name)
+        self._start_export(manifest)
         create_overlay(paths.overlay, spec.disk_size)
         tap = None
         if spec.address:
@@ -334,11 +347,21 @@ class TargetHandoff:
         self._mark = qemu.qmp.mark()
         qemu.set_capabilities(events=True, late_block_activate=True, pause_before_switchover=True, return_path=True)
         qemu.prepare_incoming(f"unix:{paths.mig_sock}")
-        proxy = TargetProxy(
-            self.site.mirror(self.job.handoff), base, self._space, max_memory=spec.memory_bytes + OTHER_MEMORY
-        )
+
+    def _make_proxy(self, picture: str) -> TargetProxy:
+        spec = self.spec
+        base = self._base = retained.open_base(self.site, spec.name, spec.uuid, picture)
+        self.progress.status.memory_base = picture
+        proxy = TargetProxy(self.site.mirror(self.job.handoff), base, max_memory=spec.memory_bytes + OTHER_MEMORY)
+        # Of a picture that an attempt left, the sites have yet to agree on what it holds.
+        if not picture.startswith(attempts.PREFIX):
+            proxy.prepare()
+        return proxy
+
+    def _receive_memory(self, proxy: TargetProxy) -> None:
+        proxy.reader = self._space
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stream.connect(str(paths.mig_sock))
+        stream.connect(str(self.paths.mig_sock))
         self._sink = MemorySink(stream, proxy, self.control.session, self.control.tell)
         threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
         self.control.send(MemoryReady())
@@ -501,6 +524,8 @@ class TargetHandoff:
         session.close(linger_s=3)
         if self._qemu is not None:
             self._qemu.close()
+        if self._waiting is not None:
+            self._waiting.communicate()
         self._store.close()
         self.progress.finish()
         self.progress.write(force=True)

@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +22,7 @@ import msgspec
 
 from haulier.agent.client import Client
 from haulier.agent.site import Site
+from haulier.disks.export import waiting_export
 from haulier.errors import Cancelled, Conflict, Corrupt, HandoffFailed, HaulierError, PeerError
 from haulier.handoff.container_source import ContainerSource
 from haulier.handoff.container_target import ContainerTarget
@@ -81,9 +83,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--id")
     parser.add_argument("--standby", action="store_true")
     options = parser.parse_args(arguments)
+    waiting: subprocess.Popen[bytes] | None = None
     if options.standby:
+        waiting = waiting_export()
         options.id, _, options.root = sys.stdin.readline().rstrip("\n").partition("\t")
         if not options.root:
+            waiting.communicate()
             return 0
         _log_to(Site.load(options.root).handoff_root(options.id) / "worker.log")
     elif not options.id or not options.root:
@@ -105,8 +110,14 @@ def main(arguments: list[str] | None = None) -> int:
     except msgspec.MsgspecError as error:
         raise Corrupt(f"{directory / 'job.json'} makes no sense ({error}): start the handoff again") from None
     with Journal(site.journal) as journal:
-        run = _run_source if job.role in ("source", PREFETCH_SOURCE) else _run_target
-        return run(site, journal, job, cancelled)
+        if job.role == "target" and spec_of(journal.guest(job.guest)).container is None:
+            return _run_target(TargetHandoff(site, journal, job, cancelled, waiting))
+        if waiting is not None:
+            waiting.communicate()
+        if job.role in ("source", PREFETCH_SOURCE):
+            return _run_source(site, journal, job, cancelled)
+        kind = PrefetchTarget if job.role == PREFETCH_TARGET else ContainerTarget
+        return _run_target(kind(site, journal, job, cancelled))
 
 
 def _log_to(path: Path) -> None:
@@ -144,14 +155,9 @@ def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Eve
     return 0
 
 
-def _run_target(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:
-    kind: type[TargetHandoff] = TargetHandoff
-    if job.role == PREFETCH_TARGET:
-        kind = PrefetchTarget
-    elif spec_of(journal.guest(job.guest)).container is not None:
-        kind = ContainerTarget
-    handoff = kind(site, journal, job, cancelled)
+def _run_target(handoff: TargetHandoff) -> int:
     signal.signal(LEFT_ALONE, lambda *_: handoff.left_alone.set())
+    site, journal, job = handoff.site, handoff.journal, handoff.job
     outcome = handoff.run()
     write_report(site.handoff_root(job.handoff), handoff.report())
     if outcome != "undecided":

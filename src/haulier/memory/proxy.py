@@ -102,6 +102,17 @@ def _add(total: dict[str, int], more: dict[str, int]) -> None:
             total[kind] = total.get(kind, 0) + count
 
 
+def _early_mirror(path: Path, base: MemoryBase | None) -> Mirror | None:
+    return None if base is None else Mirror.create(path, base.blocks, base)
+
+
+def _mirror_of(blocks: dict[str, int], early: Mirror | None, path: Path, base: MemoryBase | None) -> Mirror:
+    """The mirror of these blocks: the one that was made early if it is of the same ones in the same order."""
+    if early is not None and list(early.blocks.items()) == list(blocks.items()):
+        return early
+    return Mirror.create(path, blocks, base)
+
+
 class SourceProxy:
     """QEMU's outgoing stream to wire batches.
 
@@ -144,6 +155,7 @@ class SourceProxy:
         self.level = level
         self._compressor = self._new_compressor()
         self._fresh = False
+        self._early: Mirror | None = None
         self._encoder: PageEncoder | None = None
         self._named: dict[str, int] = {}
         self._sequence = 0
@@ -162,7 +174,7 @@ class SourceProxy:
         if level != self.level:
             self.level = level
             self._compressor = self._new_compressor()
-            self._fresh = True
+            self._fresh = self.counters.batches > 0
 
     def _compress(self, *parts: Buffer) -> bytes:
         began = self._clock()
@@ -170,6 +182,11 @@ class SourceProxy:
         self.counters.compress_s += self._clock() - began
         self.counters.plain_bytes += sum(len(memoryview(part).cast("B")) for part in parts)
         return data
+
+    def prepare(self) -> Mirror | None:
+        """The mirror that the stream most probably asks for, made before there is a stream; None without a base."""
+        self._early = _early_mirror(self._mirror_path, self._base)
+        return self._early
 
     @property
     def device_state(self) -> bool:
@@ -279,8 +296,9 @@ class SourceProxy:
 
     def close(self) -> None:
         """Let go of the mirror's file, which stays."""
-        if self.mirror is not None:
-            self.mirror.close()
+        for mirror in (self.mirror, self._early):
+            if mirror is not None:
+                mirror.close()
 
     def _parse(self, data: bytes) -> list[Token]:
         if self.opaque:
@@ -298,7 +316,7 @@ class SourceProxy:
 
     def _begin(self) -> WireBatch:
         blocks = self._named or self.parser.blocks
-        self.mirror = Mirror.create(self._mirror_path, blocks, self._base)
+        self.mirror = _mirror_of(blocks, self._early, self._mirror_path, self._base)
         elsewhere = BasePages(self._base) if self._elsewhere and self._base is not None else None
         self._encoder = PageEncoder(self.mirror, self.finder, elsewhere)
         table = encode_table(blocks)
@@ -356,14 +374,20 @@ class TargetProxy:
         self.mirror: Mirror | None = None
         self._mirror_path = mirror_path
         self._base = base
-        self._reader = reader
+        self.reader = reader
+        """May be set until the first batch comes."""
         self._max_memory = max_memory
         self._max_window_log = max_window_log
         self._decompressor = StreamDecompressor(max_window_log)
+        self._early: Mirror | None = None
         self._decoder: PageDecoder | None = None
         self._sequence = 0
         self._digest = blake3()
         self._failed = False
+
+    def prepare(self) -> None:
+        """Make the mirror that the peer's stream most probably asks for, if there is a base: it takes a moment."""
+        self._early = _early_mirror(self._mirror_path, self._base)
 
     def feed(self, wire_batch: Buffer) -> list[bytes]:
         """The verified bytes for QEMU. Corrupt if the batch is out of order, malformed, or rebuilds to other bytes."""
@@ -399,8 +423,9 @@ class TargetProxy:
 
     def close(self) -> None:
         """Let go of the mirror's file, which stays."""
-        if self.mirror is not None:
-            self.mirror.close()
+        for mirror in (self.mirror, self._early):
+            if mirror is not None:
+                mirror.close()
 
     def _feed(self, data: bytes) -> bytes:
         if len(data) < _HEAD.size:
@@ -445,7 +470,5 @@ class TargetProxy:
             raise Corrupt(
                 f"the peer announces {len(blocks)} RAM blocks of {total} bytes, beyond what this guest may have"
             )
-        self.mirror = Mirror.create(self._mirror_path, blocks, self._base)
-        self._decoder = PageDecoder(
-            self.mirror, self._reader, BasePages(self._base) if self._base is not None else None
-        )
+        self.mirror = _mirror_of(blocks, self._early, self._mirror_path, self._base)
+        self._decoder = PageDecoder(self.mirror, self.reader, BasePages(self._base) if self._base is not None else None)
