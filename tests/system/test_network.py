@@ -138,6 +138,7 @@ def test_a_handoff_that_fails_leaves_no_tunnel_and_the_connection_as_it_was(runn
             assert len(tunnels(running.site(handoff.target))) == 1
             handoff.kill_worker(getattr(handoff, side))
             handoff.settled()
+            assert handoff.result()[0] != 0
             client.assert_goes_on()
             assert running.home("web1") == handoff.source
             for site in ("oslo", "lisbon"):
