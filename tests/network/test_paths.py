@@ -12,7 +12,8 @@ from haulier.errors import UsageError
 from haulier.lab import namespaces
 from haulier.network import paths
 from haulier.network.addresses import Uplink
-from haulier.network.paths import Rule, Spender, Way, find, mptcp_steps, read_rules, rule_for, spread
+from haulier.network.paths import Spender, Way, find, mptcp_steps, spread
+from haulier.network.rules import Rule, read_rules, rule_for
 from tests.support.labs import lab
 
 FIBRE = Uplink("eth0", "192.0.2.1", "192.0.2.0/24")

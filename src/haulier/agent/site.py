@@ -25,7 +25,7 @@ from pathlib import Path
 
 from haulier.errors import Conflict, Corrupt, UnknownThing, UsageError
 from haulier.network import addresses
-from haulier.network.paths import AUTO, Rule, read_rules
+from haulier.network.rules import AUTO, Rule, read_rules
 from haulier.policy.model import check_policy
 
 DEFAULT_ROOT = Path("/var/lib/haulier")

@@ -21,6 +21,7 @@ from haulier.handoff import clients
 from haulier.handoff.custody import record_of
 from haulier.handoff.ownership import UNDER_WAY, State
 from haulier.network import addresses, mptcp, paths, tunnel
+from haulier.network.rules import AUTO, rule_for
 from haulier.network.tunnel import Tunnel
 from haulier.session.mptcp import available
 
@@ -127,14 +128,14 @@ class Tunnels:
         found: dict[str, Any] = {"site": self.site.name, "tunnels": self.records.facts()}
         found["uplinks"] = []
         for uplink in addresses.uplinks():
-            rule = paths.rule_for(uplink, self.site.paths)
+            rule = rule_for(uplink, self.site.paths)
             entry = {"interface": uplink.interface, "address": uplink.address}
             found["uplinks"].append(entry | {"cap_mbps": rule.cap_bps / 1e6, "cost": rule.cost})
         found["mptcp"] = {"available": available(), "to": {}}
         for row in self.core.journal.sites():
             if row.name == self.site.name:
                 continue
-            there = [address for address in row.bulk if address != paths.AUTO]
+            there = [address for address in row.bulk if address != AUTO]
             with contextlib.suppress(HaulierError):
                 ways = paths.find(there, 0, self.site.paths)
                 found["mptcp"]["to"][row.name] = _commands(ways)
