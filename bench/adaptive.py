@@ -14,7 +14,6 @@ controller's time over the best of the fixed levels and the oracle; below 1.00 i
 
 from __future__ import annotations
 
-import pickle
 import sys
 import tempfile
 import time
@@ -200,14 +199,9 @@ def scenes(quick: bool) -> dict[str, tuple[Varying, Varying]]:
 
 
 def streams() -> dict[str, list[bytes]]:
-    kept = Path(tempfile.gettempdir()) / "haulier-bench-adaptive.pickle"
-    if kept.exists() and time.time() - kept.stat().st_mtime < 86400:
-        return dict(pickle.loads(kept.read_bytes()))
     with scenario("bench-adaptive", template(512), [wan("100mbit", "5ms")]) as found:
         found.start_guest()
-        made = {name: record(found, load) for name, load in LOADS.items()}
-    kept.write_bytes(pickle.dumps(made))
-    return made
+        return {name: record(found, load) for name, load in LOADS.items()}
 
 
 def run(quick: bool) -> Report:

@@ -19,10 +19,11 @@ import msgspec
 from haulier.agent import prefetching
 from haulier.agent.core import Core
 from haulier.agent.site import check_name, check_transport
-from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, UsageError
+from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, Unsupported, UsageError
 from haulier.handoff import recovery, spawning, worker
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import HandoffRow, new_handoff_id
+from haulier.handoff.measures import ALLOWABLE
 from haulier.handoff.messages import Job, Options
 from haulier.handoff.ownership import Event, State
 
@@ -271,6 +272,11 @@ def _check_options(options: Options) -> None:
         raise UsageError(f"there is no choice of paths {options.paths[:40]!r}: give cheap, all or deadline")
     if not 10 <= options.downtime_ms <= 60_000:
         raise UsageError(f"a downtime of {options.downtime_ms} ms cannot be aimed for: give 10 to 60000")
+    for word in options.allow:
+        if word == "post-copy":
+            raise Unsupported("post-copy of a guest's memory is not there yet: allow auto-converge")
+        if word not in ALLOWABLE:
+            raise UsageError(f"{word[:40]!r} cannot be allowed: give {', '.join(ALLOWABLE)}")
     if options.keep_fresh_s:
         raise UsageError("only a prefetch is kept fresh: 'haulier prefetch' begins one")
     if not 0 <= options.deadline_s < 1e7 or not 0 < options.stall_s < 1e7 or not -50 <= options.level <= 19:

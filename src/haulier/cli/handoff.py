@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from haulier.agent.client import Client
-from haulier.cli.common import Json, Root, bars, client, console, plain, print_json, size
+from haulier.cli.common import Json, Root, bars, client, console, parse_seconds, plain, print_json, size
 from haulier.errors import Conflict, HandoffFailed, HaulierError, PeerError, by_code
 
 POLL_S = 0.25
@@ -50,11 +50,12 @@ def handoff(
     /,
     *,
     to: Annotated[str, Parameter(help="The site that the guest goes to.")],
-    downtime: Annotated[int, Parameter(help="Milliseconds of downtime to aim for.")] = 300,
+    downtime: Annotated[str, Parameter(help="Downtime to aim for: 300ms, 1s, or milliseconds.")] = "300ms",
     check: Annotated[
         bool, Parameter(negative="", help="Compare all memory before the guest runs there (longer downtime).")
     ] = False,
-    deadline: Annotated[float, Parameter(help="Give up after so many seconds; 0: never.")] = 0.0,
+    deadline: Annotated[str, Parameter(help="Give up after so long: 2m, 90s, or seconds; 0: never.")] = "0",
+    allow: Annotated[str, Parameter(help="What a guest that outruns the link may suffer: auto-converge.")] = "",
     level: Annotated[int, Parameter(help="zstd level for memory; 0: by the link's rate.")] = 0,
     disk: Annotated[
         str, Parameter(help="full, or on-demand: data at rest stays here and follows when it is read.")
@@ -78,7 +79,9 @@ def handoff(
         The guest to hand over.
     """
     agent = client(root)
-    options = {"downtime_ms": downtime, "check": check, "deadline_s": deadline, "level": level, "disk": disk}
+    milliseconds = round(parse_seconds(f"{downtime}ms" if downtime.strip().isdigit() else downtime) * 1000)
+    options: dict[str, Any] = {"downtime_ms": milliseconds, "check": check, "deadline_s": parse_seconds(deadline)}
+    options |= {"level": level, "disk": disk, "allow": [word.strip() for word in allow.split(",") if word.strip()]}
     options |= {"transport": transport, "paths": paths}
     return run(agent, lambda: agent.start_handoff(guest, to, options), detach=detach, json=json)
 

@@ -46,6 +46,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """zstd level for memory; 0 = by the link's rate."""
     stall_s: float = 60.0
     """Give up when nothing was acknowledged for this long although the link is up."""
+    allow: tuple[str, ...] = ()
+    """What may be done to a guest that outruns the link, of `haulier.handoff.measures.ALLOWABLE`."""
     keep_fresh_s: float = 0.0
     """Of a prefetch: send what has changed again every so many seconds, until it is cancelled; 0 = once."""
     disk: str = "full"
@@ -149,6 +151,8 @@ class Status(msgspec.Struct, kw_only=True):
     """At the source: how the bytes travel, and why not as was asked for."""
     memory_base: str = ""
     """The picture of memory that this side's mirror began with."""
+    downtime_ms: float = 0.0
+    """At the source, while memory converges: what the downtime would be if the guest were stopped now."""
     mode: str = ""
     """At the source: how memory is being encoded, and ..."""
     why: str = ""

@@ -46,6 +46,7 @@ from haulier.handoff.convergence import (
 )
 from haulier.handoff.custody import Happened, happen
 from haulier.handoff.journal import Journal
+from haulier.handoff.measures import AUTO_CONVERGE, HELD_BACK, Kind, Measure, Measures, advice, throttled
 from haulier.handoff.memory_link import MemoryPump
 from haulier.handoff.messages import (
     LEAVE_BYTES,
@@ -151,6 +152,7 @@ class SourceHandoff:
         self._base: MemoryBase | None = None
         self._forecast: dict[str, Any] | None = None
         self._adapting: Adapting | None = None
+        self._measures: Measures | None = None
         self._disk_rounds: list[dict[str, Any]] = []
         self._timeline: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
@@ -567,8 +569,15 @@ class SourceHandoff:
         qemu = self.qemu
         # Capabilities stay set from whatever this QEMU did before, so those that must be off are named too.
         qemu.set_capabilities(
-            events=True, pause_before_switchover=True, return_path=True, late_block_activate=False, mapped_ram=False
+            events=True,
+            pause_before_switchover=True,
+            return_path=True,
+            late_block_activate=False,
+            mapped_ram=False,
+            auto_converge=AUTO_CONVERGE in self.job.options.allow,
         )
+        if AUTO_CONVERGE in self.job.options.allow:
+            qemu.set_parameters(**HELD_BACK)
         qemu.set_parameters(
             max_bandwidth=MAX_BANDWIDTH,
             downtime_limit=self.job.options.downtime_ms,
@@ -616,6 +625,7 @@ class SourceHandoff:
         """Memory and disk rounds until the guest has stopped for the switchover."""
         gate = Gate(self.job.options.downtime_ms)
         gate.start(time.monotonic())
+        measures = self._measures = self._make_measures()
         while not self._stopped():
             self._check()
             assert self._control is not None and self._pump is not None
@@ -629,6 +639,8 @@ class SourceHandoff:
             if reading.rounds >= 2:
                 self._pump.first_pass_over()
             self._note(reading, gate.is_open)
+            self._take(measures.note(reading))
+            self.progress.status.downtime_ms = round(measures.outlook(reading).downtime_s * 1000, 1)
             self.progress.left(0, self._memory_left())
             step = gate.step(reading)
             if step is Step.DISK_ROUND:
@@ -644,6 +656,25 @@ class SourceHandoff:
                 with contextlib.suppress(GuestError):
                     self.qemu.qmp.wait_event("STOP", timeout=0.05 if self._ending else 0.15, since=self._mark)
         self.report["gate_attempts"] = gate.attempts
+
+    def _make_measures(self) -> Measures:
+        options = self.job.options
+        left = options.deadline_s - (time.time() - self._marks["begin"]) if options.deadline_s else 0.0
+        return Measures(options.allow, options.downtime_ms, time.monotonic() + left if options.deadline_s else 0.0)
+
+    def _take(self, measure: Measure | None) -> None:
+        """Does what has to be done about a guest that outruns the link."""
+        if measure is None:
+            return
+        log.info("%s (%d %%): %s", measure.kind, measure.percent, measure.why)
+        if measure.kind is Kind.THROTTLE:
+            self.progress.status.message = f"slowing the guest by {measure.percent} %: {measure.why}"
+            self.qemu.set_parameters(**throttled(measure.percent))
+            return
+        raise HandoffFailed(
+            f"guest {self.job.guest!r} dirties its memory faster than the link to {self.job.peer!r} carries it "
+            f"({measure.why}); it runs on at {self.site.name!r}: {advice(self.job.options.allow)}"
+        )
 
     def _reading(self, rounds: int) -> Reading:
         assert self._pump is not None
@@ -864,6 +895,7 @@ class SourceHandoff:
                 "warnings": list(self._pump.proxy.warnings),
             },
             "adapting": self._adapting.report() if self._adapting is not None else {},
+            "measures": self._measures.taken if self._measures is not None else [],
             "timeline": self._timeline,
             "disk": {
                 "rounds": self._disk_rounds,

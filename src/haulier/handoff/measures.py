@@ -1,0 +1,157 @@
+"""What is done about a guest that dirties memory faster than the link carries it. Pure: readings in, measures out.
+
+Each round is looked at when QEMU begins it: how much is left, and how long the link needs for that. A guest outruns the
+link when over several rounds that has not become less, and is more than even the most patient gate would switch over
+with. Or when, as things go, it will not be there by the deadline. Then comes what the operator allows, the mildest
+first: the guest is slowed step by step (QEMU's auto-converge, held back until then); and where nothing is allowed, or
+nothing has helped, the handoff is refused, and the guest runs on where it is.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Final
+
+from haulier.handoff.convergence import MIN_RATE_BPS, MOST_RATIO, Reading
+
+AUTO_CONVERGE: Final = "auto-converge"
+ALLOWABLE: Final = (AUTO_CONVERGE,)
+ROUNDS: Final = 5
+"""Without progress over so many the guest counts as one that outruns the link."""
+PROGRESS: Final = 0.8
+"""Of what was left so many rounds before: less is progress."""
+REACH: Final = 8.0
+"""Times the downtime asked for: what the gate may come to accept in the end."""
+STEPS: Final = (30, 60, 80, 95)
+"""Per cent of its time that the guest is held, one step after another."""
+STEP_ROUNDS: Final = 3
+"""Rounds that a step is given; QEMU takes two to follow."""
+HELD_BACK: Final = {
+    "cpu_throttle_initial": 1,
+    "cpu_throttle_increment": 1,
+    "max_cpu_throttle": 1,
+    "throttle_trigger_threshold": 1,
+}
+"""Parameters with which auto-converge, which must be switched on before, does next to nothing."""
+
+
+def throttled(percent: int) -> dict[str, int]:
+    """Parameters with which QEMU's next step goes to that percentage."""
+    return {"cpu_throttle_initial": percent, "cpu_throttle_increment": percent, "max_cpu_throttle": percent}
+
+
+class Kind(enum.StrEnum):
+    """What is to be done."""
+
+    THROTTLE = "slow the guest"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """`percent`: of its time that the guest is to be held. `why`: in a clause, for people."""
+
+    kind: Kind
+    percent: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """As things go: seconds until the switchover (infinite if never), and the downtime if it were now, in seconds."""
+
+    seconds: float
+    downtime_s: float
+
+
+def need_s(reading: Reading) -> float:
+    """Seconds that the link needs for what is left, pages encoded as those before."""
+    ratio = max(1.0, min(MOST_RATIO, 0.8 * reading.ratio))
+    return reading.remaining / ratio * 8 / max(reading.rate_bps, MIN_RATE_BPS)
+
+
+class Measures:
+    """One handoff's. `note` is called at each reading; times in seconds."""
+
+    def __init__(self, allow: Collection[str], downtime_ms: int, deadline: float = 0.0) -> None:
+        """`deadline`: by the same clock as the readings; 0 = none."""
+        self._allow = set(allow)
+        self._downtime_s = downtime_ms / 1000
+        self._deadline = deadline
+        self._rounds: deque[tuple[int, float, float]] = deque(maxlen=ROUNDS + 1)
+        """(round, when it began, seconds that the link needed for what was left then)."""
+        self._began = 0.0
+        self._step = 0
+        self._judged = 0
+        self.taken: list[dict[str, Any]] = []
+
+    def outlook(self, reading: Reading) -> Outlook:
+        """By how what is left shrank over the last rounds."""
+        now = need_s(reading)
+        if len(self._rounds) < 2:
+            return Outlook(now, now)
+        (_, first_at, first), (_, last_at, last) = self._rounds[0], self._rounds[-1]
+        goal = self._downtime_s / 2
+        if last <= goal:
+            return Outlook(now, now)
+        shrunk = (first - last) / max(1e-3, last_at - first_at)
+        return Outlook((last - goal) / shrunk if shrunk > 0 else float("inf"), now)
+
+    def note(self, reading: Reading) -> Measure | None:
+        """What has to be done now, if anything."""
+        self._began = self._began or reading.now
+        if reading.rounds < 2 or (self._rounds and self._rounds[-1][0] == reading.rounds):
+            return None
+        self._rounds.append((reading.rounds, reading.now, need_s(reading)))
+        if reading.rounds - self._judged < (STEP_ROUNDS if self._step else 1):
+            return None
+        why = self._outrun() or self._late(reading)
+        if not why:
+            return None
+        self._judged = reading.rounds
+        measure = self._next(why)
+        self.taken.append(
+            {
+                "after_s": round(reading.now - self._began, 2),
+                "round": reading.rounds,
+                "what": measure.kind.value,
+                "percent": measure.percent,
+                "why": why,
+            }
+        )
+        return measure
+
+    def _outrun(self) -> str:
+        span = STEP_ROUNDS + 1 if self._step else ROUNDS
+        recent = list(self._rounds)[-span:]
+        needs = [need for _, _, need in recent]
+        if len(recent) < span or min(needs) <= REACH * self._downtime_s or needs[-1] < PROGRESS * needs[0]:
+            return ""
+        return (
+            f"in {span} rounds what is left has not become less: the link would need {needs[-1]:.1f} s for it, "
+            f"and {self._downtime_s * 1000:.0f} ms of downtime are asked for"
+        )
+
+    def _late(self, reading: Reading) -> str:
+        if not self._deadline or len(self._rounds) < 3:
+            return ""
+        seconds = self.outlook(reading).seconds
+        if reading.now + seconds <= self._deadline:
+            return ""
+        when = "never" if seconds == float("inf") else f"in {seconds:.0f} s"
+        return f"as things go it would be there {when}, and {max(0.0, self._deadline - reading.now):.0f} s are left"
+
+    def _next(self, why: str) -> Measure:
+        if AUTO_CONVERGE in self._allow and self._step < len(STEPS):
+            self._step += 1
+            return Measure(Kind.THROTTLE, STEPS[self._step - 1], why)
+        return Measure(Kind.REFUSE, 0, why)
+
+
+def advice(allow: Collection[str]) -> str:
+    """What the operator could do about a refusal."""
+    more = "" if AUTO_CONVERGE in allow else "allow its being slowed (--allow auto-converge), "
+    return f"{more}ask for a longer downtime, hand it over when it writes less, or use a faster link"

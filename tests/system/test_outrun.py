@@ -1,0 +1,51 @@
+"""A guest that dirties memory faster than the link carries it: refused and unharmed, or slowed and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from haulier.errors import HandoffFailed, Unsupported
+from haulier.lab.scenario import Template, wan
+from tests.system.stage import Stage, stage
+
+pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.qemu, pytest.mark.full, pytest.mark.timeout(600)]
+
+WILD = {"pages_per_s": 1500, "hot_pages": 5000, "files_per_s": 0.2}
+
+
+@pytest.fixture(scope="module")
+def standing(made: Template) -> Iterator[Stage]:
+    with stage(made, "outrun", [wan("10mbit", "20ms")]) as standing:
+        standing.run_guest(**WILD)
+        yield standing
+
+
+def test_refused_when_nothing_is_allowed_and_the_guest_is_unharmed(standing: Stage) -> None:
+    handoff = standing.begin("web1", "--downtime", "100ms")
+    code, result, err = handoff.result()
+    print(err)
+    assert code == HandoffFailed.exit_code and result["outcome"] == "failed"
+    assert "faster than the link" in err and "--allow auto-converge" in err and "runs on at" in err
+    handoff.settled()
+    assert standing.home() == handoff.source
+    standing.assert_clean(handoff, handoff.source)
+    standing.assert_right()
+
+
+def test_slowed_when_that_is_allowed_and_it_arrives(standing: Stage) -> None:
+    handoff = standing.begin("web1", "--downtime", "100ms", "--allow", "auto-converge", "--check")
+    report = handoff.done()
+    print(report["total_s"], report["downtime_ms"], report["measures"])
+    assert report["check"]["memory_equal"] is True
+    assert report["measures"] and all(taken["what"] == "slow the guest" for taken in report["measures"])
+    standing.assert_clean(handoff, handoff.target)
+    standing.assert_right()
+
+
+def test_what_cannot_be_had_is_refused_at_once(standing: Stage) -> None:
+    source = standing.home()
+    site, target = standing.site(source), standing.scenario.other(source).name
+    refused = site.haulier("handoff", "web1", "--to", target, "--allow", "post-copy", check=False)
+    assert refused.returncode == Unsupported.exit_code and "allow auto-converge" in refused.stderr
