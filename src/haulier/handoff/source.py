@@ -45,6 +45,7 @@ from haulier.handoff.convergence import (
     window,
 )
 from haulier.handoff.custody import Happened, happen
+from haulier.handoff.footprint import footprint
 from haulier.handoff.journal import Journal
 from haulier.handoff.measures import AUTO_CONVERGE, HELD_BACK, Kind, Measure, Measures, advice, throttled
 from haulier.handoff.memory_link import MemoryPump
@@ -894,6 +895,7 @@ class SourceHandoff:
                 "kinds": counters.as_dict(),
                 "warnings": list(self._pump.proxy.warnings),
             },
+            "footprint": footprint(self.site.mirror(self.job.handoff)),
             "adapting": self._adapting.report() if self._adapting is not None else {},
             "measures": self._measures.taken if self._measures is not None else [],
             "timeline": self._timeline,

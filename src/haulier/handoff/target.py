@@ -27,6 +27,7 @@ from haulier.handoff.agreeing import TargetComparison
 from haulier.handoff.check import memory_digests
 from haulier.handoff.control import Control, failure
 from haulier.handoff.custody import Happened, happen
+from haulier.handoff.footprint import footprint
 from haulier.handoff.journal import Journal
 from haulier.handoff.memory_link import MemorySink
 from haulier.handoff.messages import (
@@ -109,6 +110,7 @@ class TargetHandoff:
         self._base: MemoryBase | None = None
         self._comparison: TargetComparison | None = None
         self._wrong = False
+        self._footprint: dict[str, int] = {}
         self._loaded_at = 0.0
         self._durable_at = 0.0
         self._voted = False
@@ -542,4 +544,10 @@ class TargetHandoff:
         mirror.unlink(missing_ok=True)
 
     def report(self) -> dict[str, Any]:
-        return {"handoff": self.job.handoff, "role": "target", "outcome": self.outcome, "phases": self.progress.phases}
+        return {
+            "handoff": self.job.handoff,
+            "role": "target",
+            "outcome": self.outcome,
+            "phases": self.progress.phases,
+            "footprint": self._footprint,
+        }
