@@ -458,6 +458,7 @@ class TargetHandoff:
         """All that need not be done before the guest runs, most urgent first."""
         self._moved()
         self.progress.phase("running")
+        self._footprint = footprint(self.site.mirror(self.job.handoff))
         # The guest's manifest gets its lasting name only now; until here the incoming one pinned the chunks.
         name = manifest_name(self.spec.name)
         assert self._receiver is not None
