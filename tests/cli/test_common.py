@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from haulier.cli.common import parse_memory, plain, print_table, size
+from haulier.cli.common import parse_memory, parse_seconds, plain, print_table, size
 from haulier.errors import UsageError
 
 
@@ -19,6 +19,19 @@ def test_memory(text: str, mib: int) -> None:
 def test_bad_memory(text: str) -> None:
     with pytest.raises(UsageError, match="bad amount of memory"):
         parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30s", 30), ("2m", 120), ("1.5h", 5400), ("300ms", 0.3), ("30", 30), (" 1S ", 1), ("0", 0)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1s", "1d", "soon", "1.2.3s", "٣s", "1e9s"])
+def test_bad_times(text: str) -> None:
+    with pytest.raises(UsageError, match="bad time"):
+        parse_seconds(text)
 
 
 def test_sizes() -> None:

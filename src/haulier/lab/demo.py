@@ -92,7 +92,7 @@ class Demo:
         self.console.rule(f"stock QEMU, {what}")
         with scenario("demo", made, links, agents=False) as lab:
             self.result["link"]["backend"] = lab.lab.backend
-            with _stock_pair(lab) as (source, target):
+            with stock_pair(lab) as (source, target):
                 lab.route("oslo")
                 workload = self._start_work(lab)
                 answers = Answers(lab.lab, "client", GUEST_ADDRESS, lab.work / "answers.jsonl")
@@ -219,7 +219,7 @@ class Demo:
 
 
 @contextlib.contextmanager
-def _stock_pair(lab: Scenario) -> Iterator[tuple[Qemu, Qemu]]:
+def stock_pair(lab: Scenario) -> Iterator[tuple[Qemu, Qemu]]:
     """The same clone as haulier's guest at oslo, and a QEMU that waits for it at lisbon; no agents."""
     assert isinstance(lab.template, Template)
     golden = lab.template.golden

@@ -2,7 +2,8 @@
 
 This is what libvirt does for ``--copy-storage-inc``: the target starts with an empty overlay on the same base image,
 the source mirrors its top layer into an NBD export of the target, memory follows by pre-copy, and the mirror is ended
-in pre-switchover. Two settings: QEMU's defaults, and the strongest it has for a slow link (multifd with zstd).
+in pre-switchover. QEMU's defaults, the strongest it has for a slow link ("best": multifd with zstd), and what it has
+against guests that write faster than the link carries: XBZRLE, auto-converge, post-copy.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from haulier.errors import GuestError
 from haulier.guests.qemu import Qemu
 
 MIRROR: Final = "stock-mirror"
-MODES: Final = ("default", "best")
+MODES: Final = ("default", "best", "xbzrle", "auto-converge", "post-copy")
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,25 @@ class StockMigration:
         try:
             self._mirror(began + give_up_s)
             self.source.migrate_uri(f"tcp:{self.address}:{self.port}")
+            if self.mode == "post-copy":
+                self._first_pass(began + give_up_s)
+                self.source.qmp.execute("migrate-start-postcopy")
             self._wait("pre-switchover", began + give_up_s, mark)
             self._end_mirror()
             self.source.migrate_continue()
-            self._wait("completed", began + give_up_s + 60, mark)
-            self.target.wait_migration({"completed"}, 30, since=target_mark)
+            if self.mode == "post-copy":
+                self.target.wait_migration({"postcopy-active"}, 60, since=target_mark)
+            else:
+                self._wait("completed", began + give_up_s + 60, mark)
+                self.target.wait_migration({"completed"}, 30, since=target_mark)
             self.target.wait_status({"paused", "running"}, 10)
             resumed_mark = self.target.qmp.mark()
             self.target.cont()
             resume = self.target.qmp.wait_event("RESUME", timeout=10, since=resumed_mark)
             if resumed is not None:
                 resumed()
+            if self.mode == "post-copy":
+                self._wait("completed", began + give_up_s + 60, mark)
         except TimeoutError:
             return self._given_up(began)
         total = time.monotonic() - began
@@ -81,6 +90,10 @@ class StockMigration:
         target, source = self.target, self.source
         best = self.mode == "best"
         capabilities = {"events": True, "pause_before_switchover": True, "multifd": best, "return_path": True}
+        if self.mode in ("xbzrle", "auto-converge"):
+            capabilities[self.mode.replace("-", "_")] = True
+        elif self.mode == "post-copy":
+            capabilities["postcopy_ram"] = True
         target.set_capabilities(late_block_activate=True, **capabilities)
         source.set_capabilities(late_block_activate=False, mapped_ram=False, **capabilities)
         if best:
@@ -139,6 +152,10 @@ class StockMigration:
             now = self.source.query_migrate()
             if now.get("status") == "failed":
                 raise GuestError(f"QEMU's migration failed: {now.get('error-desc', 'no reason given')}")
+            self._in_time(deadline)
+
+    def _first_pass(self, deadline: float) -> None:
+        while int(self.source.query_migrate().get("ram", {}).get("dirty-sync-count", 0)) < 2:
             self._in_time(deadline)
 
     def _in_time(self, deadline: float) -> None:

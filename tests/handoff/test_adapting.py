@@ -1,0 +1,100 @@
+"""The controller and the codec together: levels follow what is seen, and the report says why."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from haulier.agent.site import Site
+from haulier.compress.controller import DEFAULT, Cost, Profile
+from haulier.handoff import adapting, calibration
+from haulier.handoff.adapting import ENDING_LEVEL, Adapting, keep_profile, profile_of, profile_path
+from haulier.memory.proxy import SourceProxy
+from haulier.units import MIB, PAGE
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = Site(tmp_path / "site", "oslo", "127.0.0.1:7440")
+    site.make_directories()
+    return site
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> SourceProxy:
+    proxy = SourceProxy(tmp_path / "mirror", level=5, clock=time.thread_time)
+    proxy.name({"ram0": 4096 * PAGE})
+    return proxy
+
+
+class Feeding:
+    """Sends pages that were not sent before."""
+
+    def __init__(self, proxy: SourceProxy) -> None:
+        self.proxy, self.at = proxy, 0
+        self.rng = np.random.default_rng(1)
+
+    def megabyte(self) -> None:
+        pages = self.rng.integers(0, 20, (256, PAGE), dtype=np.uint8)
+        self.proxy.ahead("ram0", np.arange(self.at, self.at + 256), pages)
+        self.at += 256
+
+
+def test_a_site_without_a_profile_has_the_shipped_one_and_keeps_what_it_measures(site: Site) -> None:
+    assert profile_of(site) == DEFAULT
+    mine = Profile((Cost(3, 1e8, 0.4), Cost(9, 1e7, 0.3)), made=5.0)
+    keep_profile(site, mine)
+    assert profile_of(site) == mine
+    profile_path(site).write_text("{")
+    assert profile_of(site) == DEFAULT
+
+
+def test_the_codec_takes_the_level_that_the_link_asks_for(proxy: SourceProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(adapting.time, "monotonic", lambda: now[0])
+    deciding = Adapting(DEFAULT, 5e6)
+    slow = deciding.level
+    feeding = Feeding(proxy)
+    for _ in range(6):
+        deciding.step(proxy, 5e6, True)
+        feeding.megabyte()
+        now[0] += 0.4
+    assert proxy.level == deciding.level
+    for _ in range(9):
+        deciding.step(proxy, 8e9, True)
+        feeding.megabyte()
+        now[0] += 0.4
+    assert proxy.level == deciding.level < slow
+    told = deciding.report()
+    assert told["level"] == proxy.level and told["changes"][0]["level"] == slow
+    assert all("Mbit/s" in change["why"] for change in told["changes"]) and told["learnt"]
+
+
+def test_near_the_end_no_level_is_slow(proxy: SourceProxy) -> None:
+    proxy.set_level(15)
+    Adapting(DEFAULT, 1e6).step(proxy, 1e6, True, ending=True)
+    assert proxy.level == ENDING_LEVEL
+    proxy.set_level(1)
+    Adapting(DEFAULT, 1e6).step(proxy, 1e6, True, ending=True)
+    assert proxy.level == 1
+
+
+def test_the_operators_cap_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(adapting.time, "sleep", slept.append)
+    cpu = iter([0.0, 0.1])
+    wall = iter([5.0, 5.0, 5.1, 5.2, 5.3])
+    monkeypatch.setattr(adapting.time, "thread_time", lambda: next(cpu))
+    monkeypatch.setattr(adapting.time, "monotonic", lambda: next(wall))
+    with Adapting(DEFAULT, 1e7, cap=0.25).working():
+        pass
+    # A tenth of a second of CPU is to take four tenths, of which one has passed.
+    assert slept == [pytest.approx(0.3)]
+
+
+def test_there_is_always_something_to_measure_with(site: Site) -> None:
+    pages, origin = calibration.sample(site)
+    assert len(pages) >= MIB and "libraries" in origin
