@@ -25,6 +25,9 @@ PROGRESS: Final = 0.8
 """Of what was left so many rounds before: less is progress."""
 REACH: Final = 8.0
 """Times the downtime asked for: what the gate may come to accept in the end."""
+SLOWED_REACH: Final = 1.0
+STEP_S: Final = 5.0
+"""Seconds that a step is given at least."""
 STEPS: Final = (30, 60, 80, 95)
 """Per cent of its time that the guest is held, one step after another."""
 STEP_ROUNDS: Final = 3
@@ -86,6 +89,7 @@ class Measures:
         self._began = 0.0
         self._step = 0
         self._judged = 0
+        self._judged_at = 0.0
         self.taken: list[dict[str, Any]] = []
 
     def outlook(self, reading: Reading) -> Outlook:
@@ -106,12 +110,12 @@ class Measures:
         if reading.rounds < 2 or (self._rounds and self._rounds[-1][0] == reading.rounds):
             return None
         self._rounds.append((reading.rounds, reading.now, need_s(reading)))
-        if reading.rounds - self._judged < (STEP_ROUNDS if self._step else 1):
+        if self._step and (reading.rounds - self._judged < STEP_ROUNDS or reading.now - self._judged_at < STEP_S):
             return None
         why = self._outrun() or self._late(reading)
         if not why:
             return None
-        self._judged = reading.rounds
+        self._judged, self._judged_at = reading.rounds, reading.now
         measure = self._next(why)
         self.taken.append(
             {
@@ -128,7 +132,9 @@ class Measures:
         span = STEP_ROUNDS + 1 if self._step else ROUNDS
         recent = list(self._rounds)[-span:]
         needs = [need for _, _, need in recent]
-        if len(recent) < span or min(needs) <= REACH * self._downtime_s or needs[-1] < PROGRESS * needs[0]:
+        # A guest that is being slowed is not left to hover: the sooner it is through, the less it loses.
+        reach = SLOWED_REACH if self._step else REACH
+        if len(recent) < span or min(needs) <= reach * self._downtime_s or needs[-1] < PROGRESS * needs[0]:
             return ""
         return (
             f"in {span} rounds what is left has not become less: the link would need {needs[-1]:.1f} s for it, "
