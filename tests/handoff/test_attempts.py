@@ -81,6 +81,12 @@ def test_nothing_is_kept_of_nothing_or_where_nothing_may_be(site: Site) -> None:
     assert attempts.candidates(site, "web1", UUID) == []
 
 
+def test_an_attempt_that_sent_nothing_does_not_replace_one_that_did(site: Site) -> None:
+    cut(site, "h1", {3: 7})
+    assert not cut(site, "h2", {})
+    assert attempts.candidates(site, "web1", UUID) == ["attempt:h1"]
+
+
 def test_over_the_budget_the_oldest_go(site: Site) -> None:
     small = replace(site, keep_bytes=3 * CHUNK)
     for number in range(6):

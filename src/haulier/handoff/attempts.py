@@ -24,6 +24,7 @@ from haulier.errors import Corrupt, HaulierError
 from haulier.handoff import sparsefile
 from haulier.memory.base import MemoryBase
 from haulier.memory.salvage import salvage
+from haulier.units import PAGE
 
 log = logging.getLogger(__name__)
 PREFIX: Final = "attempt:"
@@ -62,7 +63,8 @@ def keep(site: Site, meta: Attempt, mirror: Path, base: MemoryBase | None) -> bo
     Never raises: what cannot be kept has only to be sent again. `mirror` is gone in any case.
     """
     try:
-        if not mirror.exists() or mirror.stat().st_blocks == 0:
+        # One that holds nothing but its header would take the place of an earlier one for nothing.
+        if sparsefile.size(mirror) <= PAGE:
             return False
         if not site.keep_bytes or not site.keep_s:
             return False
