@@ -62,8 +62,10 @@ def _network(root: Root, json: bool) -> int:
     print()
     print("MPTCP: " + ("this kernel has it" if found["mptcp"]["available"] else "this kernel has none, or it is off"))
     for site, each in found["mptcp"]["to"].items():
-        print(f"for MPTCP to {site}, a handoff sets up (and takes down):" if each["commands"] else "", end="")
-        print("\n" + "\n".join(each["commands"]) if each["commands"] else f"no MPTCP to {site}: {each['why_not']}")
+        if each["commands"]:
+            print(f"for MPTCP to {site}, a handoff sets up (and takes down):", *each["commands"], sep="\n")
+        else:
+            print(f"no MPTCP to {site}: {each['why_not']}")
     return 0
 
 
