@@ -83,6 +83,8 @@ from haulier.units import CHUNK, PAGE
 log = logging.getLogger(__name__)
 
 CONNECT_S = 60.0
+RESTART_S = 5.0
+"""How long an agent may take to start again."""
 DRAIN_S = 1.5
 MAX_BANDWIDTH = 1 << 30
 """bytes/s: QEMU never paces itself, the window does."""
@@ -963,9 +965,7 @@ class SourceHandoff:
                 self._send(happened)
             if self._session is not None:
                 self._session.close(linger_s=3)
-            with contextlib.suppress(HaulierError):
-                # Also by way of the agents: the worker there may not have been reached.
-                self.peer.own(self.job.guest, Event.ABORT.value, self._epoch, self.job.handoff)
+            self._tell_agent()
         self._drop_memory()
         self._keep_attempt(error)
         with contextlib.suppress(HaulierError):
@@ -973,6 +973,22 @@ class SourceHandoff:
         with contextlib.suppress(HaulierError):
             self._store.drop_manifest(pin_name(self.spec.name, self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
+
+    def _tell_agent(self) -> None:
+        """Calls the handoff off by way of the agents too: the worker there may not have been reached.
+
+        An agent that did not answer the offer may have taken it, and may just be starting again.
+        """
+        deadline = time.monotonic() + (RESTART_S if self._session is None else 0.0)
+        while True:
+            try:
+                self.peer.own(self.job.guest, Event.ABORT.value, self._epoch, self.job.handoff)
+                return
+            except HaulierError as error:
+                log.info("site %s cannot be told that handoff %s is off: %s", self.job.peer, self.job.handoff, error)
+                if time.monotonic() > deadline:
+                    return
+            time.sleep(0.25)
 
     def _keep_attempt(self, error: BaseException | None, kind: str = "cut") -> None:
         """The next attempt starts from what this one has sent, unless it was wrong."""
