@@ -1,9 +1,9 @@
 """What a source gives: bytes a second by what arrived, the round trip, and how much to have asked for at once. Pure.
 
 The rate is the largest of the recent samples, each taken over at least a round trip during which something was always
-outstanding; the window is 1.5 bandwidth-delay products of it, 2 while it still grows. Largest rate and shortest round
-trip together name the link's own bandwidth-delay product, as BBR does (Cardwell et al., 2016): a queue on the way makes
-neither larger.
+outstanding; the window is 1.5 bandwidth-delay products of it, 2 while it still grows, and a little for the time that
+processes take. Largest rate and shortest round trip together name the link's own bandwidth-delay product, as BBR does
+(Cardwell et al., 2016): a queue on the way makes neither larger.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ FIRST_WINDOW: Final = 256 << 10
 MAX_WINDOW: Final = 32 << 20
 STEADY_GAIN: Final = 1.5
 GROWING_GAIN: Final = 2.0
+SLACK_S: Final = 0.010
+"""Processes at both ends wait for a core now and then, on a short link for as long as its round trip."""
 SAMPLE_S: Final = 0.1
 MEMORY_S: Final = 3.0
 RTT_MEMORY_S: Final = 300.0
@@ -56,7 +58,7 @@ class Rate:
             return FIRST_WINDOW
         gain = GROWING_GAIN if self._grew else STEADY_GAIN
         # Two chunks more: one that is half here counts as outstanding, and the next question has to be on its way.
-        return min(MAX_WINDOW, int(self.bps * self.rtt * gain + 2 * self.chunk_bytes))
+        return min(MAX_WINDOW, int(self.bps * (self.rtt * gain + SLACK_S) + 2 * self.chunk_bytes))
 
     def pong(self, now: float, rtt: float) -> None:
         """A small question was answered after `rtt` seconds."""
