@@ -147,7 +147,8 @@ class Spender:
         self._choice = choice
         self._deadline_s = deadline_s
         self._since = -math.inf
-        self.cost = self._levels[-1] if choice == "all" and self._levels else 0
+        # Where every path costs something, the cheapest is what there is.
+        self.cost = self._levels[-1] if choice == "all" and self._levels else min(costs, default=0)
 
     def look(self, now: float, elapsed_s: float, eta_s: float) -> int:
         """The cost that is allowed now. `eta_s`: seconds that are left at the present rate, negative if not known.
