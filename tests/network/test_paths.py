@@ -77,8 +77,8 @@ def test_money_is_spent_when_the_deadline_needs_it_and_a_level_at_a_time() -> No
     assert spender.look(3.0, 13.0, 200.0) == 5, "it has not had the time to show"
     assert spender.look(4.5, 14.5, 200.0) == 10
     assert spender.look(9.0, 19.0, 1.0) == 10, "what was allowed stays so"
-    assert Spender("deadline", 0.0, [5]).look(0.0, 1e6, 1e6) == 0, "no deadline"
-    assert Spender("cheap", 100.0, [5]).look(0.0, 99.0, 99.0) == 0
+    assert Spender("deadline", 0.0, [0, 5]).look(0.0, 1e6, 1e6) == 0, "no deadline"
+    assert Spender("cheap", 100.0, [0, 5]).look(0.0, 99.0, 99.0) == 0
     assert Spender("all", 0.0, [0, 5, 7]).look(0.0, 0.0, -1.0) == 7
     assert Spender("all", 0.0, [0]).look(0.0, 0.0, -1.0) == Spender("all", 0.0, []).cost == 0
     assert Spender("cheap", 0.0, [7, 5]).cost == 5, "no path is free: the cheapest is used at once"
