@@ -3,6 +3,7 @@
 base      a Debian with Python
 servers   redis and nginx on top of it
 game, memory, video, faces    one service each, on top of one of these
+shop      another application with the same libraries as `servers`, in a layer of its own, as if built elsewhere
 
 Root file systems are unpacked with more and with fewer packages; what the larger one has more becomes a layer.
 """
@@ -34,6 +35,7 @@ CACHE: Final = Path("/var/cache/haulier")
 BASE_PACKAGES: Final = ("python3",)
 SERVER_PACKAGES: Final = ("redis-server", "nginx-light")
 FACE_PACKAGES: Final = ("python3-opencv", "opencv-data")
+SHOP_PAGES: Final = 300
 VIDEO_BYTES: Final = 180 << 20
 _EXCLUDED: Final = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 _BUILD_S: Final = 1800
@@ -74,7 +76,8 @@ def container_template(*, faces: bool = False, say: Say = lambda share, what: No
     distribution, suite = apt.host_release()
     del distribution
     source = Path(services.__file__).read_bytes()
-    what = json.dumps([suite, BASE_PACKAGES, SERVER_PACKAGES, FACE_PACKAGES if faces else (), NGINX_CONF, REDIS_CONF])
+    packages = [BASE_PACKAGES, SERVER_PACKAGES, FACE_PACKAGES if faces else ()]
+    what = json.dumps([suite, *packages, NGINX_CONF, REDIS_CONF, SHOP_PAGES])
     name = hashlib.blake2b(what.encode() + source, digest_size=6).hexdigest()
     root = CACHE / f"containers-{name}"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -108,6 +111,7 @@ def _build(root: Path, scratch: Path, suite: str, source: bytes, faces: bool, sa
             _service(store, scratch, "faces", "opencv", source, (*python, "faces"))
         _service(store, scratch, "redis", "servers", source, ("redis-server", "/etc/redis/lab.conf"))
         _service(store, scratch, "video", "servers", source, ("nginx", "-c", "/etc/nginx/lab.conf"))
+        _shop(store, scratch)
 
 
 def _tree(root: Path, base: Path, suite: str, packages: Sequence[str], scratch: Path, say: Say) -> None:
@@ -133,6 +137,17 @@ def _service(store: ChunkStore, scratch: Path, name: str, base: str, source: byt
         path.chmod(0o755 if path.is_dir() else 0o644)
         os.utime(path, (1_700_000_000, 1_700_000_000))
     import_container(store, name, folder, base=base, config=ImageConfig(command=command))
+
+
+def _shop(store: ChunkStore, scratch: Path) -> None:
+    folder = scratch / "servers.layer"
+    _write(folder / "etc/nginx/lab.conf", NGINX_CONF)
+    for number in range(SHOP_PAGES):
+        page = folder / f"srv/www/{number}.html"
+        _write(page, f"<html><title>Article {number}</title>{random.Random(number).randbytes(300).hex()}</html>\n")
+        os.utime(page, (1_700_000_000, 1_700_000_000))
+    config = ImageConfig(command=("nginx", "-c", "/etc/nginx/lab.conf"))
+    import_container(store, "shop", folder, base="base", config=config)
 
 
 def _write(path: Path, text: str) -> None:
