@@ -24,6 +24,8 @@ STEP_S: Final = 60.0
 LOG: Final = "dump.log"
 _DUMP: Final = 1
 _NOTIFY: Final = 6
+_LOG_LEVEL: Final = 2
+"""Errors and warnings: thousands of lines of a dump's progress take their time."""
 _MAX_PACKET: Final = 1 << 16
 
 
@@ -45,7 +47,7 @@ class DumpRequest:
 
     def encode(self, images: int, work: int) -> bytes:
         """The message, for directories that are open under these numbers at CRIU."""
-        options = field(1, images) + field(2, self.pid) + field(3, 1) + field(9, 4) + field(10, LOG)
+        options = field(1, images) + field(2, self.pid) + field(3, 1) + field(9, _LOG_LEVEL) + field(10, LOG)
         options += field(12, 1) + field(13, str(self.root)) + field(17, work) + field(24, 1)
         options += field(44, str(self.freezer)) + field(50, 1) + field(51, str(self.options))
         for path in self.masked:

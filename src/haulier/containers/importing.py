@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import msgspec
 
@@ -22,6 +22,7 @@ from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.images import PREFIX
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
+from haulier.compress import zstd
 from haulier.containers import files
 from haulier.containers.model import MAX_LAYERS, ImageConfig
 from haulier.containers.tree import OPAQUE, Entry, Tree, chunks_for, sequential
@@ -34,6 +35,9 @@ _COMMIT_EVERY: Final = 2048
 _WHITEOUT: Final = ".wh."
 _MAX_JSON: Final = 16 << 20
 _TAR_S: Final = 3600
+_ZSTD_MAGIC: Final = bytes.fromhex("28b52ffd")
+_ARCHITECTURES: Final = {"x86_64": "amd64", "aarch64": "arm64"}
+"""The names of processors in OCI's images."""
 
 
 def silent(share: float, what: str) -> None:
@@ -200,13 +204,39 @@ def _layers(source: Path, scratch: Path) -> Iterator[tuple[list[Path], ImageConf
 def _untar(file: Path, folder: Path) -> None:
     folder.mkdir()
     command = ["tar", "--extract", "--numeric-owner", "--same-owner", "--preserve-permissions", "--xattrs"]
-    command += ["--xattrs-include=security.capability", "--xattrs-include=user.*", "-C", str(folder), "-f", str(file)]
+    command += ["--xattrs-include=security.capability", "--xattrs-include=user.*", "-C", str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TAR_S, check=False)
+        with tempfile.TemporaryFile(dir=folder.parent) as plain:
+            # tar would need a program for this kind of compression, which not every host has.
+            squeezed = _unsqueeze(file, plain)
+            done = subprocess.run(
+                [*command, "-f", "-" if squeezed else str(file)],
+                stdin=plain if squeezed else subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TAR_S,
+                check=False,
+            )
     except subprocess.TimeoutExpired:
         raise Corrupt(f"{file} could not be unpacked within {_TAR_S} s") from None
     if done.returncode:
         raise Corrupt(f"{file} could not be unpacked: {done.stderr.strip()[-300:]}")
+
+
+def _unsqueeze(file: Path, plain: IO[bytes]) -> bool:
+    """Writes what a file of zstd holds to `plain`; False, and nothing, for any other."""
+    with file.open("rb") as packed:
+        if packed.read(4) != _ZSTD_MAGIC:
+            return False
+        packed.seek(0)
+        try:
+            with zstd.open(packed, "rb") as whole:
+                shutil.copyfileobj(whole, plain, 1 << 20)
+        except (zstd.ZstdError, EOFError) as error:
+            raise Corrupt(f"{file} could not be unpacked: {error}") from None
+    plain.seek(0)
+    return True
 
 
 def _oci(layout: Path, place: Path) -> tuple[list[Path], ImageConfig]:
@@ -214,10 +244,10 @@ def _oci(layout: Path, place: Path) -> tuple[list[Path], ImageConfig]:
     manifests = index.get("manifests", [])
     if len(manifests) != 1:
         raise Unsupported(f"{layout} holds {len(manifests)} images: give a layout with one")
-    manifest = json.loads(_blob(layout, manifests[0]).read_bytes())
+    manifest = _json(_blob(layout, manifests[0]))
     if "layers" not in manifest:
-        raise Unsupported(f"{layout} is an index of several platforms: give a layout of one")
-    config = json.loads(_blob(layout, manifest["config"]).read_bytes()).get("config", {}) or {}
+        manifest = _json(_blob(layout, _of_this_machine(layout, manifest.get("manifests", []))))
+    config = _json(_blob(layout, manifest["config"])).get("config", {}) or {}
     folders = []
     for number, layer in enumerate(manifest["layers"]):
         blob, folder = _blob(layout, layer), place / f"layer-{number}"
@@ -225,6 +255,15 @@ def _oci(layout: Path, place: Path) -> tuple[list[Path], ImageConfig]:
         _whiteouts(folder)
         folders.append(folder)
     return folders, ImageConfig.from_oci(config)
+
+
+def _of_this_machine(layout: Path, manifests: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one of an index of several platforms that runs here."""
+    for descriptor in manifests:
+        platform = descriptor.get("platform") or {}
+        if (platform.get("os"), platform.get("architecture")) == ("linux", _ARCHITECTURES.get(os.uname().machine)):
+            return descriptor
+    raise Unsupported(f"{layout} has nothing for Linux on {os.uname().machine}: make it for this machine")
 
 
 def _json(path: Path) -> dict[str, Any]:

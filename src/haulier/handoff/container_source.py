@@ -46,6 +46,8 @@ from haulier.units import BLOCKS_PER_CHUNK, PAGE
 log = logging.getLogger(__name__)
 GATHER: Final = 2048
 """Pages gathered before they are compared and sent."""
+WORTH_S: Final = 0.03
+"""What takes the link longer than this is sent while the dump is written."""
 MARKS: Final = (
     "frozen",
     "unplugged",
@@ -312,9 +314,11 @@ class ContainerSource(SourceHandoff):
         self._marks["frozen"] = time.time()
         with _Beside(lambda: self._dump(dumping)) as dump:
             # While CRIU writes: what it will find is in memory already, and the processes do not change it any more.
+            # But looking at all of memory slows CRIU down; a little that changed is soon sent after.
             self._upper_round(last=True)
             self._marks["files-sent"] = time.time()
-            self._memory_round()
+            if self._memory_rounds[-1]["wire_bytes"] * 8 > WORTH_S * self._rate:
+                self._memory_round()
             self._marks["pages-sent"] = time.time()
             dump.result()
         self._marks["dumped"] = time.time()
