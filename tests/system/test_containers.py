@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,17 @@ from typing import Any
 
 import pytest
 
+from haulier.chunks.store import ChunkStore
+from haulier.containers import lxc
 from haulier.containers.criu import find_criu, self_test
+from haulier.containers.importing import layers_of
+from haulier.containers.layers import make_layers
+from haulier.containers.model import ContainerSpec
 from haulier.containers.network import RUN
 from haulier.errors import Cancelled, HaulierError, Unsupported
 from haulier.lab.container_clients import Download, Player, Redis, Talk
 from haulier.lab.containers import VIDEO_BYTES, ContainerTemplate, container_template
-from haulier.lab.scenario import GUEST_ADDRESS, Filled, scenario, wan
+from haulier.lab.scenario import GATEWAY, GUEST_ADDRESS, Filled, scenario, wan
 from tests.support.waiting import wait_for
 from tests.system.stage import Handoff, Stage, alive
 
@@ -211,6 +217,74 @@ def test_110_mb_of_random_memory_that_changes(standing: ContainerStage) -> None:
         assert reports[1]["wire"]["sent"] < 5e6, "the way back sends what changed"
         assert max(entry["sent"] for entry in reports[1]["memory"]["rounds"]) < 28_160 // 4
     finally:
+        talk.close()
+
+
+@pytest.fixture
+def of_lxc(standing: ContainerStage, tmp_path: Path) -> Iterator[str]:
+    """A game that LXC runs at oslo, made with LXC's own tools; where LXC has it."""
+    if not lxc.installed():
+        pytest.skip("LXC's tools are not on this machine")
+    lab, oslo = standing.scenario.lab, standing.site("oslo").site
+    with ChunkStore(oslo.store) as store:
+        manifest, meta = store.load_manifest("image/game"), store.manifest_meta("image/game")
+        layers = make_layers(oslo.layers, store, ContainerSpec(layers=layers_of(meta).layers, command=("x",)), manifest)
+    folder, root = tmp_path / "lxc", tmp_path / "lxc/ours/rootfs"
+    for path in (root, folder / "upper", folder / "work"):
+        path.mkdir(parents=True)
+    lower = ":".join(str(path) for path in reversed(layers))
+    options = f"lowerdir={lower},upperdir={folder}/upper,workdir={folder}/work"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(root)], check=True)
+    (folder / "ours/config").write_text(
+        f"lxc.rootfs.path = dir:{root}\nlxc.uts.name = ours\nlxc.net.0.type = veth\nlxc.net.0.link = br0\n"
+        "lxc.net.0.flags = up\nlxc.net.0.name = eth0\n"
+        f"lxc.net.0.ipv4.address = {GUEST_ADDRESS}\nlxc.net.0.ipv4.gateway = {GATEWAY.partition('/')[0]}\n"
+        "lxc.init.cmd = /usr/bin/python3 -u /srv/services.py game\nlxc.console.path = none\nlxc.tty.max = 0\n"
+        "lxc.pty.max = 16\nlxc.mount.auto = proc:rw sys:ro\n"
+    )
+    lab.exec("oslo", ["lxc-start", "-P", str(folder), "-n", "ours", "-d"])
+    standing.scenario.route("oslo")
+    yield str(folder)
+    subprocess.run(["lxc-stop", "-k", "-P", str(folder), "-n", "ours"], check=False, capture_output=True)
+    subprocess.run(["umount", str(root)], check=True)
+
+
+def test_a_container_of_lxc_is_taken_over_and_goes_there_and_back(standing: ContainerStage, of_lxc: str) -> None:
+    oslo, lisbon = standing.site("oslo"), standing.site("lisbon")
+    player = Player(standing.scenario.lab, "client", HOST)
+    talk = Talk(standing.scenario.lab, "client", HOST)
+    try:
+        wait_for(lambda: len(player.ticks) > 5, 30)
+        words = ["--lxc", "ours", "--lxc-path", of_lxc, "--memory", "128M", "--address", GUEST_ADDRESS]
+        facts = oslo.facts("guest", "adopt", "game2", *words)
+        standing.addresses["game2"] = GUEST_ADDRESS
+        assert facts["accel"] == "lxc" and facts["status"] == "running"
+        pid = talk.ask("ping")["pid"]
+        for target, other in ((lisbon, oslo), (oslo, lisbon)):
+            handoff = standing.begin("game2")
+            report = handoff.done()
+            print(json.dumps({key: report[key] for key in ("total_s", "downtime_ms", "trial_ms", "switchover_ms")}))
+            heard = len(player.ticks)
+            wait_for(lambda heard=heard: len(player.ticks) > heard + 10, 30)
+            assert talk.ask("ping")["pid"] == pid, "the same process, over the same connection"
+            # LXC's own tools know it there, and no more where it was.
+            listed = subprocess.run(
+                ["lxc-info", "-P", str(target.site.guests / "game2/lxc"), "-n", "game2", "-s", "-H"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert listed.stdout.strip() == "RUNNING"
+            assert not (other.site.guests / "game2").exists()
+        assert player.wrong() == []
+        assert not Path(of_lxc, "ours/config").exists(), "it must not be started again where it was taken over"
+        root = Path(oslo.client.guest("game2")["root_files"])
+        lines = [int(line) for line in (root / "var/log/game.log").read_text().split()]
+        assert lines == list(range(20, 20 * len(lines) + 1, 20)) and len(lines) > 3
+        assert oslo.facts("guest", "stop", "game2", "--force")["status"] == "stopped"
+        assert oslo.facts("guest", "start", "game2")["status"] == "running"
+    finally:
+        player.close()
         talk.close()
 
 

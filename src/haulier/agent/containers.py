@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,9 @@ from haulier.chunks.images import PREFIX
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.containers import container as containers
-from haulier.containers.container import Container
+from haulier.containers import lxc
 from haulier.containers.files import region_reader, write_tree
-from haulier.containers.importing import import_container, is_container, layers_of
+from haulier.containers.importing import import_container, import_layer, is_container, layers_of
 from haulier.containers.layers import layer_id, make_layers, regions, sync_files, unused
 from haulier.containers.model import DEFAULT_DISK, DEFAULT_PATH, ContainerSpec, ImageConfig, parse_user
 from haulier.containers.runc import runc_binary
@@ -26,7 +27,7 @@ from haulier.handoff import residence
 from haulier.units import BLOCKS_PER_CHUNK, CHUNK
 
 if TYPE_CHECKING:
-    from haulier.agent.guests import RunRequest
+    from haulier.agent.guests import AdoptRequest, RunRequest
     from haulier.agent.jobs import Progress
     from haulier.agent.site import Site
     from haulier.handoff.journal import Journal
@@ -57,6 +58,28 @@ def spec_for(request: RunRequest, meta: dict[str, Any], image: Manifest, gateway
     )
 
 
+def taken_over(store: ChunkStore, request: AdoptRequest, gateway: str) -> tuple[GuestSpec, Manifest, lxc.Found]:
+    """The spec and disk of a container that LXC runs; its files are all its own, on top of an empty layer."""
+    found = lxc.Found(request.container or request.name, Path(request.folder or lxc.DEFAULT_PATH))
+    with tempfile.TemporaryDirectory(dir=store.path, prefix=".empty-") as folder:
+        layer = import_layer(store, Path(folder))
+        store.commit()
+    command = next((line.partition(" = ")[2] for line in found.kept if line.startswith("lxc.init.cmd")), "/sbin/init")
+    container = ContainerSpec(layers=(len(layer),), command=(command,), lxc=found.kept or ("lxc.tty.max = 0",))
+    spec = new_spec(
+        request.name,
+        "lxc",
+        memory_mib=request.memory_mib,
+        vcpus=1,
+        disk_size=container.disk_size(request.disk_bytes or DEFAULT_DISK),
+        mac=found.mac,
+        address=request.address if found.cable else "",
+        gateway=gateway if found.cable else "",
+        container=container,
+    )
+    return spec, first_manifest(spec, Manifest(len(layer) * CHUNK, b"".join(layer))), found
+
+
 def first_manifest(spec: GuestSpec, image: Manifest) -> Manifest:
     """The disk of a container that has written nothing yet: its image's layers, then nothing."""
     count = spec.disk_size // CHUNK - len(image)
@@ -70,7 +93,7 @@ def launch(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, progre
     lower = make_layers(site.layers, store, spec.container, store.load_manifest(manifest), progress)
     progress(0.9, "starting")
     try:
-        Container.prepare(spec, paths, lower, "run").run()
+        containers.driver_of(spec).prepare(spec, paths, lower, "run").run()
     except BaseException:
         containers.clear_runtime(paths)
         raise

@@ -19,6 +19,7 @@ from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
+from haulier.containers import lxc
 from haulier.containers.bundle import LOG
 from haulier.containers.importing import is_container
 from haulier.disks.export import DiskExport, ExportState
@@ -65,6 +66,19 @@ class RunRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What its clients notice of a move: "hook" or "keep"."""
     disk_bytes: int = 0
     """Of a container: room for what it writes; 0 = the usual."""
+
+
+class AdoptRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A container that LXC runs here, to become the guest `name`. `container` is LXC's name of it, `folder` where LXC
+    has it; "" = the same name, and LXC's usual place."""
+
+    name: str
+    container: str = ""
+    folder: str = ""
+    memory_mib: int = 512
+    address: str = ""
+    gateway: str = ""
+    disk_bytes: int = 0
 
 
 class Guests:
@@ -127,7 +141,7 @@ class Guests:
         if spec_kind(row) == "container":
             found = containers.status(self.site, row.name)
             if found is not None:
-                return *found, "runc"
+                return *found, "lxc" if (row.spec.get("container") or {}).get("lxc") else "runc"
         qemu = residence.adopt(self.site, row.name)
         if qemu is None:
             stopped = row.wanted == "stopped" or row.state not in MAY_RUN
@@ -156,6 +170,34 @@ class Guests:
             return self.show(spec.name)
 
         return self.core.jobs.start("run", spec.name, work)
+
+    def adopt_lxc(self, request: AdoptRequest) -> dict[str, Any]:
+        """Takes over a container that LXC runs; what `show` tells of it. It runs on, untouched."""
+        check_name(request.name, "guest")
+        row = self.journal.find_guest(request.name)
+        if row is not None and row.state not in HIDDEN:
+            raise Conflict(f"there is a guest {request.name!r} already: choose another name, or remove it first")
+        gateway = request.gateway or default_gateway(request.address)
+        with self.core.alone(request.name, "being taken over"):
+            spec, manifest, found = containers.taken_over(self.store, request, gateway)
+            paths = residence.container_paths(self.site, spec.name)
+            lxc.take_over(spec, paths, found)
+            self.store.save_manifest(residence.manifest_name(spec.name), manifest)
+            last = (row or GuestRow(name=spec.name)).last_epoch
+            self.journal.advance(
+                spec.name,
+                {state.value for state in HIDDEN},
+                State.OWNER.value,
+                owner=self.site.name,
+                epoch=last + 1,
+                taken=last + 1,
+                pending=0,
+                handoff="",
+                spec=msgspec.to_builtins(spec),
+                manifest=residence.manifest_name(spec.name),
+                wanted="running",
+            )
+        return self.show(spec.name)
 
     def _prepare(self, request: RunRequest) -> tuple[GuestSpec, Golden | None, str]:
         check_name(request.name, "guest")

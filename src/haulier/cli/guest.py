@@ -94,6 +94,43 @@ def net(name: str, policy: str, /, *, root: Root = None, json: Json = False) -> 
 
 
 @guest_app.command
+def adopt(
+    name: str,
+    /,
+    *,
+    lxc: Annotated[str, Parameter(help="LXC's name of the container [default: the guest's].")] = "",
+    lxc_path: Annotated[str, Parameter(help="Where LXC has it [default: /var/lib/lxc].")] = "",
+    memory: Annotated[str, Parameter(help="What its processes may take, for example 512M or 2G.")] = "512M",
+    address: Annotated[str, Parameter(help="The address that it has, for example 10.77.0.10/24.")] = "",
+    gateway: Annotated[str, Parameter(help="[default: the first address of its network]")] = "",
+    disk: Annotated[str, Parameter(help="Room for all of its files, for example 2G.")] = "",
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Take over a container that LXC runs here; it goes on running, and can be handed over from then on.
+
+    Parameters
+    ----------
+    name
+        Name of the guest.
+    """
+    body = {
+        "name": name,
+        "container": lxc,
+        "folder": lxc_path,
+        "memory_mib": parse_memory(memory),
+        "address": address,
+        "gateway": gateway,
+        "disk_bytes": parse_memory(disk) * MIB if disk else 0,
+    }
+    result = client(root).post("/v1/lxc", body)
+    if json:
+        print_json(result)
+    else:
+        console.print(plain(f"guest {name} is LXC's container, pid {result['pid']}, and runs on"), highlight=False)
+
+
+@guest_app.command
 def start(name: str, /, *, root: Root = None, json: Json = False) -> None:
     """Boot a stopped guest again.
 

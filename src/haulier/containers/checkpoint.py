@@ -31,6 +31,9 @@ _PART: Final = 4 << 20
 _LEVEL: Final = 9
 _WINDOW_LOG: Final = 23
 _SEGMENT: Final = 16
+SMALL: Final = 256 << 10
+"""So little is compressed as well as can be: that takes a few milliseconds."""
+BEST_LEVEL: Final = 19
 MAX_BORROWED: Final = 4096
 
 
@@ -114,8 +117,10 @@ def digest_of_pages(pages: NDArray[np.uint8]) -> bytes:
 class CheckpointSender:
     """The source's side."""
 
-    def __init__(self) -> None:
-        self._compressor = StreamCompressor(_LEVEL, _WINDOW_LOG, False)
+    def __init__(self, expected: int = 0) -> None:
+        """`expected` bytes a dump has beside its pages, more or less; 0: not known."""
+        small = 0 < expected < SMALL
+        self._compressor = StreamCompressor(BEST_LEVEL if small else _LEVEL, 20 if small else _WINDOW_LOG, False)
         self.wire_bytes = 0
 
     def files(self, folder: Path, borrowed: Sequence[Borrowed] = (), *, trial: bool = False) -> Iterator[bytes]:

@@ -96,6 +96,9 @@ class ContainerPaths:
 class Container:
     """Made by `prepare`, `run` or `adopt`."""
 
+    runner = "runc"
+    """Whose tools run it."""
+
     def __init__(self, spec: GuestSpec, paths: ContainerPaths, record: dict[str, Any]) -> None:
         self.spec = spec
         self.paths = paths
@@ -121,9 +124,8 @@ class Container:
         cable = tap_name(spec.name) if spec.address else ""
         record = {"netns": name, "cable": cable, "pid": 0, "ticks": 0, "boot": ""}
         container = cls(spec, paths, record)
-        _write(paths.spec_file, msgspec.json.encode(spec))
         # Before there is anything to be found again.
-        container._save()
+        write_record(paths, spec, record)
         network.create(name, cable, mac=spec.mac, address=spec.address, gateway=spec.gateway)
         if lower is not None:
             mount(paths, lower)
@@ -156,11 +158,14 @@ class Container:
         restoring.prepare(images)
         command, environment = self.runc.restore_command(paths.id, paths.bundle, images, paths.log_dir, paths.pid_file)
         begun = Restoring(command, environment, images, paths.log_dir / "restore.said")
+        self.note_helper(begun)
+        return begun
+
+    def note_helper(self, begun: Restoring) -> None:
+        """So that a restore is ended with the rest, whoever clears away."""
         if begun.process is not None:
-            # So that it is ended with the rest, whoever clears away.
             self.record["helper"] = asdict(begun.process)
             self._save()
-        return begun
 
     def finish_restore(self, begun: Restoring) -> None:
         """Restores its processes; they stay stopped, and unplugged. GuestError says what CRIU said."""
@@ -191,7 +196,12 @@ class Container:
             spec = msgspec.json.decode(paths.spec_file.read_bytes(), type=GuestSpec)
         except (OSError, msgspec.MsgspecError) as error:
             raise UnknownThing(f"{paths.spec_file} does not describe a guest: {error}") from error
-        return cls(spec, paths, record)
+        return driver_of(spec)(spec, paths, record)
+
+    @staticmethod
+    def runs(paths: ContainerPaths) -> bool:
+        """Whether one runs there."""
+        return running(paths) is not None
 
     def _started(self, pid: int) -> None:
         process = ProcessId.of(pid)
@@ -346,6 +356,19 @@ def _catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
+def driver_of(spec: GuestSpec) -> type[Container]:
+    """The class of a container that is described so."""
+    from haulier.containers.lxc import LxcContainer
+
+    return LxcContainer if spec.container is not None and spec.container.lxc else Container
+
+
+def write_record(paths: ContainerPaths, spec: GuestSpec, record: dict[str, Any]) -> None:
+    """Notes what a container is and where, so that it is found again."""
+    _write(paths.spec_file, msgspec.json.encode(spec))
+    _write(paths.record, json.dumps(record).encode())
+
+
 def running(paths: ContainerPaths) -> dict[str, Any] | None:
     """The record of the container that runs there; None if none does."""
     try:
@@ -384,11 +407,14 @@ def clear_runtime(paths: ContainerPaths) -> None:
                 process.kill()
         # Frozen ones die when they are thawed, before they do anything else.
         with contextlib.suppress(GuestError):
-            runc.resume(paths.id)
+            freezer_of(int(found["pid"])).thaw()
         ProcessId.from_dict(found).wait_gone(10)
     if record:
+        from haulier.containers import lxc
+
         with contextlib.suppress(GuestError):
             runc.delete(paths.id)
+        lxc.end(paths, record)
     unmount(paths)
     network.delete(name, cable)
     paths.record.unlink(missing_ok=True)

@@ -23,7 +23,8 @@ def walk(root: Path) -> Iterator[Found]:
     What vanishes meanwhile is left out: the directory of a running container changes under our eyes.
     """
     top = os.fsencode(root)
-    yield b"", os.lstat(top)
+    # The root itself may be reached by a link.
+    yield b"", os.stat(top)
     stack = [b""]
     while stack:
         folder = stack.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +16,13 @@ MAX_TEXT: Final = 128 << 10
 DEFAULT_PATH: Final = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_DISK: Final = 2 << 30
 """Bytes that a container may write on top of its image, unless said otherwise."""
+LXC_KEYS: Final = (
+    r"lxc\.(arch|uts\.name|init\.(cmd|cwd|uid|gid)|environment|tty\.max|pty\.max|signal\.\w+|cap\.(drop|keep)"
+    r"|cgroup2?\.(memory|cpu|cpuset|pids|blkio)\.[\w.]+|no_new_privs|autodev(\.tmpfs\.size)?|sysctl\.[\w.]+"
+    r"|prlimit\.\w+|mount\.auto)"
+)
+"""What of an LXC configuration goes with a container: nothing that names a file, program or network of a host."""
+LXC_LINE: Final = re.compile(LXC_KEYS + r" = .*")
 CAPABILITIES: Final = (
     "CAP_AUDIT_WRITE",
     "CAP_CHOWN",
@@ -80,6 +88,8 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     cwd: str = "/"
     uid: int = 0
     gid: int = 0
+    lxc: tuple[str, ...] = ()
+    """Of one that LXC runs: the lines of its configuration that go with it. None for all others."""
 
     def __post_init__(self) -> None:
         if not 0 < len(self.layers) <= MAX_LAYERS or any(not 0 < count < 1 << 24 for count in self.layers):
@@ -91,6 +101,11 @@ class ContainerSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError("a container's words hold a zero byte, or its environment something that is no NAME=VALUE")
         if not self.cwd.startswith("/"):
             raise UsageError(f"working directory {self.cwd[:80]!r}: give an absolute path")
+        for line in self.lxc:
+            if len(line) > 4096 or "\n" in line or not LXC_LINE.fullmatch(line):
+                raise UsageError(f"an LXC container's configuration has {line[:80]!r}, which does not go with it")
+        if len(self.lxc) > MAX_WORDS:
+            raise UsageError("an LXC container's configuration is too long")
         if not 0 <= self.uid < 1 << 31 or not 0 <= self.gid < 1 << 31:
             raise UsageError(f"user {self.uid}:{self.gid} is out of bounds")
 

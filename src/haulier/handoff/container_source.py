@@ -21,8 +21,8 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from haulier.compress.stream import level_for
-from haulier.containers.checkpoint import Borrowed, CheckpointSender, digest_of_pages, wanted_files
+from haulier.compress.stream import DEFAULT_WINDOW_LOG, level_for
+from haulier.containers.checkpoint import BEST_LEVEL, Borrowed, CheckpointSender, digest_of_pages, wanted_files
 from haulier.containers.container import Container
 from haulier.containers.convergence import Round, Rounds
 from haulier.containers.dumping import Dumping
@@ -46,6 +46,8 @@ from haulier.units import BLOCKS_PER_CHUNK, PAGE
 log = logging.getLogger(__name__)
 GATHER: Final = 2048
 """Pages gathered before they are compared and sent."""
+SMALL_MEMORY: Final = 1 << 20
+"""Bytes of pages that are compressed as well as can be."""
 WORTH_S: Final = 0.03
 """What takes the link longer than this is sent while the dump is written."""
 MARKS: Final = (
@@ -71,6 +73,7 @@ class ContainerSource(SourceHandoff):
     _trial_s = 0.0
     _ready = False
     _frozen = False
+    _files: CheckpointSender
     _probe_bytes = 0
     """Its pages tell the link's rate soon enough, and a small container has hardly more of them than a probe takes."""
 
@@ -79,7 +82,6 @@ class ContainerSource(SourceHandoff):
         assert self.spec.container is not None
         self.lower = self.spec.container.lower_chunks
         self._images = images_dir(self.site, self.job.handoff)
-        self._files = CheckpointSender()
         self._trial: list[bytes] = []
         self._trial_pages: list[PagesOf] = []
         self._dumping: Dumping | None = None
@@ -112,6 +114,8 @@ class ContainerSource(SourceHandoff):
             self.container.dump(folder)
             self._trial_s = time.monotonic() - began
             borrowed = self._borrowed(folder, anywhere=True)
+            beside = sum(path.stat().st_size for path in wanted_files(folder)) - sum(one.length for one in borrowed)
+            self._files = CheckpointSender(beside)
             self._trial = list(self._files.files(folder, borrowed, trial=True))
             self._trial_pages = pages_of(folder)
         except GuestError as error:
@@ -187,7 +191,11 @@ class ContainerSource(SourceHandoff):
         if not accept.manifest:
             self._control.send(PrepareMemory(accept.memory_base))
         level = self.job.options.level or level_for(self._rate)
-        picture = PictureSource(self.site.mirror(self.job.handoff), pages, base, self._finder, level=level)
+        window_log = DEFAULT_WINDOW_LOG
+        if not self.job.options.level and sum(one.count for one in self._trial_pages) * PAGE < SMALL_MEMORY:
+            level, window_log = BEST_LEVEL, 20
+        mirror = self.site.mirror(self.job.handoff)
+        picture = PictureSource(mirror, pages, base, self._finder, level=level, window_log=window_log)
         self._picture = picture
         self._session.send(Channel.MEMORY, picture.begin().data)
 

@@ -155,7 +155,7 @@ class ContainerTarget(TargetHandoff):
         if self._store.missing(wanted):
             return
         self._lower = make_layers(self.site.layers, self._store, spec.container, manifest)
-        self._container = Container.prepare(spec, self.container_paths, None, self.job.handoff)
+        self._container = containers.driver_of(spec).prepare(spec, self.container_paths, None, self.job.handoff)
         self.control.send(Prepared())
 
     def _follow(self, manifest: Manifest) -> None:

@@ -80,6 +80,9 @@ def container_template(*, faces: bool = False, say: Say = lambda share, what: No
     what = json.dumps([suite, *packages, NGINX_CONF, REDIS_CONF, SHOP_PAGES])
     name = hashlib.blake2b(what.encode() + source, digest_size=6).hexdigest()
     root = CACHE / f"containers-{name}"
+    # Complete as soon as it has its name; whoever builds another one need not be waited for.
+    if root.exists():
+        return ContainerTemplate(root)
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "containers.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

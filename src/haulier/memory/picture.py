@@ -44,12 +44,19 @@ class PictureSource:
     """
 
     def __init__(
-        self, mirror: Path, pages: int, base: MemoryBase | None, finder: BlockFinder | None, *, level: int = 3
+        self,
+        mirror: Path,
+        pages: int,
+        base: MemoryBase | None,
+        finder: BlockFinder | None,
+        *,
+        level: int = 3,
+        window_log: int = DEFAULT_WINDOW_LOG,
     ) -> None:
         self.mirror = Mirror.create(mirror, {PICTURE: pages * PAGE}, base)
         self.counters = Counters()
         long = level >= 3
-        self._compressor = StreamCompressor(level, DEFAULT_WINDOW_LOG if long else NEAR_WINDOW_LOG, long)
+        self._compressor = StreamCompressor(level, window_log if long else NEAR_WINDOW_LOG, long)
         self._encoder = PageEncoder(self.mirror, finder)
         self._sequence = 0
         self._digest = blake3()

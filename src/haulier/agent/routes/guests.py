@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from haulier.agent.guests import RunRequest
+from haulier.agent.guests import AdoptRequest, RunRequest
 from haulier.agent.routes import Access, Call, Route
 from haulier.agent.tunnels import NetRequest
 
@@ -29,6 +29,10 @@ def show(agent: Agent, call: Call) -> dict[str, Any]:
 
 def run(agent: Agent, call: Call) -> dict[str, Any]:
     return dict(msgspec.to_builtins(agent.guests.run(call.read(RunRequest))))
+
+
+def adopt(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.guests.adopt_lxc(call.read(AdoptRequest))
 
 
 def start(agent: Agent, call: Call) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def verify(agent: Agent, call: Call) -> dict[str, Any]:
 TABLE = (
     Route("GET", "/v1/guests", Access.FLEET, listing),
     Route("POST", "/v1/guests", Access.OPERATOR, run),
+    Route("POST", "/v1/lxc", Access.OPERATOR, adopt),
     Route("GET", "/v1/guests/{name}", Access.FLEET, show),
     Route("DELETE", "/v1/guests/{name}", Access.OPERATOR, remove),
     Route("POST", "/v1/guests/{name}/start", Access.OPERATOR, start),
