@@ -56,5 +56,16 @@ def test_given_up_it_ends_with_what_it_started(images: Path, tmp_path: Path) -> 
     assert child is not None
     begun.abort()
     assert child.wait_gone(10)
-    end_helper(begun.process)
-    end_helper(None)
+    end_helper(begun.process, begun.pipe)
+    end_helper(None, None)
+
+
+def test_given_up_what_left_it_gives_up_too(images: Path, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    # As LXC's restore does: what waits is in a session of its own by then.
+    begun = restoring(images, f"setsid sh -c 'echo $$ >{pid}; cat {images}/{INVENTORY}' & sleep 1000")
+    wait_for(lambda: pid.exists() and pid.read_text().strip(), 10)
+    child = ProcessId.of(int(pid.read_text()))
+    assert child is not None
+    begun.abort()
+    assert child.wait_gone(10)

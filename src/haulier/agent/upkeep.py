@@ -22,6 +22,7 @@ from haulier.agent.health import Health
 from haulier.agent.jobs import Job, Progress
 from haulier.chunks.store import ChunkStore
 from haulier.containers.criu import find_criu, self_test
+from haulier.containers.lxc import version as lxc_version
 from haulier.containers.runc import runc_version
 from haulier.errors import HaulierError, Unsupported
 from haulier.guests.accel import probe, qemu_version
@@ -172,7 +173,8 @@ def _containers() -> tuple[bool, str]:
         return True, f"cannot be run here: {error}"
     problem = self_test(criu.path)
     where = "its own, with libraries" if criu.private else "the system's"
-    found = f"runc {runc}, CRIU {criu.version} ({where}, {criu.path})"
+    lxc = f", LXC {lxc_version()}" if lxc_version() else ""
+    found = f"runc {runc}{lxc}, CRIU {criu.version} ({where}, {criu.path})"
     return True, f"{found}: {f'cannot be handed over: {problem}' if problem else 'a dump and restore was tried'}"
 
 

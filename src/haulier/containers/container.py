@@ -164,7 +164,7 @@ class Container:
     def note_helper(self, begun: Restoring) -> None:
         """So that a restore is ended with the rest, whoever clears away."""
         if begun.process is not None:
-            self.record["helper"] = asdict(begun.process)
+            self.record["helper"] = asdict(begun.process) | {"pipe": str(begun.pipe)}
             self._save()
 
     def finish_restore(self, begun: Restoring) -> None:
@@ -398,7 +398,7 @@ def clear_runtime(paths: ContainerPaths) -> None:
         network.delete("", cable)
     runc = Runc(paths.states)
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        restoring.end_helper(ProcessId.from_dict(record["helper"]))
+        restoring.end_helper(ProcessId.from_dict(record["helper"]), Path(record["helper"]["pipe"]))
     found = running(paths)
     if found is not None:
         with contextlib.suppress(psutil.Error):

@@ -78,6 +78,14 @@ def installed() -> bool:
     return shutil.which("lxc-checkpoint") is not None
 
 
+def version() -> str:
+    """LXC's version; "" if it is not here."""
+    try:
+        return _call(["lxc-start", "--version"]).strip()
+    except (GuestError, Unsupported):
+        return ""
+
+
 def _call(words: list[str], environment: dict[str, str] | None = None) -> str:
     """What a tool of LXC says; GuestError with its words."""
     try:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -53,6 +54,7 @@ class Restoring:
                 env=environment,
             )
         self.process = ProcessId.of(self._process.pid)
+        self.pipe = images / INVENTORY
 
     def finish(self) -> str:
         """Lets it begin and waits for its end; "" if it worked, else what it said."""
@@ -84,15 +86,24 @@ class Restoring:
 
     def abort(self) -> None:
         """Ends it, wherever it is; what it made so far is for the caller to clear away."""
-        end_helper(self.process)
+        end_helper(self.process, self.pipe)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
 
 
-def end_helper(process: ProcessId | None) -> None:
-    """Ends a restore by the id of its first process, with all that it started; nothing if it is gone."""
-    if process is None or not process.pid or not process.alive():
-        return
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait_gone(10)
+def end_helper(process: ProcessId | None, pipe: Path | None) -> None:
+    """Ends a restore by the id of its first process, with all that it started; nothing if it is gone.
+
+    What no longer belongs to it waits for the inventory at `pipe`, gets an empty one or none, and gives up by itself.
+    """
+    if process is not None and process.pid and process.alive():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait_gone(10)
+    if pipe is not None:
+        with contextlib.suppress(OSError):
+            if stat.S_ISFIFO(pipe.lstat().st_mode):
+                # Whoever waits goes on and reads nothing, whoever comes later finds nothing.
+                opened = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+                pipe.unlink()
+                os.close(opened)
