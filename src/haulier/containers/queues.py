@@ -27,6 +27,9 @@ _STEP: Final = 256 << 10
 _NEAR: Final = 64 << 20
 """How much of a file is looked through from where the trial found something: the container stands still meanwhile."""
 _ALL: Final = 1 << 30
+_MOST_NEAR: Final = 128 << 20
+_MOST: Final = 2 << 30
+"""Bytes that are looked through for a dump at most: a second or so while it runs, little while it stands still."""
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Queues:
         if not streams:
             return []
         found: list[Borrowed] = []
+        budget = _Budget(_MOST if anywhere else _MOST_NEAR)
         with contextlib.ExitStack() as stack:
             files = list(_open_files(pids, root, stack))
             for stream in streams:
@@ -55,7 +59,7 @@ class Queues:
                             continue
                         begin = self._seen[name]
                         end = min(end, begin + _NEAR)
-                    stretch = _stretch(data, view, begin, end)
+                    stretch = _stretch(data, view, begin, end, budget)
                     if stretch is not None:
                         at, offset, length = stretch
                         self._seen[name] = offset
@@ -87,13 +91,24 @@ def _open_files(pids: list[int], root: Path, stack: contextlib.ExitStack) -> Ite
                 yield os.fsencode(inner), view
 
 
-def _stretch(data: bytes, view: mmap.mmap, begin: int, end: int) -> tuple[int, int, int] | None:
+@dataclass
+class _Budget:
+    """Bytes that may still be looked through."""
+
+    left: int
+
+
+def _stretch(data: bytes, view: mmap.mmap, begin: int, end: int, budget: _Budget) -> tuple[int, int, int] | None:
     """The longest stretch of `data` around one of a few places in it that `view` has between `begin` and `end`.
 
     (where in `data`, where in the file, length); None if there is none of use.
     """
     for at in range(min(LEAST, len(data)) // 2, len(data) - _NEEDLE, _STEP):
+        if budget.left <= 0:
+            return None
+        end = min(end, begin + budget.left)
         place = view.find(data[at : at + _NEEDLE], begin, end)
+        budget.left -= (place if place >= 0 else end) - begin
         if place < 0:
             continue
         before = min(at, place)
