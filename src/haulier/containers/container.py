@@ -401,14 +401,21 @@ def clear_runtime(paths: ContainerPaths) -> None:
         restoring.end_helper(ProcessId.from_dict(record["helper"]), Path(record["helper"]["pipe"]))
     found = running(paths)
     if found is not None:
+        keeper: ProcessId | None = None
         with contextlib.suppress(psutil.Error):
             first = psutil.Process(int(found["pid"]))
+            # LXC has one beside each container, which clears away when that has ended.
+            parent = first.parent()
+            if parent is not None and "lxc" in " ".join(parent.cmdline()):
+                keeper = ProcessId.of(parent.pid)
             for process in [*first.children(recursive=True), first]:
                 process.kill()
         # Frozen ones die when they are thawed, before they do anything else.
         with contextlib.suppress(GuestError):
             freezer_of(int(found["pid"])).thaw()
         ProcessId.from_dict(found).wait_gone(10)
+        if keeper is not None:
+            keeper.wait_gone(10)
     if record:
         from haulier.containers import lxc
 
