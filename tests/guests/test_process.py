@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from haulier.guests.process import ProcessId, started_as
+from haulier.guests.process import ProcessId, holding, started_as
 from tests.support.waiting import wait_for
 
 
@@ -85,6 +85,22 @@ def test_a_process_is_found_by_what_it_was_started_with(tmp_path: Path) -> None:
             found.kill()
         assert started_as("qemu-system", mine) == []
         assert [found.pid for found in started_as("qemu-system", other)] == [children[1].pid]
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+
+
+def test_strays_are_found_by_the_file_that_they_hold(tmp_path: Path) -> None:
+    mine, other = tmp_path / "web1.ctl.lock", tmp_path / "web2.ctl.lock"
+    code = "import sys; held = open(sys.argv[1], 'ab'); sys.stdin.read()"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE) for path in (mine, other)
+    ]
+    try:
+        wait_for(lambda: len(holding("python", str(tmp_path))) == 2)
+        assert [found.pid for found in holding("python", str(tmp_path / "web1.ctl"))] == [children[0].pid]
+        assert holding("qemu-system", str(tmp_path)) == []
     finally:
         for child in children:
             child.kill()

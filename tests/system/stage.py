@@ -263,6 +263,11 @@ class Stage:
                     continue
                 if any(root in word or word == root[:-1] for word in words) and "agent" not in words:
                     found.append(process)
+                elif "haulier.disks.export" in words and any(
+                    file.path.startswith(root) for file in process.open_files()
+                ):
+                    # One that had waited was told what to export: its command line does not say it.
+                    found.append(process)
         return found
 
     def qemus(self, site: str, name: str) -> list[int]:

@@ -51,7 +51,7 @@ def test_after_a_prefetch_the_handoff_sends_little_and_takes_seconds(standing: S
     for name in (source, target):
         kept = wait_for(lambda name=name: standing.site(name).facts("status")["kept"], 30, "what was sent ahead")
         assert [(one["guest"], one["kind"]) for one in kept] == [("web1", "prefetch")]
-        assert standing.of_handoff(name, sent["id"]) == []
+        wait_for(lambda name=name: not standing.of_handoff(name, sent["id"]), 30, "the end of the prefetch")
     handoff = standing.begin("web1", "--check")
     report = handoff.done()
     print(
@@ -123,7 +123,7 @@ def test_a_prefetch_that_is_cut_serves_the_handoff_as_well(standing: Stage, firs
             os.kill(journal.handoff(begun["id"]).pid, signal.SIGKILL)
     for name in (source, target):
         wait_for(lambda name=name: standing.site(name).client.handoff(begun["id"])["state"] == "ended", 180, name)
-        assert standing.of_handoff(name, begun["id"]) == []
+        wait_for(lambda name=name: not standing.of_handoff(name, begun["id"]), 30, "the end of the prefetch")
     assert standing.home() == source
     report = standing.begin("web1", "--check").done()
     print(f"{how}: then {bytes_of(report)} of {bytes_of(first)}")

@@ -67,6 +67,29 @@ class ProcessId:
         return self.wait_gone(timeout)
 
 
+def holding(program: str, beginning: str) -> list[ProcessId]:
+    """Processes whose program is that, and that hold a file open whose path begins so.
+
+    For those that were told what to do after they had started, so that their command line does not say it.
+    """
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if not any(os.fsencode(program) in word for word in words[:3]):
+                continue
+            held = [os.readlink(fd) for fd in (entry / "fd").iterdir()]
+        except OSError:
+            continue
+        if any(path.startswith(beginning) for path in held):
+            process = ProcessId.of(int(entry.name))
+            if process is not None:
+                found.append(process)
+    return found
+
+
 def started_as(program: str, argument: str) -> list[ProcessId]:
     """Processes whose program (one of the first words of the command line contains it) got just that argument.
 

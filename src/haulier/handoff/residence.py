@@ -21,7 +21,7 @@ from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
 from haulier.errors import GuestError, HaulierError, UnknownThing
 from haulier.guests.model import GuestSpec
-from haulier.guests.process import started_as
+from haulier.guests.process import holding, started_as
 from haulier.guests.qemu import GuestPaths, Qemu
 from haulier.guests.tap import delete_tap, tap_name
 from haulier.handoff import attempts
@@ -177,6 +177,10 @@ def _end_strays(paths: GuestPaths) -> None:
         for _ in range(3):
             for process in started_as(program, str(argument)):
                 process.kill()
+    # An export that waited for its guest holds the lock beside its control socket, and its command line says nothing.
+    for _ in range(3):
+        for process in holding("haulier.disks.export", str(paths.nbd_ctl)):
+            process.kill()
 
 
 def clear(site: Site, guest: str) -> None:
