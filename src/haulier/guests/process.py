@@ -80,7 +80,7 @@ def holding(program: str, beginning: str) -> list[ProcessId]:
             words = (entry / "cmdline").read_bytes().split(b"\0")
             if not any(os.fsencode(program) in word for word in words[:3]):
                 continue
-            held = [os.readlink(fd) for fd in (entry / "fd").iterdir()]
+            held = [str(fd.readlink()) for fd in (entry / "fd").iterdir()]
         except OSError:
             continue
         if any(path.startswith(beginning) for path in held):
