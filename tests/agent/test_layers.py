@@ -8,16 +8,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from haulier.agent.cache import Change
 from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, HaulierError, NotTrusted, UnknownThing, UsageError
+from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
 from haulier.guests.model import new_spec
 from haulier.handoff import residence
 from haulier.handoff.journal import HandoffRow
 from haulier.images import commit, layers
 from haulier.units import CHUNK
 from tests.agent.conftest import Fleet
+from tests.support.waiting import wait_for
 
 
 def keep(store: ChunkStore, name: str, seeds: list[int], **meta: str) -> Manifest:
@@ -110,6 +112,39 @@ def test_a_push_from_agent_to_agent(stack: Fleet) -> None:
         push(name="web", to="oslo")
     with pytest.raises(UnknownThing):
         push(name="nothing", to="lisbon")
+
+
+def past(store: ChunkStore, seeds: list[int]) -> list[bytes]:
+    """Chunks that nothing refers to any more."""
+    fps = list(keep(store, "past", seeds).chunks())
+    store.drop_manifest("past")
+    return fps
+
+
+def test_a_push_makes_room_in_the_cache_of_the_site_that_takes_it(stack: Fleet) -> None:
+    at = stack.at_lisbon
+    # chunk 13 is of the image: what is wanted here must not go to make room for the rest of it
+    old, wanted = past(at.store, list(range(100, 120))), past(at.store, [13])
+    at.cache.change(Change(policy="lru", budget=23 * (CHUNK + 64)))
+    assert at.store.missing([*old, *wanted]) == []
+    report = stack.client.wait(stack.client.post("/v1/image-pushes", {"name": "web", "to": "lisbon"}))
+    assert [item["lacking"] for item in report["items"]] == [4, 0]
+    assert 2 <= len(at.store.missing(old)) <= 4
+    assert at.cache.facts()["used"] <= at.cache.budget
+
+
+def test_a_push_that_the_budget_has_no_room_for_is_refused_before_anything_is_sent(stack: Fleet) -> None:
+    at = stack.at_lisbon
+    used = list(keep(at.store, "image/own", list(range(100, 110))).chunks())
+    old = past(at.store, [*range(200, 204), 1])
+    at.cache.change(Change(budget=14 * (CHUNK + 64)))
+    before = at.store.missing(old)
+    with pytest.raises(NoRoom, match=r"lisbon.*budget.*haulier cache budget"):
+        stack.client.wait(stack.client.post("/v1/image-pushes", {"name": "web", "to": "lisbon"}))
+    assert at.store.missing(used) == [] and at.store.missing(old) == before, "nothing was evicted for it"
+    # and it holds on to nothing
+    wait_for(lambda: at.store.manifest_names("incoming/") == [] and at.store.leases() == [], 20)
+    assert at.store.manifest_names("image/") == ["image/own"]
 
 
 def test_offers_of_a_push_are_checked(stack: Fleet) -> None:

@@ -23,7 +23,7 @@ from haulier.agent.site import Site, check_name
 from haulier.chunks import books
 from haulier.chunks.collect import Cached, GcReport, Room
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, Corrupt, HaulierError, UnknownThing, UsageError
+from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.guests.golden import IMAGE_PREFIX, MANIFEST_PREFIX, list_goldens
 from haulier.policy.choice import Choice, choose
 from haulier.policy.model import COORDINATED_NAME, DEFAULT_NAME, GDSF_NAME, S3FIFO_NAME, Item, check_policy
@@ -185,6 +185,41 @@ class Cache:
     def room(self) -> Room:
         """What the chunks take; `cached` of it could be evicted."""
         return self.store.room()
+
+    def against(self, disk: int, chunks: int) -> list[str]:
+        """What stands against `disk` bytes more on the disk, `chunks` of them in the store. What is cached counts as
+        free."""
+        root = self.core.site.root
+        free = shutil.disk_usage(root).free
+        if free >= disk and not self.budget:
+            return []
+        room, found = self.room(), []
+        if free + room.cached < disk:
+            found.append(
+                f"{root} has {free // MIB} MiB free and {room.cached // MIB} MiB in the cache, up to "
+                f"{disk // MIB} MiB are needed (remove guests or images there, or enlarge the disk)"
+            )
+        if self.budget and room.used - room.cached + chunks > self.budget:
+            left = max(0, self.budget - room.used + room.cached)
+            found.append(
+                f"its store's budget of {self.budget // MIB} MiB leaves {left // MIB} MiB beside what is in use, up "
+                f"to {chunks // MIB} MiB are needed ('haulier cache budget' there raises it)"
+            )
+        return found
+
+    def check_room(self, disk: int, chunks: int) -> None:
+        """NoRoom, with all that `against` finds."""
+        if against := self.against(disk, chunks):
+            raise NoRoom(f"site {self.core.site.name!r} has no room: {'; '.join(against)}")
+
+    def make_room(self, disk: int, chunks: int) -> None:
+        """Evicts what is in the way of so much. NoRoom, and nothing is evicted, where that would not do."""
+        self.check_room(disk, chunks)
+        need = disk - shutil.disk_usage(self.core.site.root).free
+        if self.budget:
+            need = max(need, self.room().used + chunks - self.budget)
+        if need > 0:
+            self.evict(need)
 
     def evict(self, need: int, spare: Collection[bytes] = ()) -> GcReport | None:
         """Evicts `need` bytes and a little more, if there are, but nothing of `spare`. None when another is at it."""

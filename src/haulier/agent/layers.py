@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.agent import containers
+from haulier.agent.cache import Cache
 from haulier.agent.client import Client, path_segment
 from haulier.agent.core import Core
 from haulier.agent.images import Images
@@ -74,11 +75,12 @@ class _PushPeer:
 class Layers:
     """Which image lies on which, and which guests lie on them."""
 
-    def __init__(self, core: Core, store: ChunkStore, images: Images) -> None:
+    def __init__(self, core: Core, store: ChunkStore, images: Images, cache: Cache) -> None:
         self.core = core
         self.site = core.site
         self.store = store
         self.images = images
+        self.cache = cache
         self._ask_again: dict[str, float] = {}
 
     def adopt(self) -> None:
@@ -295,6 +297,7 @@ class Layers:
                         offer.push,
                         lambda text: progress(0.5, text),
                         partial(self._fetch, caller),
+                        self.cache,
                     ).run()
             finally:
                 session.close(linger_s=3)

@@ -195,25 +195,7 @@ def reasons(core: Core, cache: Cache, offer: Offer, here: Found) -> list[tuple[t
     for text in memory_reasons(spec, core.site.ram_dir):
         found.append((NoRoom, f"{text} (stop another guest there)"))
     need = here.missing_bytes + spec.memory_bytes + _SLACK
-    free = shutil.disk_usage(core.site.root).free
-    room = cache.room() if free < need or cache.budget else None
-    if room is not None and free + room.cached < need:
-        found.append(
-            (
-                NoRoom,
-                f"{core.site.root} has {free // MIB} MiB free and {room.cached // MIB} MiB in the cache, up to "
-                f"{need // MIB} MiB are needed (remove guests or images there, or enlarge the disk)",
-            )
-        )
-    if room is not None and cache.budget and room.used - room.cached + here.missing_bytes > cache.budget:
-        left = max(0, cache.budget - room.used + room.cached)
-        found.append(
-            (
-                NoRoom,
-                f"its store's budget of {cache.budget // MIB} MiB leaves {left // MIB} MiB beside what is in use, up "
-                f"to {here.missing_bytes // MIB} MiB are needed ('haulier cache budget' there raises it)",
-            )
-        )
+    found += [(NoRoom, text) for text in cache.against(need, here.missing_bytes)]
     if spec.address and not exists(BRIDGE):
         found.append((Unsupported, f"there is no bridge {BRIDGE} for its network ('haulier doctor' tells more)"))
     if spec.address and spec.net == "keep" and (why := tunnel.missing()):

@@ -120,7 +120,7 @@ class Agent:
         self.health = Health(self.core, self.store)
         self.guests = Guests(self.core, self.store)
         self.images = Images(self.core, self.store)
-        self.layers = Layers(self.core, self.store, self.images)
+        self.layers = Layers(self.core, self.store, self.images, self.cache)
         self.residuals = Residuals(self.core, self.store)
         self.tunnels = Tunnels(self.core)
         self.handoffs = Handoffs(self.core, self.residuals.check_may_leave)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from haulier.chunks.images import PREFIX as IMAGE_PREFIX
 from haulier.chunks.manifest import Manifest
@@ -55,6 +55,34 @@ COMMIT_BYTES: Final = 8 * MIB
 SLACK: Final = 64 * MIB
 LEASE: Final = "push/"
 INCOMING: Final = "incoming/push-"
+
+
+class Room(Protocol):
+    """Where there is room for what comes: `disk` more bytes in all, `chunks` of them in the store."""
+
+    def check_room(self, disk: int, chunks: int) -> None:
+        """NoRoom if there is none, whatever the cache gives up. Changes nothing."""
+
+    def make_room(self, disk: int, chunks: int) -> None:
+        """As `check_room`; then the cache gives up what is in the way."""
+
+
+class DiskRoom:
+    """A store without a cache: what is free on its disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def check_room(self, disk: int, chunks: int) -> None:
+        free = shutil.disk_usage(self._path).free
+        if free < disk:
+            raise NoRoom(
+                f"{self._path} has {free // MIB} MiB free, {disk // MIB} MiB are needed: "
+                "run 'haulier gc' there, or give it more"
+            )
+
+    def make_room(self, disk: int, chunks: int) -> None:
+        self.check_room(disk, chunks)
 
 
 @dataclass
@@ -114,7 +142,9 @@ class Arrival:
         push: str,
         progress: Callable[[str], None],
         elsewhere: Elsewhere | None = None,
+        room: Room | None = None,
     ) -> None:
+        self._room = room or DiskRoom(store.path)
         self._elsewhere = elsewhere
         self._store = store
         self._goldens = goldens
@@ -124,7 +154,13 @@ class Arrival:
         self._talk = Talk(session, peer, lambda: None)
         self._items: list[Expected] = []
         self._named: set[bytes] = set()
-        self._room = 0
+        self._chunks = 0
+        """Bytes of chunks that are to come, each once."""
+        self._files = 0
+        """Bytes of what is made out of them."""
+        self._fresh: list[str] = []
+        """Names of incoming manifests that were not here before this push."""
+        self._begun = False
         self._receiver: DiskReceiver | None = None
         self._uncommitted = 0
         self._asking: threading.Thread | None = None
@@ -144,6 +180,8 @@ class Arrival:
                 else:
                     return
         except HaulierError as error:
+            if not self._begun:
+                self._forget()
             if self._session.error is None and not self._session.over:
                 self._talk.send(Failed(str(error), error.exit_code))
             raise
@@ -164,26 +202,35 @@ class Arrival:
         while len(data) < item.length:
             data += self._talk.next(Part).data
         expected = Expected(item.kind, item.name, Manifest.decode(bytes(data)), item.meta)
-        # From here on what comes of it is kept, also if this push is cut.
+        if not self._store.manifest_names(expected.incoming):
+            self._fresh.append(expected.incoming)
+        # From here on what is here of it is not evicted, and what comes is kept, also if this push is cut.
         self._store.save_manifest(expected.incoming, expected.manifest, partial=True)
         missing = set(self._store.missing(expected.manifest.unique(), self._lease))
         # Layers share most of their chunks: each counts once.
         lacking = len(missing - self._named)
         self._named |= missing
-        self._room += lacking * CHUNK
-        free = shutil.disk_usage(self._store.path).free
-        if free < self._room + SLACK:
-            raise NoRoom(
-                f"{self._store.path} has {free // MIB} MiB free, {(self._room + SLACK) // MIB} MiB are needed: "
-                "run 'haulier gc' there, or give it more"
-            )
+        self._chunks += lacking * CHUNK
+        if item.kind == MEMORY:
+            self._files += len(expected.manifest.unique()) * CHUNK
+        self._room.check_room(self._chunks + self._files + SLACK, self._chunks)
         self._items.append(expected)
         self._talk.send(Lacks(lacking))
+
+    def _forget(self) -> None:
+        """Nothing was sent: what was only named here must not keep the cache from giving it up."""
+        for name in self._fresh:
+            with contextlib.suppress(UnknownThing):
+                self._store.drop_manifest(name)
 
     def _take(self, begin: Begin) -> None:
         if not 0 <= begin.number < len(self._items) or len(begin.common) > MAX_COMMON:
             raise Corrupt(f"item {begin.number} of a push of {len(self._items)}")
         item = self._items[begin.number]
+        if not self._begun:
+            # all has been named by now: nothing is evicted for a push that is refused
+            self._room.make_room(self._chunks + self._files + SLACK, self._chunks)
+            self._begun = True
         self._progress(f"{item.kind} {item.name[:12]}")
         enough = threading.Event()
         here = common.held(self._store)
