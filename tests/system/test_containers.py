@@ -23,6 +23,7 @@ from haulier.containers.layers import make_layers
 from haulier.containers.model import ContainerSpec
 from haulier.containers.network import RUN
 from haulier.errors import Cancelled, HaulierError, Unsupported
+from haulier.guests.tap import BRIDGE
 from haulier.lab.container_clients import Download, Player, Redis, Talk
 from haulier.lab.containers import VIDEO_BYTES, ContainerTemplate, container_template
 from haulier.lab.scenario import GATEWAY, GUEST_ADDRESS, Filled, scenario, wan
@@ -236,13 +237,15 @@ def of_lxc(standing: ContainerStage, tmp_path: Path) -> Iterator[str]:
     options = f"lowerdir={lower},upperdir={folder}/upper,workdir={folder}/work"
     subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(root)], check=True)
     (folder / "ours/config").write_text(
-        f"lxc.rootfs.path = dir:{root}\nlxc.uts.name = ours\nlxc.net.0.type = veth\nlxc.net.0.link = br0\n"
+        f"lxc.rootfs.path = dir:{root}\nlxc.uts.name = ours\nlxc.net.0.type = veth\nlxc.net.0.veth.pair = lxcours\n"
         "lxc.net.0.flags = up\nlxc.net.0.name = eth0\n"
         f"lxc.net.0.ipv4.address = {GUEST_ADDRESS}\nlxc.net.0.ipv4.gateway = {GATEWAY.partition('/')[0]}\n"
         "lxc.init.cmd = /usr/bin/python3 -u /srv/services.py game\nlxc.console.path = none\nlxc.tty.max = 0\n"
         "lxc.pty.max = 16\nlxc.mount.auto = proc:rw sys:ro\n"
     )
     lab.exec("oslo", ["lxc-start", "-P", str(folder), "-n", "ours", "-d"])
+    # By hand, for LXC looks for bridges in /sys, which shows those of another namespace than the lab's.
+    lab.exec("oslo", ["ip", "link", "set", "dev", "lxcours", "master", BRIDGE])
     standing.scenario.route("oslo")
     yield str(folder)
     subprocess.run(["lxc-stop", "-k", "-P", str(folder), "-n", "ours"], check=False, capture_output=True)

@@ -406,7 +406,7 @@ def clear_runtime(paths: ContainerPaths) -> None:
             first = psutil.Process(int(found["pid"]))
             # LXC has one beside each container, which clears away when that has ended.
             parent = first.parent()
-            if parent is not None and "lxc" in " ".join(parent.cmdline()):
+            if parent is not None and parent.cmdline()[:2] == ["[lxc", "monitor]"]:
                 keeper = ProcessId.of(parent.pid)
             for process in [*first.children(recursive=True), first]:
                 process.kill()
