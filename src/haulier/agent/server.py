@@ -151,7 +151,7 @@ class Agent:
     def recover(self) -> None:
         """Takes up handoffs, which may need other sites, and begins to watch over guests and handoffs. Blocking."""
         _try("handoffs", self.handoffs.adopt)
-        _try("a worker in waiting", STANDBY.warm)
+        _try("a worker in waiting", STANDBY.warm_soon)
         # The first offer would otherwise wait for it: what QEMU can do here is asked once per process.
         _try("what QEMU can do", _ask_qemu)
         for name, every_s, watch in (

@@ -26,6 +26,7 @@ from haulier.handoff.shared import golden_manifest, grown
 from haulier.images import common
 
 LISTEN_S = 20.0
+WARM_S = 2.0
 PREFETCH_SOURCE = "prefetch-source"
 PREFETCH_TARGET = "prefetch-target"
 PREFETCH = (PREFETCH_SOURCE, PREFETCH_TARGET)
@@ -44,21 +45,25 @@ class Standby:
         self._lock = threading.Lock()
         self._waiting: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._timer: threading.Timer | None = None
 
-    def warm(self) -> None:
-        """Has one waiting from now on."""
+    def warm_soon(self) -> None:
+        """Has one waiting in a moment: an agent that starts has other things to do first."""
         with self._lock:
             self._closed = False
-            if self._waiting is None or self._waiting.poll() is not None:
+            self._timer = threading.Timer(WARM_S, self._warm)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _warm(self) -> None:
+        with self._lock:
+            if not self._closed and (self._waiting is None or self._waiting.poll() is not None):
                 self._waiting = _start(["--standby"], stdin=subprocess.PIPE, output=None)
 
     def warm_after(self, process: subprocess.Popen[bytes]) -> None:
         """Has the next one waiting once that handoff is over: until then the processors have better things to do."""
         process.wait()
-        with self._lock:
-            closed = self._closed
-        if not closed:
-            self.warm()
+        self._warm()
 
     def give(self, site: Site, handoff: str) -> subprocess.Popen[bytes] | None:
         """The waiting worker, told its handoff; None if there is none."""
@@ -78,13 +83,15 @@ class Standby:
         """Ends the one that waits; no other comes."""
         with self._lock:
             self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
             process, self._waiting = self._waiting, None
         if process is not None:
             process.communicate()
 
 
 STANDBY = Standby()
-"""Used by an agent that has called `STANDBY.warm`; other callers start a worker when they need it."""
+"""Used by an agent that has called `STANDBY.warm_soon`; other callers start a worker when they need it."""
 
 
 def _start(words: list[str], *, stdin: int, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
