@@ -252,6 +252,7 @@ def of_lxc(standing: ContainerStage, tmp_path: Path) -> Iterator[str]:
     subprocess.run(["umount", str(root)], check=True)
 
 
+@pytest.mark.full
 def test_a_container_of_lxc_is_taken_over_and_goes_there_and_back(standing: ContainerStage, of_lxc: str) -> None:
     oslo, lisbon = standing.site("oslo"), standing.site("lisbon")
     player = Player(standing.scenario.lab, "client", HOST)
@@ -278,7 +279,7 @@ def test_a_container_of_lxc_is_taken_over_and_goes_there_and_back(standing: Cont
                 check=True,
             )
             assert listed.stdout.strip() == "RUNNING"
-            assert not (other.site.guests / "game2").exists()
+            wait_for(lambda gone=other.site.guests / "game2": not gone.exists(), 30)
         assert player.wrong() == []
         assert not Path(of_lxc, "ours/config").exists(), "it must not be started again where it was taken over"
         root = Path(oslo.client.guest("game2")["root_files"])
