@@ -23,6 +23,7 @@ from haulier.agent.site import Site, check_name
 from haulier.chunks import books
 from haulier.chunks.collect import Cached, GcReport, Room
 from haulier.chunks.store import ChunkStore
+from haulier.coordinator.inventory import LOW_DISK
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.guests.golden import IMAGE_PREFIX, MANIFEST_PREFIX, list_goldens
 from haulier.policy.choice import Choice, choose
@@ -31,8 +32,6 @@ from haulier.units import MIB
 
 log = logging.getLogger(__name__)
 
-LOW_DISK: Final = 2 << 30
-"""Without a budget the cache gives way when less than this is free on the disk."""
 SLACK: Final = 0.02
 """Of the budget: evicted beyond what is needed, so that it need not be done again at once."""
 REST: Final = 20.0

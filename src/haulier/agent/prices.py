@@ -51,7 +51,7 @@ class Prices:
     def _told(self, fps: list[bytes], coordinator: CoordinatorClient) -> dict[bytes, Facts]:
         told = coordinator.facts(fps, self._core.site.name)
         return {  # it counts this site's own copy too
-            fp: Facts(min(each.refetch_s / CHUNK, UNKNOWN_S), max(each.copies - 1, 0), each.popularity)
+            fp: Facts(min(each.refetch_s / CHUNK, UNKNOWN_S), max(each.copies - 1, 0), each.popularity, each.plan)
             for fp, each in zip(fps, told, strict=True)
         }
 

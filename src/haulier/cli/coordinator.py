@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
@@ -112,6 +112,35 @@ def status(*, root: Root = None, json: Json = False) -> None:
             ("GUEST", "OWNER", "EPOCH", ""),
             [(g["name"], g["owner"], g["epoch"], "DISPUTED" if g["disputed"] else "") for g in facts["guests"]],
         )
+
+
+@coordinator_app.command
+def plan(*, root: Root = None, json: Json = False) -> None:
+    """Show which layers each site had best keep in its cache, by the coordinator's plan over all sites."""
+    facts = _client(root).plan()
+    if json:
+        print_json(facts)
+        return
+    console.print(
+        f"plan of {facts['layers']} layers for {len(facts['sites'])} sites: expected to save"
+        f" {facts['fetch_s_saved']:.1f} of {facts['fetch_s_now']:.1f} s of fetching",
+        highlight=False,
+    )
+    print_table(
+        ("SITE", "PLAN", "LAYER", "SIZE", "HERE", ""),
+        [
+            (site["site"], what, " ".join(each["names"]), size(each["bytes"]), size(each["here"]), _remark(each))
+            for site in facts["sites"]
+            for what in ("keep", "missing", "over")
+            for each in site[what]
+        ],
+    )
+
+
+def _remark(layer: dict[str, Any]) -> str:
+    if layer["pinned"]:
+        return "in use or pinned"
+    return "no other site has it" if layer.get("elsewhere") is False else ""
 
 
 @coordinator_app.command

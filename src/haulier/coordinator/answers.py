@@ -11,9 +11,11 @@ import numpy as np
 from haulier.coordinator import bitmaps
 from haulier.coordinator import messages as m
 from haulier.coordinator.backend import Backend
+from haulier.coordinator.bitmaps import Ids
 from haulier.coordinator.dictionary import Dictionary
 from haulier.coordinator.fleet import Fleet, SiteRecord
 from haulier.coordinator.index import UNMEASURED, ChunkIndex, Holder
+from haulier.coordinator.planner import Planner
 from haulier.coordinator.popularity import Popularity
 
 _SCAN: Final = 65536
@@ -34,6 +36,7 @@ class Answers:
         self._clock = clock
         self._memory = threading.RLock()
         """Held for moments only, never while the database is asked."""
+        self.planner = Planner(self._memory, clock)
 
     def lacking(self, query: m.LackingQuery) -> m.LackingAnswer:
         """Which of these chunks does the site lack."""
@@ -50,6 +53,7 @@ class Answers:
             links = self.fleet.links.get(query.site, {})
             found, unheld = self.index.holders(ids, links, {query.site, *query.exclude}, query.limit)
             self.popularity.bump(ids, now)
+            self.planner.note(query.site, ids)
             records = {each.site: self.fleet.sites.get(each.site, SiteRecord(each.site)) for each in found}
             lacking = self.index.lacking(query.site, ids)
         sources = [_source(each, records[each.site], bitmaps.pack(each.mask)) for each in found]
@@ -87,7 +91,20 @@ class Answers:
                 copies=self.index.copies(ids).tolist(),
                 popularity=self.popularity.of(ids, self._clock()).tolist(),
                 refetch_s=refetch.tolist(),
+                plan=self._planned(query.site, ids),
             )
+
+    def _planned(self, site: str, ids: Ids) -> list[int]:
+        plan = self.planner.current()
+        if plan is None or site not in plan.keep:
+            return []
+        signs = bitmaps.members(ids, plan.keep[site]).astype(np.int64)
+        return list((signs - bitmaps.members(ids, plan.over[site])).tolist())
+
+    def plan(self) -> dict[str, Any]:
+        """Which site should keep which layers, made anew."""
+        plan = self.planner.make(self.index, self.fleet, self.popularity, wait=True)
+        return plan.facts if plan is not None else {}
 
     def unreferenced(self, site: str | None, after: bytes, limit: int = m.BATCH) -> m.UnreferencedAnswer:
         """Chunks that are held (at `site`, or anywhere) and that no manifest (of the site, or of anybody) refers to."""

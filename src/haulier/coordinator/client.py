@@ -76,12 +76,13 @@ class ImageSurvey:
 @dataclass(frozen=True)
 class ChunkFacts:
     """Of one chunk: manifests that refer to it, sites that hold it, decayed requests, seconds to fetch it again from
-    the nearest other holder (infinite if there is none)."""
+    the nearest other holder (infinite if there is none), what the plan for the asking site says (see `Facts`)."""
 
     references: int
     copies: int
     popularity: float
     refetch_s: float
+    plan: int = 0
 
 
 class CoordinatorClient:
@@ -185,12 +186,13 @@ class CoordinatorClient:
         found: list[ChunkFacts] = []
         for _, batch in _batches(fingerprints):
             answer = self._ask("/facts", m.FactsQuery(fingerprints=m.join(batch), site=for_site), m.FactsAnswer)
-            columns = (answer.references, answer.copies, answer.popularity, answer.refetch_s)
+            plans = answer.plan or [0] * len(batch)
+            columns = (answer.references, answer.copies, answer.popularity, answer.refetch_s, plans)
             if {len(column) for column in columns} != {len(batch)}:
                 raise PeerError(f"{self.where} answered for another number of chunks: run the same haulier there")
             found += [
-                ChunkFacts(references, copies, popularity, refetch if refetch >= 0 else float("inf"))
-                for references, copies, popularity, refetch in zip(*columns, strict=True)
+                ChunkFacts(references, copies, popularity, refetch if refetch >= 0 else float("inf"), plan)
+                for references, copies, popularity, refetch, plan in zip(*columns, strict=True)
             ]
         return found
 
@@ -227,6 +229,11 @@ class CoordinatorClient:
     def status(self) -> dict[str, Any]:
         """All of these, and what the index and its database amount to."""
         return self._client.get(PREFIX, self._timeout)
+
+    def plan(self) -> dict[str, Any]:
+        """Which site should keep which layers: made, layers, left_out, fetch_s_now, fetch_s_planned, fetch_s_saved,
+        and for each site its room in bytes and the layers that it should keep, that are missing, that are over."""
+        return self._client.get(f"{PREFIX}/plan", self._timeout)
 
     def forget(self, site: str) -> None:
         """Forgets what a site reported; for operators."""

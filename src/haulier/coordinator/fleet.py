@@ -26,6 +26,9 @@ class SiteRecord(msgspec.Struct, frozen=True):
     budget: int = 0
     seen: float = 0.0
     revision: int = 0
+    room: int = -1
+    """In bytes, for what nothing there refers to; -1 until it has said so. In memory only, as are `unpinned` names."""
+    unpinned: frozenset[str] = frozenset()
 
 
 @dataclass

@@ -4,6 +4,7 @@ reported. Nothing here talks to anybody."""
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Final
 
 import numpy as np
@@ -19,6 +20,8 @@ Rows = NDArray[np.uint8]
 """Fingerprints as rows of 32 bytes, ascending."""
 _FETCH: Final = 16384
 GUEST: Final = "guest/"
+LOW_DISK: Final = 2 << 30
+"""A cache leaves so much of the disk free."""
 
 
 class Inventory:
@@ -66,6 +69,17 @@ class Inventory:
                 parent=base[1] if base is not None else b"",
             )
         return entries
+
+    def room(self, budget: int) -> tuple[int, list[str]]:
+        """Bytes that chunks may take here that nothing refers to, and names of manifests that keep none of theirs."""
+        room = self._store.room()
+        free = max(shutil.disk_usage(self._store.path).free - LOW_DISK, 0)
+        with self._store.index.read() as db:
+            names = [
+                row[0] for row in db.execute("SELECT name FROM manifests WHERE NOT pinned ORDER BY name LIMIT 2000")
+            ]
+        left = free + room.cached
+        return (min(left, max(budget - room.used + room.cached, 0)) if budget else left), names
 
     def encoded(self, name: str) -> bytes:
         """A manifest as it is kept. Raises UnknownThing or Corrupt."""

@@ -106,12 +106,14 @@ class FactsQuery(Message, frozen=True, kw_only=True):
 
 class FactsAnswer(_Answer, frozen=True, kw_only=True):
     """By position: manifests that refer to it, sites that hold it, its decayed requests, seconds to fetch it again
-    from the nearest other holder (-1: nobody else has it)."""
+    from the nearest other holder (-1: nobody else has it); what the plan keeps at the site (1), copies that it does
+    not want there (-1), else 0. Empty without a plan."""
 
     references: list[int]
     copies: list[int]
     popularity: list[float]
     refetch_s: list[float]
+    plan: list[int] = []
 
 
 class UnreferencedAnswer(_Answer, frozen=True, kw_only=True):
@@ -125,9 +127,14 @@ class UnreferencedAnswer(_Answer, frozen=True, kw_only=True):
 
 
 class HelloReport(Message, frozen=True, kw_only=True):
+    """`room` is how many bytes chunks may take there that nothing there refers to (-1: not known); `unpinned` names
+    manifests that keep none of theirs."""
+
     control: Text
     bulk: Annotated[list[Text], msgspec.Meta(max_length=16)] = []
     budget: Count = 0
+    room: Annotated[int, msgspec.Meta(ge=-1, lt=1 << 62)] = -1
+    unpinned: Names = []
 
 
 class HelloAnswer(_Answer, frozen=True, kw_only=True):

@@ -71,6 +71,10 @@ class Reporter:
         self._client: CoordinatorClient | None = None
         self._settings_due = self._hello_due = self._scan_due = self._next = float("-inf")
         self._probe_due = monotonic() + PROBE_EVERY_S
+        self._room, self._unpinned = -1, list[str]()
+        self._budget = site.store_budget
+        self._room_seen: tuple[int, int] | None = None
+        self._room_due = float("-inf")
         self._database = ""
         self._said = _Said()
         self._failing = ""
@@ -125,6 +129,9 @@ class Reporter:
                 self._failing = str(error)
                 log.warning("%s", error)
             return
+        if site.store_budget != self._budget:
+            self._budget = site.store_budget
+            self._hello_due = self._room_due = float("-inf")
         if wanted != self._site.coordinator or (wanted and self._client is None):
             self._site = site
             self._client = CoordinatorClient.of(site)
@@ -150,7 +157,19 @@ class Reporter:
 
     def _hello(self, client: CoordinatorClient) -> None:
         site = self._site
-        report = m.HelloReport(control=site.control, bulk=list(site.bulk), budget=site.store_budget)
+        version, began = self._inventory.version(), self._monotonic()
+        seen = (version, self._budget)
+        if seen != self._room_seen and began >= self._room_due:
+            self._room, self._unpinned = self._inventory.room(self._budget)
+            now = self._monotonic()
+            self._room_seen, self._room_due = seen, now + _SCAN_SHARE * (now - began)
+        report = m.HelloReport(
+            control=site.control,
+            bulk=list(site.bulk),
+            budget=self._budget,
+            room=self._room,
+            unpinned=self._unpinned,
+        )
         answer = client.report_hello(report)
         if answer.database != self._database:
             self._said, self._database = _Said(), answer.database

@@ -92,6 +92,10 @@ def guests(daemon: Daemon, call: Call) -> dict[str, Any]:
     return {"guests": _use(daemon, lambda c: c.guests())}
 
 
+def plan(daemon: Daemon, call: Call) -> dict[str, Any]:
+    return {"coordinator": daemon.site.name, **_use(daemon, lambda c: c.plan())}
+
+
 def hello(daemon: Daemon, call: Call) -> dict[str, Any]:
     report, who = call.read(m.HelloReport), _who(daemon, call)
     return _answer(_use(daemon, lambda c: c.hello(who, report)))
@@ -140,6 +144,7 @@ TABLE = (
     Route("GET", f"{PREFIX}/links", Access.FLEET, links),
     Route("GET", f"{PREFIX}/images", Access.FLEET, images),
     Route("GET", f"{PREFIX}/guests", Access.FLEET, guests),
+    Route("GET", f"{PREFIX}/plan", Access.FLEET, plan),
     Route("GET", f"{PREFIX}/unreferenced", Access.FLEET, unreferenced),
     Route("POST", f"{PREFIX}/lacking", Access.FLEET, lacking),
     Route("POST", f"{PREFIX}/holders", Access.FLEET, holders),

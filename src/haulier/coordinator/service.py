@@ -80,7 +80,13 @@ class Coordinator(Answers):
         with self._writing:
             old = self.fleet.sites.get(site, SiteRecord(site))
             new = msgspec.structs.replace(
-                old, control=report.control, bulk=tuple(report.bulk), budget=report.budget, seen=self._clock()
+                old,
+                control=report.control,
+                bulk=tuple(report.bulk),
+                budget=report.budget,
+                room=report.room,
+                unpinned=frozenset(report.unpinned),
+                seen=self._clock(),
             )
             if msgspec.structs.replace(new, seen=old.seen) != old or new.seen - old.seen > _SEEN_EVERY_S:
                 self.backend.run(lambda rows: fleet.put_site(rows, new))
@@ -233,6 +239,8 @@ class Coordinator(Answers):
     def _now_and_then(self) -> None:
         if self._clock() - self._popularity_saved > SAVE_POPULARITY_S:
             self.save_popularity()
+        if self.planner.due():
+            self.planner.make(self.index, self.fleet, self.popularity, wait=False)
 
     def save_popularity(self) -> None:
         """Writes down the counts that changed; what a crash takes of them is a few minutes' demand."""

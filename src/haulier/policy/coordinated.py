@@ -51,7 +51,7 @@ class Fleet:
         self._demand: defaultdict[Key, dict[int, float]] = defaultdict(dict)
         self._times: defaultdict[Key, float] = defaultdict(float)
         self._decay = math.log(2) / half_life
-        self._base = 0.0
+        self._base = self._now = 0.0
         self._mean = SHARED / max(len(costs), 1)
 
     def access(self, site: int, key: Key, now: float) -> None:
@@ -66,6 +66,7 @@ class Fleet:
                 for who in wants:
                     wants[who] *= scale
             self._base = now
+        self._now = max(self._now, now)
         self._times[key] += uses
         wants = self._demand[key]
         wants[site] = wants.get(site, 0.0) + uses * math.exp((now - self._base) * self._decay)
@@ -97,6 +98,26 @@ class Fleet:
                 lost += (wants.get(other, 0.0) + shared) * (instead - here)
         times = self._times[key]
         return lost * max(times - ONCE, 0.0) / times
+
+    def seconds(self, sizes: Mapping[Key, int], kept: Sequence[Iterable[Key]]) -> float:
+        """What all demand takes to fetch where site s has `kept[s]`, in (scaled) seconds. `holders` is left empty."""
+        self.holders.clear()
+        for site, keys in enumerate(kept):
+            for key in keys:
+                self.holders[key].add(site)
+        found = 0.0
+        for key, wants in self._demand.items():
+            times = self._times[key]
+            shared = self._mean * sum(wants.values())
+            held = self.holders.get(key, set())
+            again = max(times - ONCE, 0.0) / times * sizes[key]
+            for site in range(len(self.costs)):
+                if site not in held:
+                    found += again * (wants.get(site, 0.0) + shared) * self.nearest(site, key)
+        self.holders.clear()
+        # demand is kept scaled by what has passed since the first
+        last = self._now
+        return found * math.exp(-(last - self._base) * self._decay)
 
 
 class Coordinated:
@@ -150,11 +171,15 @@ class Coordinated:
 @dataclass(frozen=True)
 class Facts:
     """What a fleet knows of a thing: seconds a byte to fetch it again from the nearest other holder, other holders,
-    and how often it was wanted lately anywhere (decayed)."""
+    and how often it was wanted lately anywhere (decayed).
+
+    `plan` is 1 for what the coordinator's plan keeps here, -1 for copies that it does not want here, else 0.
+    """
 
     refetch_s: float = 8 / 20e6
     copies: int = 0
     popularity: float = 0.0
+    plan: int = 0
 
 
 LOCAL_HALF_LIFE_S: Final = 86_400.0
@@ -164,7 +189,8 @@ class Informed:
     """The coordinated policy of a site that is told facts by a coordinator, instead of the whole fleet's books.
 
     The demand of others is taken to be spread evenly over the sites, and to be served evenly by those that hold a
-    copy: so each copy but the last is worth its share of what everybody saves.
+    copy: so each copy but the last is worth its share of what everybody saves. Where the coordinator has a plan, what
+    that keeps here goes last, and the copies that it does not want here go first.
     """
 
     name: ClassVar[str] = COORDINATED_NAME
@@ -180,7 +206,7 @@ class Informed:
         known = self._facts(key)
         others = max(self._sites - 1 - known.copies, 0) / self._sites * known.popularity / (known.copies + 1)
         here = self._uses[key] + SHARED * known.popularity / self._sites
-        self._ranked.set(key, (here + others) * known.refetch_s)
+        self._ranked.set(key, (known.plan, (here + others) * known.refetch_s))
 
     def insert(self, item: Item) -> None:
         age = max(self._now - item.used, 0.0)
