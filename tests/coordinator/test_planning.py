@@ -63,6 +63,13 @@ def test_what_is_missing_would_save_fetches_and_what_is_pinned_takes_no_room() -
     assert plan.facts["fetch_s_saved"] > 8 * 10 * CHUNK * 8 / 10e6
 
 
+def test_no_site_relies_on_a_copy_that_the_plan_does_not_keep() -> None:
+    held = bits(range(10))
+    plan = make_plan([layer("a", range(10))], [Place(name, 10 * CHUNK, held) for name in ("oslo", "bergen")], NEAR, 5.0)
+    assert not any(map(len, [*plan.keep.values(), *plan.over.values()])), "nobody wants it, and neither goes first"
+    assert [each["elsewhere"] for site in plan.facts["sites"] for each in site["over"]] == [False, False]
+
+
 def test_a_plan_is_bounded() -> None:
     layers = [layer(chr(97 + n), range(n, n + 1), s00=26 - n) for n in range(20)]
     places = [Place(f"s{n:02}", CHUNK, bitmaps.empty()) for n in range(80)]
@@ -128,7 +135,7 @@ def test_what_is_unpinned_counts_as_cache(tmp_path: Path) -> None:
 def test_a_guest_on_its_way_is_expected(tmp_path: Path) -> None:
     coordinator = sqlite_coordinator(tmp_path)
     two_images(coordinator)
-    Site(coordinator, "oslo").has_manifest("guest/vm1", range(5, 10))
+    Site(coordinator, "oslo").has_manifest("guest/vm1", range(3, 10))
 
     def demand() -> Any:
         coordinator.plan()
@@ -140,7 +147,7 @@ def test_a_guest_on_its_way_is_expected(tmp_path: Path) -> None:
     assert demand() == {"image/db": {}, "image/web": {}}
     entry = m.GuestEntry(name="vm1", state="receiving", owner="oslo", epoch=1)
     coordinator.guest_report("rome", m.GuestsReport(guests=[entry]))
-    assert demand() == {"image/db": {"rome": 1.0}, "image/web": {}}
+    assert demand() == {"image/db": {"rome": 1.0}, "image/web": {"rome": 0.4}}
 
 
 def test_a_plan_is_made_now_and_then(tmp_path: Path) -> None:

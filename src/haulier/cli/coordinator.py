@@ -140,7 +140,7 @@ def plan(*, root: Root = None, json: Json = False) -> None:
 def _remark(layer: dict[str, Any]) -> str:
     if layer["pinned"]:
         return "in use or pinned"
-    return "no other site has it" if layer.get("elsewhere") is False else ""
+    return "no other site keeps it" if layer.get("elsewhere") is False else ""
 
 
 @coordinator_app.command

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -11,9 +11,10 @@ from haulier.coordinator import bitmaps
 from haulier.coordinator.bitmaps import Bits, Ids
 from haulier.coordinator.fleet import Fleet
 from haulier.coordinator.index import ChunkIndex
+from haulier.coordinator.inventory import GUEST
 from haulier.coordinator.planning import HALF_LIFE_S, MAX_SITES, Layer, Place, Plan, layers_of, make_plan
 from haulier.coordinator.popularity import Popularity
-from haulier.handoff.ownership import UNDER_WAY
+from haulier.handoff.ownership import State
 
 PLAN_EVERY_S: Final = 300.0
 PLAN_FOR_S: Final = 1800.0
@@ -87,7 +88,7 @@ class Planner:
         ]
         layers = layers_of(known)
         self._fold(layers, now)
-        coming = _coming(fleet)
+        coming = _coming(index, fleet)
         by_layer: dict[bytes, dict[str, float]] = {}
         for (site, digest), uses in self._wanted.items():
             by_layer.setdefault(digest, {})[site] = uses
@@ -96,8 +97,9 @@ class Planner:
             wanted = by_layer.get(layer.digest, {})
             ids = bitmaps.to_ids(layer.bits).astype("int64")
             spread = max(float(popularity.of(ids, now).mean()) - sum(wanted.values()), 0.0)
-            for site in coming.get(layer.digest, ()):
-                wanted[site] = wanted.get(site, 0.0) + 1.0
+            for site, needed in coming.items():
+                if both := layer.bits.intersection_cardinality(needed):
+                    wanted[site] = wanted.get(site, 0.0) + both / len(layer.bits)
             found.append(replace(layer, wanted=wanted, spread=spread))
         places = [replace(each, pinned=frozenset(pinned.get(each.site, ()))) for each in places]
         return found, places, {target: dict(each) for target, each in fleet.links.items()}
@@ -119,14 +121,15 @@ class Planner:
             self._wanted = {key: self._wanted[key] for key in first}
 
 
-def _coming(fleet: Fleet) -> Mapping[bytes, set[str]]:
-    """Manifests of guests that are on their way, and the sites that will need them."""
-    found: dict[bytes, set[str]] = {}
+def _coming(index: ChunkIndex, fleet: Fleet) -> dict[str, Bits]:
+    """What sites are going to need for guests that are on their way to them."""
+    found: dict[str, Bits] = {}
     for site, guests in fleet.guests.items():
         for name, (entry, _) in guests.items():
-            if entry.state not in UNDER_WAY:
+            if entry.state not in (State.RECEIVING, State.READY):
                 continue
-            for names in fleet.names.values():
-                if (manifest := names.get(entry.manifest or f"guest/{name}")) is not None:
-                    found.setdefault(manifest.digest, set()).add(site)
+            for names in index.names.values():
+                bits = index.manifests.get(names.get(entry.manifest) or names.get(f"{GUEST}{name}") or b"")
+                if bits is not None:
+                    found[site] = found.get(site, bitmaps.empty()) | bits
     return found
