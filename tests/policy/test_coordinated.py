@@ -56,6 +56,20 @@ def test_the_loss_is_what_the_fleet_pays_more(
     assert loss == pytest.approx(total(one, list("abc"), demand) - with_it, abs=1e-9)
 
 
+@given(holdings, demands)
+def test_the_seconds_of_a_plan_are_those_of_all_demand(
+    held: dict[str, set[int]], demand: dict[tuple[int, str], float]
+) -> None:
+    one = fleet()
+    for (who, what), uses in demand.items():
+        one.expect(who, what, uses, 0.0)
+    kept = [{key for key, sites in held.items() if site in sites} for site in range(4)]
+    found = one.seconds(dict.fromkeys("abc", 3), kept)
+    for key, sites in held.items():
+        one.holders[key] |= sites
+    assert found == pytest.approx(3 * total(one, list("abc"), demand), abs=1e-9)
+
+
 def test_a_copy_next_door_goes_before_the_last_one() -> None:
     shared = fleet()
     sites = [Coordinated(shared, site) for site in range(4)]
