@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from haulier.containers.criu import find_criu
 from haulier.errors import GuestError, Unsupported
@@ -49,20 +48,6 @@ class Runc:
         words = ["restore", "--detach", "--bundle", str(bundle), "--image-path", str(images), "--work-path", str(work)]
         return self._command([*words, "--pid-file", str(pid_file), name]), _environment()
 
-    def state(self, name: str) -> dict[str, Any] | None:
-        """What runc says of it; None if it knows none of that name."""
-        done = self._call(["state", name])
-        if done.returncode:
-            return None
-        found = json.loads(done.stdout)
-        return found if isinstance(found, dict) else None
-
-    def pause(self, name: str) -> None:
-        self._must(["pause", name])
-
-    def resume(self, name: str) -> None:
-        self._must(["resume", name])
-
     def delete(self, name: str) -> None:
         """Ends it by force and forgets it; no error if there is none."""
         self._call(["delete", "--force", name])
@@ -85,11 +70,6 @@ class Runc:
         if done.returncode:
             raise GuestError(f"runc {words[0]} failed: {words_of(text)}")
         return int(pid_file.read_text())
-
-    def _must(self, words: list[str]) -> None:
-        done = self._call(words)
-        if done.returncode:
-            raise GuestError(f"runc {words[0]} failed: {words_of(done.stderr)}")
 
     def _call(self, words: list[str]) -> subprocess.CompletedProcess[str]:
         try:
