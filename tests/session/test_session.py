@@ -106,6 +106,25 @@ def test_messages_of_all_sizes_both_ways(make) -> None:
     assert sum(path.acked for path in stats) >= sum(sizes)
 
 
+def test_waking_an_ended_session_writes_into_no_other_file(make, tmp_path: Path) -> None:
+    pair = make()
+    pair.all_up()
+    transport = pair.connector._transport
+    number = transport._wake_fd
+    pair.connector.close()
+    transport.thread.join(10)
+    files = [(tmp_path / str(n)).open("w+b", buffering=0) for n in range(300)]
+    try:
+        # As it would be with a database that another thread has opened meanwhile.
+        assert number in {file.fileno() for file in files}
+        transport.stop()
+        transport.wake()
+        assert {path.stat().st_size for path in tmp_path.iterdir()} == {0}
+    finally:
+        for file in files:
+            file.close()
+
+
 def test_a_good_end(make) -> None:
     pair = make()
     for n in range(20):

@@ -86,6 +86,7 @@ class Transport:
         self._client_context: ssl.SSLContext | None = None
         self._selector = selectors.DefaultSelector()
         self._registered: dict[int, tuple[Connection, int]] = {}
+        self._wake_lock = threading.Lock()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
         self._waking = False
@@ -162,11 +163,11 @@ class Transport:
     def wake(self) -> None:
         """There is something to do; call after the core was changed under the lock."""
         if not self._waking:
-            self._waking = True
-            try:
-                os.eventfd_write(self._wake_fd, 1)
-            except OSError:
-                pass  # it is closed: the thread is at its end
+            with self._wake_lock:
+                # Closed is not enough: the number may be another file's by now, and that file would get these bytes.
+                if self._wake_fd >= 0:
+                    self._waking = True
+                    os.eventfd_write(self._wake_fd, 1)
 
     def address(self, key: int) -> PathAddress | None:
         """Where the path of that key leads; None at the listener."""
@@ -559,4 +560,6 @@ class Transport:
         self._pending.clear()
         self._close_listeners()
         self._selector.close()
-        os.close(self._wake_fd)
+        with self._wake_lock:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
