@@ -63,9 +63,10 @@ class AheadReader:
     def close(self) -> None:
         """Let go of the file."""
         self.done = True
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        # The number first: closed twice it might be another file's.
+        number, self._fd = self._fd, -1
+        if number >= 0:
+            os.close(number)
 
     def plan(self, mirror: Mirror, finder: BlockFinder | None) -> None:
         """Samples every region that holds data, and decides the order."""
