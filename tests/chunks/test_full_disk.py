@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield where
     finally:
+        # An error keeps the statement that it came from, and that keeps the database open.
+        gc.collect()
         subprocess.run(["umount", str(where)], check=True)
 
 

@@ -57,7 +57,7 @@ class Site:
         return self._made[-1]
 
     def ping(self, address: str) -> bool:
-        command = ["ip", "netns", "exec", self.netns, "ping", "-c1", "-W2", address]
+        command = ["nsenter", f"--net=/run/netns/{self.netns}", "ping", "-c1", "-W2", address]
         return subprocess.run(command, check=False, capture_output=True).returncode == 0
 
     def stop(self, paths: GuestPaths) -> None:
@@ -183,7 +183,7 @@ def test_two_clones_are_two_machines(site: Site, golden: Golden) -> None:
         assert lag < 5
         wait_for(lambda q=qemu: site.ping(q.spec.address.split("/")[0]), what="an answer to ping")
     # sshd speaks with the key that was injected.
-    scan = ["ip", "netns", "exec", site.netns, "ssh-keyscan", "-t", "ed25519", "10.77.0.11"]
+    scan = ["nsenter", f"--net=/run/netns/{site.netns}", "ssh-keyscan", "-t", "ed25519", "10.77.0.11"]
     if shutil.which("ssh-keyscan"):
         wait_for(
             lambda: seen[0]["host key"] in subprocess.run(scan, capture_output=True, text=True, check=False).stdout,
