@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from haulier.memory import MemoryBase, SourceProxy, StreamParser, TargetProxy, compare_ram
+from haulier.memory.proxy import Broken
+from haulier.memory.returnpath import Message, Received, Request, ResumeAck, ReturnPathParser, Shut
 from haulier.memory.stream import Mark, Pages, rebuild_all
 from tests.support.qemustream import PAGE
 from tests.support.tinyguest import QEMU, TinyGuest, tiny_guest
@@ -187,12 +191,91 @@ def test_post_copy_through_both_proxies(folder: Path) -> None:
         run(target)
 
 
+def test_post_copy_goes_on_through_new_proxies(folder: Path) -> None:
+    """Both proxies are gone in the middle: QEMU pauses, and sends through new ones what had not arrived."""
+    with tiny_guest(folder / "b", "q35") as source, tiny_guest(folder / "c", "q35", incoming=True) as target:
+        run(source)
+        for guest in (source, target):
+            guest.capability("return-path")
+            try:
+                guest.capability("postcopy-ram")
+            except AssertionError as error:
+                pytest.skip(f"no post-copy here: {error}")
+        target.execute("migrate-incoming", uri=f"unix:{folder / 'in'}")
+        source.execute("migrate-set-parameters", max_bandwidth=10 << 20, max_postcopy_bandwidth=2 << 20)
+        out, into = SourceProxy(folder / "source.mirror"), TargetProxy(folder / "target.mirror")
+        with through(folder, source, "in", out, into) as first:
+            wait_for(lambda: out.counters.raw_bytes > 3 << 20, what="a part of memory")
+            source.execute("migrate-start-postcopy")
+            wait_for(lambda: target.migration() == "postcopy-active", what="post-copy")
+            target.execute("cont")
+            before = out.counters.raw_bytes
+            wait_for(lambda: out.counters.raw_bytes > before + (1 << 20), what="some more pages")
+        assert any(isinstance(message, Request) for message in first)
+        for guest in (source, target):
+            wait_for(lambda guest=guest: guest.migration() == "postcopy-paused", what="the pause")
+        broken = Broken(out.parser.blocks, tuple(out.parser.ids))
+        target.execute_oob("migrate-recover", uri=f"unix:{folder / 'again'}")
+        source.execute("migrate-set-parameters", max_postcopy_bandwidth=0)
+        out, into = SourceProxy(folder / "source.2", broken=broken), TargetProxy(folder / "target.2")
+        with through(folder, source, "again", out, into, resume=True) as second:
+            source.wait_migrated()
+            target.wait_migrated()
+        assert not out.warnings and out.parser.ready and out.counters.pages["literal"] > 100
+        assert {type(message) for message in second} >= {Received, ResumeAck, Shut}
+        wait_for(lambda: target.execute("query-status")["status"] in ("running", "paused"), what="the target")
+        run(target)
+
+
+@contextlib.contextmanager
+def through(
+    folder: Path, source: TinyGuest, incoming: str, out: SourceProxy, into: TargetProxy, *, resume: bool = False
+) -> Iterator[list[Message]]:
+    """A migration through both proxies while the block lasts; gives what the return path says."""
+    said: list[Message] = []
+    ours, qemus = socket.socketpair()
+    wire = socket.socket(socket.AF_UNIX)
+    wire.connect(str(folder / incoming))
+    source.pass_fd("migration", qemus)
+    qemus.close()
+    source.execute("migrate", uri="fd:migration", **({"resume": True} if resume else {}))
+
+    def forth() -> None:
+        with contextlib.suppress(OSError):
+            while data := ours.recv(100_000):
+                for batch in [*out.feed(data), *out.flush()]:
+                    for piece in into.feed(batch.data):
+                        wire.sendall(piece)
+
+    def back() -> None:
+        parser = ReturnPathParser(out.parser.blocks) if resume else None
+        with contextlib.suppress(OSError):
+            while data := wire.recv(4096):
+                # The blocks are named by the stream, which comes before any request.
+                parser = parser or (ReturnPathParser(out.parser.blocks) if out.parser.ready else None)
+                said.extend(parser.feed(data) if parser is not None else [])
+                ours.sendall(data)
+
+    threads = [threading.Thread(target=forth), threading.Thread(target=back)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield said
+    finally:
+        for end in (ours, wire):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        ours.close()
+        wire.close()
+
+
 class relay:
     """The return path, which haulier carries untouched."""
 
     def __init__(self, source: socket.socket, target: socket.socket) -> None:
-        import threading
-
         self._source = source
 
         def work() -> None:

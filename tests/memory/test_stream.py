@@ -130,7 +130,7 @@ def test_post_copy() -> None:
     package = b"\x08" + struct.pack(">HH", 4, 0) + b"\x04 looks like a device " * 500
     writer = Writer().magic().configuration().command(1).command(2, bytes(4)).command(3, advise).start().sizes().eos()
     writer.part().page("ram0", 1, page_of(1)).page("ram0", 2, page_of(2)).eos()
-    writer.command(6, b"\x00\x05ram0\x00" + struct.pack(">QQ", PAGE, PAGE))
+    writer.command(6, b"\x00\x04ram0\x00" + struct.pack(">QQ", PAGE, PAGE))
     writer.command(7, struct.pack(">I", len(package))).raw(package)
     writer.part().page("ram0", 2, page_of(8)).page("ram0", 60, page_of(0)).eos()
     writer.part(end=True).eos().raw(b"\0")
@@ -138,8 +138,45 @@ def test_post_copy() -> None:
         parser, tokens = parse(writer.data, *range(step, len(writer.data), step))
         assert rebuild_all(tokens) == writer.data
         assert memory_of(tokens) == writer.memory
-        assert parser.postcopy and parser.device_state
+        assert parser.postcopy and parser.device_state and parser.packaged
         assert kinds(tokens) == ["setup", "part", "device", "package", "part", "end"]
+    assert parser.ids == [3]
+
+
+def test_post_copy_that_broke_goes_on_without_a_beginning() -> None:
+    writer = Writer().command(10, b"\x04ram0").command(10, b"\x03rom").command(9).command(2, bytes(4))
+    writer.part().page("ram0", 2, page_of(8), named=True).page("ram0", 60, page_of(0)).eos()
+    writer.part(end=True).eos().raw(b"\0")
+    parser = StreamParser(blocks={"ram0": 64 * PAGE, "rom": 4 * PAGE}, ids=[3])
+    tokens = [token for at in range(0, len(writer.data), 777) for token in parser.feed(writer.data[at : at + 777])]
+    assert rebuild_all(tokens) == writer.data
+    assert memory_of(tokens) == writer.memory and parser.device_state
+    with pytest.raises(Corrupt, match="section 3"):
+        StreamParser(blocks={"ram0": 64 * PAGE, "rom": 4 * PAGE}, ids=[4]).feed(writer.data)
+
+
+@pytest.mark.parametrize(
+    ("number", "data"),
+    [
+        (1, b"\0"),
+        (2, bytes(5)),
+        (4, b"\0"),
+        (5, b"\0"),
+        (6, b"\0"),
+        (6, b"\x01\x04ram0\x00" + bytes(16)),
+        (6, b"\x00\x04ram0\x00" + struct.pack(">QQ", 60 * PAGE, 5 * PAGE)),
+        (6, b"\x00\x04ram0\x00" + struct.pack(">QQ", 5, PAGE)),
+        (6, b"\x00\x04ram9\x00" + struct.pack(">QQ", 0, PAGE)),
+        (7, struct.pack(">I", (1 << 30) + 1)),
+        (9, b"\0"),
+        (10, b"\x04ram9"),
+        (10, b"\x05ram0"),
+    ],
+)
+def test_commands_are_checked(number: int, data: bytes) -> None:
+    writer = Writer().begin().command(number, data)
+    with pytest.raises(Corrupt):
+        parse(writer.data)
 
 
 def test_after_the_device_state_begins_everything_is_verbatim() -> None:
@@ -256,7 +293,8 @@ def streams(draw: st.DrawFn) -> Writer:
                 writer.page(block, page + number, content, named=True if named and not number else None)
         writer.eos()
         if draw(st.booleans()):
-            writer.command(draw(st.sampled_from([1, 2, 6, 11])), draw(st.binary(max_size=40)))
+            known = [(1, b""), (2, b"ping"), (6, b"\0\4ram0\0" + struct.pack(">QQ", 0, PAGE)), (11, b"")]
+            writer.command(*draw(st.sampled_from(known) | st.tuples(st.just(99), st.binary(max_size=40))))
     return writer.part(end=True).eos().device(draw(st.binary(max_size=200)))
 
 

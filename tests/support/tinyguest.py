@@ -68,12 +68,26 @@ class TinyGuest:
         self._qmp.connect(str(self._socket))
         self._lines = self._qmp.makefile("rb")
         self._lines.readline()
-        self.execute("qmp_capabilities")
+        self.execute("qmp_capabilities", enable=["oob"])
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """One QMP command; arguments with - for _."""
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
         self._qmp.sendall(json.dumps({"execute": command, "arguments": words}).encode())
+        return self._answer()
+
+    def execute_oob(self, command: str, **arguments: Any) -> Any:
+        """As `execute`, past a QEMU that waits for something else."""
+        self._qmp.sendall(json.dumps({"exec-oob": command, "arguments": arguments}).encode())
+        return self._answer()
+
+    def pass_fd(self, name: str, end: socket.socket) -> None:
+        """Gives QEMU a descriptor of that name."""
+        words = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode()
+        socket.send_fds(self._qmp, [words], [end.fileno()])
+        self._answer()
+
+    def _answer(self) -> Any:
         while True:
             answer = json.loads(self._lines.readline())
             if "return" in answer:

@@ -13,7 +13,7 @@ record      be64 address | flags; len idstr unless CONTINUE; then by flag: PAGE 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from haulier.errors import Corrupt, Unsupported
@@ -47,11 +47,15 @@ RECORD: Final = 8 + 4096
 """Length of a page record that continues its block."""
 ZERO_RECORD: Final = 8 + 1
 
+OPEN_RETURN_PATH: Final = 1
+PING: Final = 2
 POSTCOPY_ADVISE: Final = 3
 POSTCOPY_LISTEN: Final = 4
 POSTCOPY_RUN: Final = 5
 POSTCOPY_DISCARD: Final = 6
 PACKAGED: Final = 7
+POSTCOPY_RESUME: Final = 9
+RECV_BITMAP: Final = 10
 SWITCHOVER_START: Final = 11
 
 RAM_VERSION: Final = 4
@@ -59,6 +63,8 @@ MAX_BLOCKS: Final = 4096
 MAX_MEMORY: Final = 1 << 44
 MAX_MACHINE_NAME: Final = 256
 MAX_CAPABILITIES: Final = 64
+MAX_PACKAGE: Final = 1 << 30
+"""QEMU's own bound for the package of device state."""
 
 Read = Callable[[int, int], bytes]
 """read(n, at) gives exactly the n bytes at offset `at`, or raises."""
@@ -113,3 +119,39 @@ def check_block(name: str, length: int, count: int, total: int) -> None:
         raise Corrupt(f"RAM block {name!r} has a length of {length} bytes, not a multiple of 4096")
     if count > MAX_BLOCKS or total > MAX_MEMORY:
         raise Corrupt(f"RAM block {name!r} makes {count} blocks and {total} bytes of memory, which is too much")
+
+
+_COMMAND_LENGTHS: Final = {
+    OPEN_RETURN_PATH: (0,),
+    PING: (4,),
+    POSTCOPY_ADVISE: (0, 16),
+    POSTCOPY_LISTEN: (0,),
+    POSTCOPY_RUN: (0,),
+    PACKAGED: (4,),
+    POSTCOPY_RESUME: (0,),
+    SWITCHOVER_START: (0,),
+}
+
+
+def check_command(command: int, data: bytes, blocks: Mapping[str, int], where: str) -> None:
+    """Corrupt if a command that we know has another form than QEMU gives it, or is about RAM that there is not."""
+    if command == POSTCOPY_DISCARD:
+        _check_discard(data, blocks, where)
+    elif command == RECV_BITMAP:
+        if len(data) < 2 or len(data) != 1 + data[0] or name_of(data[1:], "RAM block") not in blocks:
+            raise Corrupt(f"a command asks what arrived of a RAM block that is not in the table, {where}")
+    elif command in _COMMAND_LENGTHS and len(data) not in _COMMAND_LENGTHS[command]:
+        raise Corrupt(f"command {command} of {len(data)} bytes, which cannot be, {where}")
+
+
+def _check_discard(data: bytes, blocks: Mapping[str, int], where: str) -> None:
+    """version 0, len idstr, 0; then pairs of be64 start, be64 length: what of the block the target has to drop."""
+    size = data[1] if len(data) > 1 else 0
+    if len(data) < 3 + size or data[0] or data[2 + size] or (len(data) - 3 - size) % 16:
+        raise Corrupt(f"a command to drop pages has a form that no QEMU gives it, {where}")
+    name = name_of(data[2 : 2 + size], "RAM block")
+    for start, length in struct.iter_unpack(">QQ", data[3 + size :]):
+        if start % 4096 or length % 4096 or start + length > blocks.get(name, 0):
+            raise Corrupt(
+                f"a command drops {length} bytes at {start:#x} of RAM block {name!r}, which has no such, {where}"
+            )

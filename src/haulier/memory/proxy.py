@@ -63,6 +63,14 @@ class WireBatch:
     raw_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What a stream of post-copy that goes on does not say again: RAM blocks (idstr to bytes), section ids of RAM."""
+
+    blocks: dict[str, int]
+    ids: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class Counters:
     """What went through. By kind of page ("zero", "same", "block", "base", "xor", "literal"), "raw" for the rest of the
@@ -132,15 +140,21 @@ class SourceProxy:
         batch_bytes: int = BATCH,
         long: bool | None = None,
         clock: Callable[[], float] = lambda: 0.0,
+        broken: Broken | None = None,
     ) -> None:
         """`elsewhere`: also look for pages anywhere in the base; pays only if the base is of another boot.
 
         `long`: let zstd look back over the whole window; by default from level 7 on, because below speed matters more.
+        `broken`: the stream is one of post-copy that goes on; both mirrors begin anew.
         Memory: the mirror's file, 1 << window_log bytes, and a few megabytes.
         """
         if not PAGE <= batch_bytes <= BATCH:
             raise UsageError(f"a batch of {batch_bytes} bytes is outside {PAGE} to {BATCH}")
-        self.parser = StreamParser(min(batch_bytes, TOKEN))
+        self.parser = StreamParser(
+            min(batch_bytes, TOKEN),
+            blocks=broken.blocks if broken is not None else None,
+            ids=broken.ids if broken is not None else (),
+        )
         self.counters = Counters()
         self.warnings: list[str] = []
         self.mirror: Mirror | None = None

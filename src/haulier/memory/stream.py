@@ -11,7 +11,7 @@ Corrupt; `pending` then holds every byte not yet given out as a token, so that n
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -115,10 +115,18 @@ class StreamParser:
     postcopy:      post-copy was advised
     rounds:        times that the scan over memory began again, the first included
     sections:      RAM sections completed
+    ids:           section ids of RAM
+    packaged:      the package of post-copy's device state is complete
     """
 
-    def __init__(self, token_bytes: int = TOKEN) -> None:
-        """`token_bytes`: no token stands for more bytes of the stream than this, or one record if that is more."""
+    def __init__(
+        self, token_bytes: int = TOKEN, *, blocks: Mapping[str, int] | None = None, ids: Collection[int] = ()
+    ) -> None:
+        """`token_bytes`: no token stands for more bytes of the stream than this, or one record if that is more.
+
+        `blocks` and `ids`, as an earlier parser learned them: the stream is one of post-copy that broke and goes on.
+        It has no beginning of its own, and its first record names its block.
+        """
         self.blocks: dict[str, int] = {}
         self.machine: str | None = None
         self.ready = False
@@ -146,6 +154,16 @@ class StreamParser:
         self._sizes_left = 0
         self._sizes: dict[str, int] = {}
         self._package_left = 0
+        self.packaged = False
+        if blocks is not None:
+            self._name_blocks(dict(blocks))
+            self._names = dict.fromkeys(ids, "ram")
+            self.device_state = self.postcopy = self.packaged = True
+            self._step = self._top
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self._names)
 
     @property
     def pending(self) -> bytes:
@@ -257,6 +275,7 @@ class StreamParser:
     def _command(self, out: list[Token]) -> None:
         command, size = struct.unpack(">HH", self._peek(4, 1))
         data = self._peek(size, 5)
+        q.check_command(command, data, self.blocks, self._where())
         if command == q.POSTCOPY_ADVISE:
             self.postcopy = True
             if size and (size != 16 or _U64.unpack_from(data)[0] != PAGE or _U64.unpack_from(data, 8)[0] != PAGE):
@@ -266,9 +285,9 @@ class StreamParser:
         elif command == q.SWITCHOVER_START:
             self.switchover = True
         elif command == q.PACKAGED:
-            if size != 4:
-                raise Corrupt(f"a package announced in {size} bytes {self._where()}")
             (self._package_left,) = _U32.unpack(data)
+            if self._package_left > q.MAX_PACKAGE:
+                raise Corrupt(f"a package of {self._package_left} bytes is announced {self._where()}")
             self.device_state = True
             self._step = self._package
         self._at += 5 + size
@@ -280,6 +299,7 @@ class StreamParser:
         self._at += size
         self._package_left -= size
         if not self._package_left:
+            self.packaged = True
             self._mark(out, "package")
             self._step = self._top
 
@@ -354,12 +374,15 @@ class StreamParser:
                 "the guest's memory changed its layout during the handoff; try again without hot-plugging"
             )
         if not self.ready:
-            self.blocks, self.ready = self._sizes, True
-            page = 0
-            for name, length in self.blocks.items():
-                self._first_page[name] = page
-                page += length // PAGE
+            self._name_blocks(self._sizes)
         self._step = self._records
+
+    def _name_blocks(self, sizes: dict[str, int]) -> None:
+        self.blocks, self.ready = sizes, True
+        page = 0
+        for name, length in sizes.items():
+            self._first_page[name] = page
+            page += length // PAGE
 
     def _named(self, out: list[Token], flags: int) -> None:
         (size,) = self._peek(1, 8)
