@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -37,17 +38,23 @@ class Report:
     link: str = "none"
     notes: Sequence[str] = field(default_factory=list)
 
+    def more(self) -> dict[str, object]:
+        """Keys that this benchmark's document has beside those of every one."""
+        return {}
+
 
 def as_json(name: str, report: Report) -> dict[str, object]:
     """The document that bench/run writes."""
     return {
         "bench": name,
+        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": machine(),
         "versions": versions(),
         "link": report.link,
         "rows": [dict(row) for row in report.rows],
         "targets": [asdict(target) for target in report.targets],
         "notes": list(report.notes),
+        **report.more(),
     }
 
 

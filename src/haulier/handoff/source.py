@@ -914,7 +914,10 @@ class SourceHandoff:
         assert self._session is not None
         sent, received = self._session.wire_bytes()
         status = self.progress.status
-        return {"sent": sent, "received": received, "transport": status.transport, "paths": status.paths}
+        payload = self._session.payload_bytes()
+        channels = {channel.name.lower(): payload[channel] for channel in Channel if payload[channel]}
+        found = {"sent": sent, "received": received, "channels": channels}
+        return found | {"transport": status.transport, "paths": status.paths}
 
     def _by_layer(self, sender: DiskSender) -> dict[str, dict[str, int]]:
         """What each layer of the disk is large and what was sent of it; the guest's state counts as instance."""

@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Final
@@ -140,8 +141,21 @@ _FILES: Final[Mapping[str, str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Application:
+    """What an image has on top of the lab's base: packages and (path in the guest -> contents) files."""
+
+    name: str
+    packages: tuple[str, ...]
+    files: Mapping[str, bytes]
+
+
 def build_debian(
-    out: Path, suite: str | None = None, size: int = DEFAULT_SIZE, progress: Callable[[str], None] | None = None
+    out: Path,
+    suite: str | None = None,
+    size: int = DEFAULT_SIZE,
+    progress: Callable[[str], None] | None = None,
+    application: Application | None = None,
 ) -> None:
     """Build a bootable image of `size` bytes at `out`, which appears whole or not at all.
 
@@ -160,18 +174,27 @@ def build_debian(
         (scratch / "haulier.sources").write_text("\n".join(source.deb822() for source in sources))
         overlay, root, image = scratch / "overlay", scratch / "root", scratch / "image.raw"
         _write_overlay(overlay)
+        for name, data in application.files.items() if application else ():
+            _put(overlay / name, data, 0o644)
         say(f"unpacking {suite} from {', '.join(uri for source in sources for uri in source.uris)}")
-        _run(_mmdebstrap(distribution, suite, scratch, overlay, root), say)
+        packages = application.packages if application else ()
+        _run(_mmdebstrap(distribution, suite, scratch, overlay, root, packages), say)
         say("writing the file system")
         _write_disk(image, root, size, scratch)
         image.replace(out)
     say(f"built {out}")
 
 
-def recipe(suite: str | None = None, size: int = DEFAULT_SIZE) -> dict[str, object]:
+def recipe(
+    suite: str | None = None, size: int = DEFAULT_SIZE, application: Application | None = None
+) -> dict[str, object]:
     """All that decides what is in an image, but for the mirror's versions; JSON-able, stable between runs."""
     distribution, host_suite = apt.host_release()
-    return {
+    more: dict[str, object] = {}
+    if application:
+        files = {name: data.decode() for name, data in application.files.items()}
+        more["application"] = {"packages": list(application.packages), "files": files}
+    return more | {
         "suite": suite or host_suite,
         "size": size,
         "kernel": _KERNELS.get(distribution, _KERNELS["debian"]),
@@ -184,22 +207,26 @@ def recipe(suite: str | None = None, size: int = DEFAULT_SIZE) -> dict[str, obje
 
 
 def cached_image(
-    suite: str | None = None, size: int = DEFAULT_SIZE, progress: Callable[[str], None] | None = None
+    suite: str | None = None,
+    size: int = DEFAULT_SIZE,
+    progress: Callable[[str], None] | None = None,
+    application: Application | None = None,
 ) -> Path:
-    """The image of `recipe(suite, size)`, built at the first call and reused after; safe against concurrent callers.
+    """The image of `recipe` with these, built at the first call and reused after; safe against concurrent callers.
 
     It lies in /var/cache/haulier/images ($HAULIER_CACHE/images where set). Treat it as read-only.
     """
     cache = Path(os.environ["HAULIER_CACHE"]) / "images" if os.environ.get("HAULIER_CACHE") else CACHE
-    ingredients = recipe(suite, size)
+    ingredients = recipe(suite, size, application)
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:12]
-    path = cache / f"{apt.host_release()[0]}-{ingredients['suite']}-{digest}.raw"
+    kind = f"-{application.name}" if application else ""
+    path = cache / f"{apt.host_release()[0]}-{ingredients['suite']}{kind}-{digest}.raw"
     if path.exists():
         return path
     cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / ".lock"):
         if not path.exists():
-            build_debian(path, suite, size, progress)
+            build_debian(path, suite, size, progress, application)
             _forget_old(cache, path)
     return path
 
@@ -240,8 +267,10 @@ def _preflight(size: int) -> None:
         raise Unsupported("building an image needs GRUB's BIOS parts; run scripts/setup, or install grub-pc-bin")
 
 
-def _mmdebstrap(distribution: str, suite: str, scratch: Path, overlay: Path, root: Path) -> list[str]:
-    include = [*_PACKAGES, _KERNELS.get(distribution, _KERNELS["debian"])]
+def _mmdebstrap(
+    distribution: str, suite: str, scratch: Path, overlay: Path, root: Path, packages: Sequence[str]
+) -> list[str]:
+    include = [*_PACKAGES, _KERNELS.get(distribution, _KERNELS["debian"]), *packages]
     finish = scratch / "finish.sh"
     finish.write_bytes(_resource("lab/rootfs/finish.sh"))
     excluded = ("doc", "man", "info", "locale", "lintian", "bug", "zoneinfo/right", "zoneinfo/posix")

@@ -106,6 +106,14 @@ class Link:
             found.append(seen.rx_bytes - header * seen.rx_packets)
         return found[0], found[1]
 
+    def packets(self) -> int:
+        """IP packets that crossed the link, both ways together, by the same counters."""
+        whole, mine = self._load()
+        return sum(
+            namespaces.counters(whole.sites[receiver].namespace, mine.interface).rx_packets
+            for receiver in (mine.b, mine.a)
+        )
+
     def alive(self) -> bool:
         """Does the link carry packets at all? (False: its relay is gone.)"""
         whole, mine = self._load()

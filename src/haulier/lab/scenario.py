@@ -28,7 +28,7 @@ from haulier.errors import GuestError, HaulierError
 from haulier.guests.accel import probe, qemu_version
 from haulier.guests.golden import Golden, list_goldens, make_golden
 from haulier.handoff.residence import container_paths
-from haulier.lab.image import cached_image
+from haulier.lab.image import DEFAULT_SIZE, Application, cached_image
 from haulier.lab.lab import Lab
 
 IMAGE = "debian"
@@ -93,26 +93,32 @@ class Template:
             )
 
 
-def template(memory_mib: int, say: Say = quiet) -> Template:
-    """Builds the Debian image, imports it and takes its golden snapshot; all of it is kept for the next time."""
+def template(
+    memory_mib: int, say: Say = quiet, *, application: Application | None = None, size: int = DEFAULT_SIZE
+) -> Template:
+    """Builds the Debian image, imports it and takes its golden snapshot; all of it is kept for the next time.
+
+    With `application` the image has that too, and its name.
+    """
     say(0.0, "building the guest image from Debian packages")
-    image = cached_image()
+    image = cached_image(size=size, application=application)
     CACHE.mkdir(parents=True, exist_ok=True)
     what = f"{image.name} {memory_mib} {qemu_version()} {probe().kind}"
-    root = CACHE / f"site-{hashlib.blake2b(what.encode(), digest_size=6).hexdigest()}"
-    with (CACHE / "lock").open("w") as lock:
+    name, kind = (application.name, f"{application.name}-site") if application else (IMAGE, "site")
+    root = CACHE / f"{kind}-{hashlib.blake2b(what.encode(), digest_size=6).hexdigest()}"
+    with (CACHE / ("lock" if kind == "site" else f"lock-{kind}")).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = list_goldens(root / "golden") if root.exists() else []
         if found:
             return Template(root, found[0])
-        for old in CACHE.glob("site-*"):
+        for old in CACHE.glob(f"{kind}-*"):
             shutil.rmtree(old, ignore_errors=True)
         root.mkdir(parents=True)
         with ChunkStore(root / "store") as store:
-            import_image(store, IMAGE, image, lambda done, total: say(0.5 + 0.1 * done / max(1, total), "importing"))
+            import_image(store, name, image, lambda done, total: say(0.5 + 0.1 * done / max(1, total), "importing"))
             golden = make_golden(
                 store,
-                IMAGE,
+                name,
                 memory_mib,
                 root / "work",
                 root=root / "golden",
@@ -221,9 +227,11 @@ class Scenario:
         """The client reaches the guest at `site` from now on."""
         self.lab.route_guest("client", address.partition("/")[0], site)
 
-    def start_guest(self, name: str = "web1", address: str = GUEST_ADDRESS, memory: str = "512M") -> dict[str, Any]:
+    def start_guest(
+        self, name: str = "web1", address: str = GUEST_ADDRESS, memory: str = "512M", image: str = IMAGE
+    ) -> dict[str, Any]:
         """Starts a guest at oslo from the golden snapshot; what `haulier guest show` tells of it."""
-        words = ["guest", "run", name, "--image", IMAGE, "--memory", memory, "--address", address]
+        words = ["guest", "run", name, "--image", image, "--memory", memory, "--address", address]
         facts = self.oslo.facts(*words, timeout=300)
         self.route("oslo", address)
         return dict(facts)
@@ -236,6 +244,10 @@ class Scenario:
     def wan_bytes(self) -> int:
         """Bytes of IP packets that crossed the links between the two sites, both ways."""
         return sum(sum(self.lab.wire_bytes(link)) for link in self.lab.links_between("oslo", "lisbon"))
+
+    def wan_packets(self) -> int:
+        """IP packets that crossed them."""
+        return sum(self.lab.link(link).packets() for link in self.lab.links_between("oslo", "lisbon"))
 
 
 def hook_script(lab: Lab) -> str:

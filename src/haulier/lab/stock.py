@@ -32,16 +32,24 @@ class StockResult:
     memory_rounds: int
     disk_bytes: int
     memory_bytes: int
+    normal_pages: int = 0
+    """Pages that were sent and are not zero, those sent again counted again."""
+    remaining_bytes: int = 0
+    """Of memory, when it ended."""
     note: str = ""
 
 
 class StockMigration:
     """Moves a guest from `source` to `target`, a QEMU that waits with ``-incoming defer -S`` and an empty overlay."""
 
-    def __init__(self, source: Qemu, target: Qemu, address: str, port: int, mode: str) -> None:
+    def __init__(
+        self, source: Qemu, target: Qemu, address: str, port: int, mode: str, *, whole_disk: bool = False
+    ) -> None:
+        """`whole_disk`: all of the disk is mirrored, as if the target had nothing of it; else the overlay."""
         if mode not in MODES:
             raise ValueError(mode)
         self.source, self.target, self.mode = source, target, mode
+        self._sync = "full" if whole_disk else "top"
         self.address, self.port = address, port
 
     def run(
@@ -123,7 +131,7 @@ class StockMigration:
         )
         execute(
             "blockdev-mirror",
-            {"job-id": MIRROR, "device": "disk0", "target": "stock-target", "sync": "top", "auto-dismiss": False},
+            {"job-id": MIRROR, "device": "disk0", "target": "stock-target", "sync": self._sync, "auto-dismiss": False},
         )
         while not (job := self._job()).get("ready"):
             if job.get("status") in {"concluded", "null", None}:
@@ -190,5 +198,7 @@ class StockMigration:
             memory_rounds=int(ram.get("dirty-sync-count", 0)),
             disk_bytes=int(self._job().get("offset", 0)),
             memory_bytes=int(ram.get("transferred", 0)),
+            normal_pages=int(ram.get("normal", 0)),
+            remaining_bytes=int(ram.get("remaining", 0)),
             note=note,
         )

@@ -70,6 +70,8 @@ class SessionCore:
         """The last reason for which there was no path; goes into the error of an outage."""
         self._outbox = [Outbox(c, settings.receive_window) for c in range(CHANNELS)]
         self._inbox = [Inbox(c, settings.receive_window, settings.max_message) for c in range(CHANNELS)]
+        self.payload = [0] * CHANNELS
+        """Bytes of messages by channel, sent and received together."""
         self._ring: deque[int] = deque()
         self._again: deque[OutFrame] = deque()
         self._again_urgent: deque[OutFrame] = deque()
@@ -102,6 +104,7 @@ class SessionCore:
         box.push(payload, urgent)
         self._unsent += len(payload)
         self._unacked += len(payload)
+        self.payload[channel] += len(payload)
 
     def check_open(self) -> None:
         """Raise `error` unless messages can be sent."""
@@ -123,7 +126,10 @@ class SessionCore:
 
     def pop(self, channel: int) -> tuple[bytes, int] | None:
         """The next message of `channel` and its cost for `consumed`."""
-        return self._inbox[channel].pop()
+        found = self._inbox[channel].pop()
+        if found is not None:
+            self.payload[channel] += len(found[0])
+        return found
 
     def consumed(self, channel: int, cost: int) -> bool:
         """The message was dealt with; True if the peer must be told of new credit."""

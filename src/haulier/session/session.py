@@ -231,6 +231,11 @@ class Session:
         """Bytes of TLS records sent and received (without TLS handshakes and the headers of TCP and IP)."""
         return self._transport.wire_bytes()
 
+    def payload_bytes(self) -> list[int]:
+        """Bytes of messages by channel, sent and received together."""
+        with self._lock:
+            return list(self._core.payload)
+
     # -- the end
 
     def close(self, linger_s: float = 10.0) -> None:

@@ -1,0 +1,56 @@
+"""Units of experiments, kept in a folder as they end: a long run that was interrupted goes on with what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from experiments.model import Experiment, from_dict
+
+
+class Enough(Exception):
+    """As many units as were asked for have run; more are left."""
+
+
+class Parts:
+    """`folder`: where they are kept (None: nowhere). `steps`: units that may be run now (0: all)."""
+
+    def __init__(self, folder: Path | None = None, steps: int = 0) -> None:
+        self._folder, self._steps, self._run = folder, steps, 0
+
+    def do(self, name: str, unit: Callable[[], Experiment]) -> Experiment:
+        """What was kept of the unit `name`, else what it finds now. Raises Enough."""
+        path = self.path(name)
+        if path is not None and path.exists():
+            return from_dict(json.loads(path.read_text()))
+        if self._steps and self._run >= self._steps:
+            raise Enough(name)
+        self._run += 1
+        found = unit()
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".new")
+            temporary.write_text(json.dumps(found.as_dict()))
+            temporary.rename(path)
+        return found
+
+    def path(self, name: str) -> Path | None:
+        if self._folder is None:
+            return None
+        readable = "".join(letter if letter.isalnum() else "-" for letter in name)[:60]
+        return self._folder / f"{readable}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}.json"
+
+
+def joined(whole: Experiment, some: Iterable[Experiment]) -> Experiment:
+    """`whole` with all that its units found."""
+    for one in some:
+        whole.rows += one.rows
+        whole.handoffs += one.handoffs
+        whole.bars += one.bars
+        whole.checks += one.checks
+        whole.targets += one.targets
+        whole.notes += one.notes
+        whole.seconds += one.seconds
+    return whole

@@ -1,0 +1,99 @@
+"""The published experiments repeated side by side: bench/run seeds [--quick] [--only NAME] --json FILE --html FILE."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from experiments import page as pages  # noqa: E402
+from experiments.model import Check, Experiment  # noqa: E402
+from experiments.parts import Enough, Parts, joined  # noqa: E402
+from report import Report  # noqa: E402
+
+NAMES = ("live-migration",)
+
+
+@dataclass(frozen=True)
+class Experiments(Report):
+    """All that ran; their rows are the table's too, with their figures in one column each experiment shares."""
+
+    experiments: Sequence[Experiment] = field(default_factory=list)
+
+    def more(self) -> dict[str, object]:
+        """What the JSON has beside every benchmark's keys."""
+        return {"experiments": [each.as_dict() for each in self.experiments], "command": " ".join(sys.argv)}
+
+
+def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Experiments:
+    """Runs the experiments named (all, if none is). A unit that fails says so in its notes and has a failed check.
+
+    With `parts` what ended is kept there, and taken from there the next time; `steps`: units that may run this time.
+    """
+    unknown = set(only) - set(NAMES)
+    if unknown:
+        sys.exit(f"no experiment {', '.join(sorted(unknown))}: there are {', '.join(NAMES)}")
+    kept = Parts(parts, steps)
+    return report([one(name, quick, kept) for name in NAMES if not only or name in only])
+
+
+def one(name: str, quick: bool, parts: Parts) -> Experiment:
+    module = importlib.import_module(f"experiments.{name.replace('-', '_')}")
+    found: Experiment = module.new()
+    left: list[str] = []
+    for unit, run in module.units(quick).items():
+        try:
+            joined(found, [parts.do(f"{name}{' quick' * quick}: {unit}", partial(timed, name, unit, run))])
+        except Enough:
+            left.append(unit)
+        except Exception as error:
+            traceback.print_exc()
+            found.notes.append(f"{unit} failed: {type(error).__name__}: {error}")
+            found.checks.append(Check(f"{unit}: ran to its end", 1.0, 0.0))
+    if left:
+        found.notes.append(f"not run yet: {'; '.join(left)}")
+    finished: Experiment = module.finished(found)
+    return finished
+
+
+def timed(name: str, unit: str, run: Callable[[], Experiment]) -> Experiment:
+    print(f"== {name}: {unit}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    found = run()
+    found.seconds = time.monotonic() - began
+    return found
+
+
+def report(experiments: Sequence[Experiment]) -> Experiments:
+    rows = [
+        {"experiment": each.name, "way": row.way, "setting": row.setting, "kind": row.kind.value}
+        | {"figures": ", ".join(f"{name} {value:.4g}" for name, value in row.figures.items() if value is not None)}
+        for each in experiments
+        for row in each.rows
+    ]
+    return Experiments(
+        rows=rows,
+        targets=[target for each in experiments for target in each.targets],
+        link="as each row says",
+        notes=[
+            *(f"{each.name}: {note}" for each in experiments for note in each.notes),
+            *(
+                f"{each.name}: INCONSISTENT: {check.name}: {check.value:.3g}, at most {check.limit:g}"
+                for each in experiments
+                for check in each.checks
+                if not check.ok
+            ),
+        ],
+        experiments=experiments,
+    )
+
+
+page = pages.page
