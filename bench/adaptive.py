@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,18 +198,27 @@ def scenes(quick: bool) -> dict[str, tuple[Varying, Varying]]:
     return found
 
 
-def streams() -> dict[str, list[bytes]]:
+def streams(loads: Sequence[str] = tuple(LOADS)) -> dict[str, list[bytes]]:
     with scenario("bench-adaptive", template(512), [wan("100mbit", "5ms")]) as found:
         found.start_guest()
-        return {name: record(found, load) for name, load in LOADS.items()}
+        return {name: record(found, LOADS[name]) for name in loads}
 
 
-def run(quick: bool) -> Report:
-    recorded = streams()
-    rows: list[dict[str, Any]] = []
-    times: dict[int, list[float]] = {level: [] for level in LEVELS}
-    ours: list[float] = []
-    changing: dict[str, list[float]] = {"ours": [], **{str(level): [] for level in LEVELS}}
+@dataclass(frozen=True)
+class Cell:
+    """One recorded stream in one scene; seconds until all of it was at the target."""
+
+    load: str
+    scene: str
+    ours: float
+    oracle: float
+    fixed: dict[int, float]
+    """By level."""
+    changes: int
+
+
+def cells(recorded: dict[str, list[bytes]], quick: bool) -> Iterator[Cell]:
+    """Every recorded stream in every scene."""
     for load, batches in recorded.items():
         if quick:
             batches = batches[: len(batches) // 3]
@@ -219,30 +228,40 @@ def run(quick: bool) -> Report:
         tables = {level: fixed(batches, level) for level in LEVELS}
         for name, (link, cpu) in scenes(quick).items():
             took = {level: play(costs, link, cpu) for level, costs in tables.items()}
-            best = min(took, key=lambda level: took[level])
-            knowing = oracle(tables, link, cpu)
             mine, changes = controlled(batches, profile, link, cpu)
+            yield Cell(load, name, mine, oracle(tables, link, cpu), took, changes)
+
+
+def run(quick: bool) -> Report:
+    rows: list[dict[str, Any]] = []
+    times: dict[int, list[float]] = {level: [] for level in LEVELS}
+    ours: list[float] = []
+    changing: dict[str, list[float]] = {"ours": [], **{str(level): [] for level in LEVELS}}
+    for cell in cells(streams(), quick):
+        took = cell.fixed
+        best = min(took, key=lambda level: took[level])
+        least = min(took[best], cell.oracle)
+        for level in LEVELS:
+            times[level].append(took[level] / least)
+        ours.append(cell.ours / least)
+        if "core" not in cell.scene:
+            changing["ours"].append(cell.ours)
             for level in LEVELS:
-                times[level].append(took[level] / min(took[best], knowing))
-            ours.append(mine / min(took[best], knowing))
-            if "core" not in name:
-                changing["ours"].append(mine)
-                for level in LEVELS:
-                    changing[str(level)].append(took[level])
-            rows.append(
-                {
-                    "ratio": ours[-1],
-                    "load": load,
-                    "scene": name,
-                    "ours s": mine,
-                    "best fixed s": took[best],
-                    "level": best,
-                    "oracle s": knowing,
-                    "level 5 s": took[5],
-                    "worst s": max(took.values()),
-                    "changes": changes,
-                }
-            )
+                changing[str(level)].append(took[level])
+        rows.append(
+            {
+                "ratio": ours[-1],
+                "load": cell.load,
+                "scene": cell.scene,
+                "ours s": cell.ours,
+                "best fixed s": took[best],
+                "level": best,
+                "oracle s": cell.oracle,
+                "level 5 s": took[5],
+                "worst s": max(took.values()),
+                "changes": cell.changes,
+            }
+        )
     mean = {level: sum(found) / len(found) for level, found in times.items()}
     single = min(mean, key=lambda level: mean[level])
     mine = sum(ours) / len(ours)

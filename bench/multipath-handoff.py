@@ -11,13 +11,13 @@ MEMORY_MIB = 64
 RTT_MS = 20
 
 
-def one(stage: Any, source: str, target: str, paths: int, seed: int) -> dict[str, Any]:
+def one(stage: Any, source: str, target: str, paths: int, seed: int, memory_mib: int = MEMORY_MIB) -> dict[str, Any]:
     from haulier.lab.clients import Workload
     from haulier.lab.scenario import GUEST_ADDRESS
 
     stage.route(source)
     work = {"random_share": 1.0, "pages_per_s": 20, "hot_pages": 100, "files_per_s": 0.1, "file_kib": 16}
-    Workload(stage.lab, "client", GUEST_ADDRESS).start(MEMORY_MIB, seed=seed, **work)
+    Workload(stage.lab, "client", GUEST_ADDRESS).start(memory_mib, seed=seed, **work)
     links = stage.lab.links_between("oslo", "lisbon")
     before = [sum(stage.lab.wire_bytes(link)) for link in links]
     stage.lab.link(links[1]).set(up=paths == 2)

@@ -31,14 +31,16 @@ from haulier.units import CHUNK  # noqa: E402
 SOURCES = ("one", "two", "three")
 
 
-def take(root: Path, wanted: Path, names: list[str]) -> dict[str, Any]:
-    """At the target: fetch into an empty store; what came by when."""
+def take(root: Path, wanted: Path, names: list[str], cached: float = 0.0) -> dict[str, Any]:
+    """At the target: fetch into a store that has the first `cached` of them (0 to 1) already; what came by when."""
     site = Site.load(root)
     raw = wanted.read_bytes()
     fps = [raw[at : at + 32] for at in range(0, len(raw), 32)]
     came: list[tuple[float, int]] = []
-    began = time.monotonic()
     with ChunkStore(root / f"bench-{time.monotonic_ns()}") as store:
+        if there := fps[: round(cached * len(fps))]:
+            fetch(there, sources_of(site, only=names), store)
+        began = time.monotonic()
         report = fetch(
             fps,
             sources_of(site, only=names),
@@ -54,8 +56,8 @@ def take(root: Path, wanted: Path, names: list[str]) -> dict[str, Any]:
     }
 
 
-def at_target(made: Fleet, wanted: Path, names: list[str]) -> subprocess.Popen[str]:
-    words = [sys.executable, str(HERE / "multisource.py"), str(made["target"].root), str(wanted), *names]
+def at_target(made: Fleet, wanted: Path, names: list[str], cached: float = 0.0) -> subprocess.Popen[str]:
+    words = [sys.executable, str(HERE / "multisource.py"), str(made["target"].root), str(wanted), f"{cached:g}", *names]
     process: subprocess.Popen[str] = made.lab.popen("target", words, stdout=subprocess.PIPE, text=True)
     return process
 
@@ -65,8 +67,16 @@ def result(process: subprocess.Popen[str]) -> dict[str, Any]:
     return dict(json.loads(out.splitlines()[-1]))
 
 
-def one(made: Fleet, wanted: Path, names: list[str], kill: LabSite | None = None, at: float = 0) -> dict[str, Any]:
-    process = at_target(made, wanted, names)
+def one(
+    made: Fleet,
+    wanted: Path,
+    names: list[str],
+    kill: LabSite | None = None,
+    at: float = 0,
+    *,
+    cached: float = 0.0,
+) -> dict[str, Any]:
+    process = at_target(made, wanted, names, cached)
     if kill is not None:
         # The whole process goes without a word, as in a crash.
         timer = threading.Timer(at, kill.kill_agent, (signal.SIGKILL,))
@@ -146,4 +156,4 @@ def _row(what: str, ratio: float, rate: float, found: dict[str, Any]) -> dict[st
 
 
 if __name__ == "__main__":
-    print(json.dumps(take(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])), flush=True)
+    print(json.dumps(take(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4:], float(sys.argv[3]))), flush=True)
