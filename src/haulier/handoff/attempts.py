@@ -21,7 +21,9 @@ import msgspec
 from haulier.agent.site import Site, check_name, write_atomically
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Corrupt, HaulierError
+from haulier.guests.model import GuestSpec
 from haulier.handoff import sparsefile
+from haulier.handoff.messages import Job
 from haulier.memory.base import MemoryBase
 from haulier.memory.salvage import salvage
 from haulier.units import PAGE
@@ -55,6 +57,20 @@ def _directory(site: Site, guest: str, peer: str) -> Path:
 def manifest_of(guest: str) -> str:
     """Name of the manifest of the disk, as far as it came."""
     return MANIFESTS + guest
+
+
+def is_attempt(picture: str) -> bool:
+    """Whether an id is that of a picture that an attempt left behind."""
+    return picture.startswith(PREFIX)
+
+
+def keep_of(site: Site, job: Job, spec: GuestSpec, base: MemoryBase | None, kind: str) -> None:
+    """Has the next attempt start from what this worker has of a guest's memory; see `keep`. Not for containers."""
+    mirror = site.mirror(job.handoff)
+    if spec.container is None:
+        meta = Attempt(handoff=job.handoff, guest=spec.name, uuid=spec.uuid, peer=job.peer, kind=kind)
+        keep(site, meta, mirror, base)
+    mirror.unlink(missing_ok=True)
 
 
 def keep(site: Site, meta: Attempt, mirror: Path, base: MemoryBase | None) -> bool:

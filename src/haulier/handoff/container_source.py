@@ -13,7 +13,6 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,12 +33,11 @@ from haulier.containers.queues import Queues
 from haulier.containers.tree import Tree
 from haulier.containers.upper import UpperRounds, load_signatures, mapped_for_writing
 from haulier.disks.transfer import DiskSender
-from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError, Unsupported
-from haulier.handoff import clients, retained
-from haulier.handoff.messages import Accept, Arrived, Channel, Finish, Prepared, PrepareMemory, Running
-from haulier.handoff.residence import container_paths, images_dir, incoming_name, retire
+from haulier.errors import Corrupt, GuestError, HandoffFailed, PeerError, Unsupported
+from haulier.handoff import retained
+from haulier.handoff.messages import Accept, Arrived, Channel, Prepared, PrepareMemory
+from haulier.handoff.residence import container_paths, images_dir, incoming_name
 from haulier.handoff.source import SourceHandoff
-from haulier.images.layers import INSTANCE
 from haulier.memory.picture import PictureSource
 from haulier.units import BLOCKS_PER_CHUNK, PAGE
 
@@ -74,6 +72,8 @@ class ContainerSource(SourceHandoff):
     _ready = False
     _frozen = False
     _files: CheckpointSender
+    _streams = False
+    """Its picture is made from its processes, later."""
     _probe_bytes = 0
     """Its pages tell the link's rate soon enough, and a small container has hardly more of them than a probe takes."""
 
@@ -177,9 +177,6 @@ class ContainerSource(SourceHandoff):
             yield self.lower + number, data
 
     # -- memory ----------------------------------------------------------------------------------------------------
-
-    def _prepare_memory_for(self, picture: str, again: bool) -> None:
-        """Its picture is made from its processes, later."""
 
     def _start_memory(self, accept: Accept) -> None:
         assert self._session is not None and self._control is not None
@@ -395,84 +392,31 @@ class ContainerSource(SourceHandoff):
 
     def _finish(self) -> None:
         """It runs at the target: keeps what serves the way back, clears away the frozen processes."""
-        assert self._picture is not None and self._sender is not None and self._session is not None
+        assert self._picture is not None and self._sender is not None
         done = time.time()
-        if "running" not in self._marks and self._control is not None:
-            with contextlib.suppress(HaulierError):
-                self._marks["running"] = self._control.wait(Running, 3).at - self._control.clock_offset
-        self._observe()
-        name = retained.memory_id(self.spec.uuid, self._epoch, self._arrived.stream_digest)
         places = self._places.encode()
-        with contextlib.suppress(PeerError):
-            if self._control is not None:
-                self._control.send(Finish(name, places))
-        self.progress.phase("finish", "clearing away")
+        name = self._say_finish(places)
         self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest)
         self.report.update(self._figures(done))
         self._picture.keep()
         self._picture.close()
-        meta = retained.Retained(
-            id=name,
-            guest=self.spec.name,
-            uuid=self.spec.uuid,
-            epoch=self._epoch,
-            manifest=self._sender.manifest.digest.hex(),
-        )
-        retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
-        retained.keep_places(self.site, self.spec.name, places)
-        retire(self.site, self.spec.name, self.job.handoff)
-        clients.gone(self.site, self.spec.name)
-        self.journal.advance(self.spec.name, "away", "away", manifest="")
+        self._left(name, places)
 
     def _figures(self, done: float) -> dict[str, Any]:
-        assert self._picture is not None and self._sender is not None and self._session is not None
-        marks = self._marks
-        running = marks.get("running", done)
-        check_s = float(self.report.get("check", {}).get("seconds", 0.0))
-        return {
-            "handoff": self.job.handoff,
-            "guest": self.spec.name,
+        assert self._picture is not None
+        counters = self._picture.counters
+        return self._told(done, (*MARKS, "token", "running"), counters.wire_bytes + self._files.wire_bytes) | {
             "kind": "container",
-            "source": self.site.name,
-            "target": self.job.peer,
-            "epoch": self._epoch,
-            "outcome": "done",
-            "total_s": round(running - marks["begin"], 4),
-            "until_released_s": round(done - marks["begin"], 4),
-            "downtime_ms": round((running - marks["stop"] - check_s) * 1000, 1),
-            "check_ms": round(check_s * 1000, 1),
             "trial_ms": round(self._trial_s * 1000, 1),
-            "stopped_at": marks["stop"],
-            "running_at": running,
-            "clock_offset_s": self._control.clock_offset if self._control else 0.0,
-            "switchover_ms": {
-                key: round((marks[key] - marks["stop"]) * 1000, 1)
-                for key in (*MARKS, "token", "running")
-                if key in marks
-            },
-            "wire": self._wire(),
-            "rate_bps": self._rate,
-            "rtt_s": self._session.rtt_s(),
             "memory": {
-                "raw_bytes": self._picture.counters.raw_bytes,
-                "wire_bytes": self._picture.counters.wire_bytes,
+                "raw_bytes": counters.raw_bytes,
+                "wire_bytes": counters.wire_bytes,
                 "checkpoint_bytes": self._files.wire_bytes,
                 "late_pages": self._late_pages,
                 "rounds": self._memory_rounds,
-                "kinds": self._picture.counters.as_dict(),
+                "kinds": counters.as_dict(),
             },
-            "timeline": self._timeline,
-            "disk": {"rounds": self._disk_rounds, "origin": self._sender.counters.as_dict()},
-            "layers": self._by_layer(self._sender),
         }
-
-    def _by_layer(self, sender: DiskSender) -> dict[str, dict[str, int]]:
-        """What each layer is large and what was sent of it; processes and connections count as instance."""
-        assert self._picture is not None
-        sizes = self._split.sizes(sender.manifest.unique())
-        found = {name: {"bytes": size, **asdict(sender.layers[name])} for name, size in sizes.items()}
-        found[INSTANCE]["memory_wire_bytes"] = self._picture.counters.wire_bytes + self._files.wire_bytes
-        return found
 
     _late_pages = 0
 

@@ -39,6 +39,7 @@ DELIVERED_S = 120.0
 class PrefetchSource(SourceHandoff):
     """One prefetch at the guest's site. `run` returns the report; the guest runs on here whatever happens."""
 
+    _streams = False
     _proxy: SourceProxy | None = None
 
     def run(self) -> dict[str, Any]:
@@ -65,11 +66,10 @@ class PrefetchSource(SourceHandoff):
         self._preflight()
         if self.spec.container is not None:
             raise Unsupported(f"guest {self.job.guest!r} is a container, which cannot be prefetched: hand it over")
-        offer = self._offer_of(record_of(self.row).last + 1)
-        with self._preparing():
-            accept = self.peer.prefetch(offer)
+        offer = self._prepare(record_of(self.row).last + 1)
+        accept = self.peer.prefetch(offer)
         self._connect(offer, accept)
-        self._prepare_for(accept)
+        self._settle(accept)
         sender = self._make_sender(accept)
         self._first_disk(sender, None)
         self._begin_memory(accept)
@@ -85,9 +85,6 @@ class PrefetchSource(SourceHandoff):
 
     def _stretch(self, there: str) -> None:
         """The guest goes nowhere."""
-
-    def _prepare_memory_for(self, picture: str, again: bool) -> None:
-        """There is no stream to be early for."""
 
     def _begin_memory(self, accept: Accept) -> None:
         assert self._control is not None
@@ -189,7 +186,7 @@ class PrefetchSource(SourceHandoff):
             except HaulierError as wrong:
                 log.info("the other end of a prefetch: %s", wrong)
             sent, received = self._session.wire_bytes()
-            self.report.update(self._told(sent, received))
+            self.report.update(self._sent_ahead(sent, received))
         if self._proxy is not None:
             self.report["memory"] = {
                 "wire_bytes": self._proxy.counters.wire_bytes,
@@ -200,7 +197,7 @@ class PrefetchSource(SourceHandoff):
         self._store.drop_lease(lease_of(self.job.handoff))
         self._close()
 
-    def _told(self, sent: int, received: int) -> dict[str, Any]:
+    def _sent_ahead(self, sent: int, received: int) -> dict[str, Any]:
         return {
             "handoff": self.job.handoff,
             "guest": self.spec.name,

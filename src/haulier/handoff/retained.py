@@ -98,7 +98,7 @@ def open_base(site: Site, guest: str, uuid: str, picture: str) -> MemoryBase | N
         return None
     if picture.startswith(GOLDEN):
         return MemoryBase.from_mapped_ram(site.golden / picture.removeprefix(GOLDEN) / "memory")
-    if picture.startswith(attempts.PREFIX):
+    if attempts.is_attempt(picture):
         return attempts.open_base(site, guest, picture)
     kept = find(site, guest, uuid)
     if kept is None or kept.id != picture:

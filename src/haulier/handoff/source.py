@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import msgspec
 
 from haulier.agent.site import Site
-from haulier.chunks.blocks import BlockIndex, BlockSpace, StoreBlockFinder
+from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.compress.stream import level_for
 from haulier.disks.export import DiskExport
@@ -26,7 +25,6 @@ from haulier.disks.heat import hot_chunks, pack
 from haulier.disks.rounds import DiskRounds, Round
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
-from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
 from haulier.guests.qmp import Event as QmpEvent
 from haulier.handoff import agreeing, attempts, clients, foretold, retained
@@ -44,7 +42,7 @@ from haulier.handoff.convergence import (
     switchover_bandwidth,
     window,
 )
-from haulier.handoff.custody import Happened, happen
+from haulier.handoff.figures import by_layer, times
 from haulier.handoff.footprint import footprint
 from haulier.handoff.journal import Journal
 from haulier.handoff.measures import AUTO_CONVERGE, HELD_BACK, Kind, Measure, Measures, advice, throttled
@@ -61,30 +59,25 @@ from haulier.handoff.messages import (
     Job,
     MemoryReady,
     Offer,
-    Own,
     PrepareMemory,
     Running,
     Status,
     Stretched,
 )
-from haulier.handoff.ownership import Action, Event
+from haulier.handoff.offering import connect, make_offer
+from haulier.handoff.preparing import Preparation, foreseeable
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import guest_paths, incoming_name, lease_of, pin_name, retire, spec_of
-from haulier.handoff.shared import blocks_of, golden_manifest, images_by_digest
-from haulier.images import common
-from haulier.images.layers import INSTANCE, LAYERS, chain, split_of
-from haulier.memory.ahead import AheadReader
+from haulier.handoff.token import RESTART_S, OwnPeer, Token
+from haulier.images.layers import LAYERS, split_of
 from haulier.memory.base import MemoryBase
-from haulier.memory.proxy import SourceProxy
 from haulier.network import paths as networks
-from haulier.session import Session, TlsConfig
+from haulier.session import Session
 from haulier.units import CHUNK, PAGE
 
 log = logging.getLogger(__name__)
 
 CONNECT_S = 60.0
-RESTART_S = 5.0
-"""How long an agent may take to start again."""
 DRAIN_S = 1.5
 MAX_BANDWIDTH = 1 << 30
 """bytes/s: QEMU never paces itself, the window does."""
@@ -108,22 +101,19 @@ QUIET_DISK = 256 * 1024
 """Wire bytes of a disk round below which memory may start."""
 
 
-class Peer(Protocol):
+class Peer(OwnPeer, Protocol):
     """The target's agent, as far as a worker talks to it."""
 
     def offer(self, offer: Offer) -> Accept: ...
     def prefetch(self, offer: Offer) -> Accept: ...
-    def own(self, guest: str, event: str, epoch: int, handoff: str = "") -> list[tuple[str, int]]: ...
-
-
-_Memory = tuple[str, MemoryBase | None, SourceProxy, AheadReader]
-"""Which picture of memory to start from, that picture, and what sends the rest."""
 
 
 class SourceHandoff:
     """One handoff at its source. `run` returns the report; raises what went wrong, with the guest running here."""
 
     _probe_bytes = PROBE_BYTES
+    _streams = True
+    """Memory comes as QEMU's stream: what sends it can be made ready before the target has answered."""
 
     def __init__(self, site: Site, journal: Journal, job: Job, peer: Peer, cancelled: threading.Event) -> None:
         self.site, self.journal, self.job, self.peer = site, journal, job, peer
@@ -142,12 +132,8 @@ class SourceHandoff:
         self._control: Control | None = None
         self._pump: MemoryPump | None = None
         self._rounds: DiskRounds | None = None
-        self._prepared: Future[tuple[BlockIndex, BlockSpace]]
-        self._memory_ready: Future[_Memory] | None = None
+        self._preparation: Preparation | None = None
         self._sender: DiskSender | None = None
-        self._began = False
-        self._granted = False
-        self._refused = False
         self._ending = False
         self._rate = 0.0
         self._rates = RecentMost()
@@ -166,6 +152,7 @@ class SourceHandoff:
         self._spender: networks.Spender | None = None
         self.left_alone = threading.Event()
         """The other site's worker is gone, by the word of its agent: set from outside."""
+        self._token = Token(journal, job, site.name, peer, self.left_alone)
 
     # -- the whole of it -------------------------------------------------------------------------------------------
 
@@ -175,7 +162,7 @@ class SourceHandoff:
         try:
             self._hand_over()
         except BaseException as error:
-            if self._granted and not self._refused:
+            if self._token.passed:
                 raise
             self._back_out(error)
             raise
@@ -201,7 +188,7 @@ class SourceHandoff:
         with ThreadPoolExecutor(1, thread_name_prefix="begin-rounds") as pool:
             begun = pool.submit(self._begin_rounds) if accept.complete else None
             self._connect(offer, accept)
-            self._prepare_for(accept)
+            self._settle(accept)
         first = begun.result() if begun is not None else None
         sender = self._make_sender(accept)
         early = first is not None and len(first.dirty) * DISK_CHUNK_WIRE < SMALL_DISK
@@ -226,9 +213,9 @@ class SourceHandoff:
 
     def _check(self) -> None:
         """Raises whatever stands against going on."""
-        if self._cancelled.is_set() and not self._granted:
+        if self._cancelled.is_set() and not self._token.granted:
             raise Cancelled(f"handoff of {self.job.guest!r} cancelled; the guest runs on at site {self.site.name!r}")
-        if self.left_alone.is_set() and not self._granted:
+        if self.left_alone.is_set() and not self._token.granted:
             raise HandoffFailed(
                 f"the worker at site {self.job.peer!r} is gone; guest {self.job.guest!r} runs on at "
                 f"{self.site.name!r}: see the worker's log there"
@@ -239,7 +226,7 @@ class SourceHandoff:
                 raise error
             raise GuestError(f"the memory of guest {self.job.guest!r} broke off ({error}): see its qemu.log") from error
         deadline = self.job.options.deadline_s
-        if deadline and not self._granted and time.time() - self._marks["begin"] > deadline:
+        if deadline and not self._token.granted and time.time() - self._marks["begin"] > deadline:
             raise HandoffFailed(
                 f"guest {self.job.guest!r} was not at site {self.job.peer!r} within {deadline:g} s; it runs on at "
                 f"{self.site.name!r}: allow more time, or let it write less"
@@ -296,70 +283,35 @@ class SourceHandoff:
             raise GuestError(f"guest {self.job.guest!r} is {state}, not running: 'haulier guest show' tells more")
 
     def _offer(self) -> tuple[Offer, Accept]:
-        happened = happen(
-            self.journal, self.job.guest, Event.BEGIN, decided=True, changes={"handoff": self.job.handoff}
-        )
-        self._began = True
-        self._epoch = happened.after.pending
-        self.journal.update_handoff(self.job.handoff, epoch=self._epoch)
-        offer = self._offer_of(self._epoch)
-        with self._preparing() as pool:
-            first = next(iter(offer.memory_bases), attempts.PREFIX)
-            if offer.golden and not first.startswith(attempts.PREFIX):
-                self._memory_ready = pool.submit(self._prepare_early, first)
-            return offer, self.peer.offer(offer)
+        self._epoch = self._token.begin()
+        offer = self._prepare(self._epoch)
+        first = foreseeable(offer.memory_bases, offer.golden)
+        if first is not None and self._streams:
+            assert self._preparation is not None
+            self._preparation.foresee(first)
+        return offer, self.peer.offer(offer)
 
-    @contextlib.contextmanager
-    def _preparing(self) -> Iterator[ThreadPoolExecutor]:
-        """What both sites hold is indexed while the target looks at the offer; what is given to the pool follows."""
-        with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
-            self._prepared = pool.submit(self._prepare_index)
-            yield pool
-
-    def _offer_of(self, epoch: int) -> Offer:
+    def _prepare(self, epoch: int) -> Offer:
+        """The offer; what both sites hold is indexed from here on, while the target looks at it."""
         manifest = self._manifest = self._store.load_manifest(self.row.manifest)
-        return Offer(
-            handoff=self.job.handoff,
-            source=self.site.name,
-            spec=self.row.spec,
-            epoch=epoch,
-            secret=secrets.token_hex(32),
-            manifest=manifest.digest.hex(),
-            disk_bytes=len(manifest.unique()) * 65536,
-            memory_bases=tuple(retained.candidates(self.site, self.spec.name, self.spec.uuid, self.spec.golden)),
-            images=self._held_images(),
-            golden=golden_manifest(self._store, self.spec.golden) is not None,
-            accelerator=self._accelerator(),
-            host=self._host(),
-            options=msgspec.structs.replace(self.job.options, transport=self._transport),
-        )
+        self._preparation = Preparation(self.site, self._store, self.job.handoff, self.spec, manifest)
+        offer = make_offer(self.site, self._store, self.job, self.row, manifest, epoch)
+        options = msgspec.structs.replace(self.job.options, transport=self._transport)
+        return msgspec.structs.replace(offer, accelerator=self._accelerator(), host=self._host(), options=options)
 
-    def _held_images(self) -> tuple[str, ...]:
-        """What the target may hold as well, those that the guest was made from first."""
-        here = common.held(self._store)
-        mine: list[str] = []
-        with contextlib.suppress(HaulierError):
-            names = chain(self._store, self.spec.image)[::-1]
-            mine = [self._store.load_manifest(f"image/{name}").digest.hex() for name in names]
-        return common.choose(here, here, mine)
+    def _settle(self, accept: Accept) -> None:
+        assert self._preparation is not None
+        self._preparation.settle(accept, memory=self._streams)
+
+    @property
+    def _finder(self) -> StoreBlockFinder:
+        assert self._preparation is not None
+        return self._preparation.finder
 
     def _connect(self, offer: Offer, accept: Accept) -> None:
         self.progress.phase("connect", f"connecting to {self.job.peer}")
-        site = self.site
-        mptcp = self._transport == "mptcp"
-        ways = networks.find(accept.bulk, accept.port, site.paths, explore=site.explores, uplinks=mptcp)
-        mptcp = mptcp and len(ways) > 1
-        if mptcp:
-            # What it is missing, the count of subflows will show; the session then has a connection for each path.
-            missing = self._host_network.enter_context(networks.spread(ways, site.run))
-            if missing:
-                log.warning("MPTCP is not set up at site %s: %s", site.name, missing)
-        session = self._session = Session.connect(
-            TlsConfig(site.certificate, site.key, site.ca_certificate, self.job.peer),
-            bytes.fromhex(offer.secret),
-            peers=[way.address(accept.port) for way in ways],
-            mptcp=mptcp,
-        )
+        session, ways = connect(self.site, self.job.peer, offer, accept, self._host_network)
+        self._session = session
         options = self.job.options
         self._spender = networks.Spender(options.paths, options.deadline_s, [way.rule.cost for way in ways])
         session.may_spend(self._spender.cost)
@@ -392,55 +344,6 @@ class SourceHandoff:
 
     # -- disk ------------------------------------------------------------------------------------------------------
 
-    def _prepare_index(self, accept: Accept | None = None) -> tuple[BlockIndex, BlockSpace]:
-        """What both sites hold, block by block; until the target has answered, as it most probably is."""
-        golden = golden_manifest(self._store, self.spec.golden) if accept is None or accept.golden else None
-        images = images_by_digest(self._store, accept.images) if accept is not None else []
-        ready = self.site.golden / self.spec.golden / "blocks.idx"
-        return blocks_of(self._store, self._manifest, golden, ready, images)
-
-    def _prepare_memory(self, picture: str, base: MemoryBase | None) -> _Memory:
-        """What memory needs before it can begin, from the picture `base`."""
-        self._finder = StoreBlockFinder(*self._prepared.result())
-        if self._sender is not None:
-            self._finder.index = self._sender.index
-        proxy = SourceProxy(self.site.mirror(self.job.handoff), base, self._finder, clock=time.thread_time)
-        try:
-            ahead = AheadReader(self.paths.ram, RAM_ID)
-            if (mirror := proxy.prepare()) is not None and RAM_ID in mirror.first:
-                ahead.plan(mirror, proxy.finder)
-        except BaseException:
-            proxy.close()
-            raise
-        return picture, base, proxy, ahead
-
-    def _prepare_early(self, picture: str) -> _Memory:
-        """While the target thinks about the offer, for what it will most probably start from."""
-        base = retained.open_base(self.site, self.spec.name, self.spec.uuid, picture)
-        return self._prepare_memory(picture, base)
-
-    def _prepare_for(self, accept: Accept) -> None:
-        """Now the target has said what it has: keeps what was prepared for just that, or prepares again."""
-        again = not accept.golden or bool(accept.images)
-        if again:
-            self._prepared = Future()
-            self._prepared.set_result(self._prepare_index(accept))
-        self._finder = StoreBlockFinder(*self._prepared.result())
-        self._prepare_memory_for(accept.memory_base, again)
-
-    def _prepare_memory_for(self, picture: str, again: bool) -> None:
-        if self._memory_ready is not None and not again:
-            with contextlib.suppress(HaulierError, OSError):
-                found, _, proxy, _ = self._memory_ready.result()
-                if found == picture:
-                    assert isinstance(proxy.finder, StoreBlockFinder)
-                    self._finder = proxy.finder
-                    return
-        self._drop_memory()
-        if not picture.startswith(attempts.PREFIX):
-            self._memory_ready = Future()
-            self._memory_ready.set_result(self._prepare_early(picture))
-
     def _begin_rounds(self) -> Round | None:
         """From here on the guest is touched: QEMU notes what it writes."""
         self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
@@ -451,13 +354,13 @@ class SourceHandoff:
         assert session is not None
         self.progress.phase("disk", "sending the base and application layers that the target lacks")
         self._store.add_lease(lease_of(self.job.handoff))
-        index, space = self._prepared.result()
+        finder = self._finder
         self._split = split_of(self._store, self.spec.image, self.spec.golden, self.spec.uuid)
         sender = self._sender = DiskSender(
             self._store,
             self._manifest,
-            space,
-            index,
+            finder.space,
+            finder.index,
             lambda data: session.send(Channel.DISK, data),
             lease_of(self.job.handoff),
             level=level_for(self._rate),
@@ -465,7 +368,7 @@ class SourceHandoff:
             order=LAYERS,
         )
         # What the target turns out to lack is hidden there.
-        self._finder.index = sender.index
+        finder.index = sender.index
         session.on(Channel.DISK, sender.handle)
         return sender
 
@@ -554,20 +457,20 @@ class SourceHandoff:
         assert self._session is not None and self._control is not None
         if not accept.manifest:
             self._control.send(PrepareMemory(accept.memory_base))
-        made = self._memory_ready
-        if made is None:
-            # A picture of an attempt: first both sites agree on what it holds.
+        assert self._preparation is not None
+        if attempts.is_attempt(accept.memory_base):
             base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
             self.report["given_up_pages"] = agreeing.at_source(base, accept.memory_base, self._control)
-            made = self._memory_ready = Future()
-            made.set_result(self._prepare_memory(accept.memory_base, base))
-        _, self._base, proxy, ahead = made.result()
+            made = self._preparation.memory_on(accept.memory_base, base)
+        else:
+            made = self._preparation.memory()
+        self._base, proxy = made.base, made.proxy
         self.progress.status.memory_base = accept.memory_base
         if not self.job.options.level:
             self._adapting = Adapting(profile_of(self.site), self._rate or 10e6, self.site.cpu_cap)
         proxy.set_level(self._adapting.level if self._adapting is not None else self.job.options.level)
         ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._pump = MemoryPump(ours, proxy, self._session, self._window, ahead, self._adapting)
+        self._pump = MemoryPump(ours, proxy, self._session, self._window, made.ahead, self._adapting)
         self._pump.widen(qemus)
         qemu = self.qemu
         # Capabilities stay set from whatever this QEMU did before, so those that must be off are named too.
@@ -759,70 +662,16 @@ class SourceHandoff:
 
     def _pass_token(self) -> None:
         assert self._control is not None
-        control = self._control
         self._check()
-        # From the next line on this site never runs the guest again, unless the target refuses.
-        happened = happen(self.journal, self.job.guest, Event.GRANT, decided=True)
-        self._granted = True
-        self._send(happened)
+        self._token.grant(self._control)
         self._marks["token"] = time.time()
         clients.left(self.site, self.job.guest)
         self.progress.phase("token", "the guest is the target's")
-        while True:
-            try:
-                news = control.next(1.0)
-                if isinstance(news, Exception):
-                    raise news
-                if news is None and self.left_alone.is_set():
-                    raise PeerError("its worker is gone")
-            except HaulierError as error:
-                if not self._ask_agent():
-                    raise HandoffFailed(
-                        f"the token for {self.job.guest!r} is on its way to site {self.job.peer!r}, which is not heard "
-                        f"({error}); the agents go on asking, 'haulier status' shows the result"
-                    ) from error
-                return
-            if news is None:
-                self._send(happen(self.journal, self.job.guest, Event.RETRY))
-            elif isinstance(news, Running):
-                self._marks["running"] = news.at - control.clock_offset
-            elif isinstance(news, Own) and self._settled(Event(news.event), news.epoch):
-                return
+        self._token.settle(self._control, self._runs)
 
-    def _settled(self, event: Event, epoch: int) -> bool:
-        happened = happen(
-            self.journal,
-            self.job.guest,
-            event,
-            epoch,
-            changes={"owner": self.job.peer, "wanted": ""} if event is Event.TOOK else None,
-        )
-        self._send(happened)
-        if Action.RETIRE in happened.actions:
-            return True
-        if Action.RESUME in happened.actions:
-            self._refused = True
-            raise HandoffFailed(
-                f"site {self.job.peer!r} refused the token; guest {self.job.guest!r} runs on at {self.site.name!r}"
-            )
-        return False
-
-    def _ask_agent(self) -> bool:
-        """The session is gone with the token on its way: asks the target's agent for a while."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            with contextlib.suppress(PeerError):
-                for event, epoch in self.peer.own(self.job.guest, Event.TOKEN.value, self._epoch, self.job.handoff):
-                    if self._settled(Event(event), epoch):
-                        return True
-            time.sleep(0.5)
-        return False
-
-    def _send(self, happened: Happened) -> None:
-        assert self._control is not None
-        for event, epoch in happened.messages():
-            with contextlib.suppress(PeerError):
-                self._control.own(event, epoch)
+    def _runs(self, at: float) -> None:
+        """The target's worker said when the guest ran there, seconds of this host's clock."""
+        self._marks["running"] = at
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -830,15 +679,7 @@ class SourceHandoff:
         """The guest runs at the target: keeps what serves the way back, clears away the rest, writes the report."""
         assert self._pump is not None and self._sender is not None and self._session is not None
         done = time.time()
-        if "running" not in self._marks and self._control is not None:
-            with contextlib.suppress(HaulierError):
-                self._marks["running"] = self._control.wait(Running, 3).at - self._control.clock_offset
-        self._observe()
-        name = retained.memory_id(self.spec.uuid, self._epoch, self._arrived.stream_digest)
-        with contextlib.suppress(PeerError):
-            if self._control is not None:
-                self._control.send(Finish(name))
-        self.progress.phase("finish", "clearing away")
+        name = self._say_finish()
         self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest, partial=True)
         proxy = self._pump.proxy
         self.report.update(self._figures(done))
@@ -847,27 +688,42 @@ class SourceHandoff:
         self._pump.close()
         proxy.keep()
         proxy.close()
+        self.qemu.close()
+        self._left(name)
+
+    def _say_finish(self, places: bytes = b"") -> str:
+        """Lets the target's worker end; the id of the picture of memory that both keep."""
+        assert self._control is not None
+        if "running" not in self._marks:
+            with contextlib.suppress(HaulierError):
+                self._runs(self._control.wait(Running, 3).at - self._control.clock_offset)
+        self._observe()
+        name = retained.memory_id(self.spec.uuid, self._epoch, self._arrived.stream_digest)
+        with contextlib.suppress(PeerError):
+            self._control.send(Finish(name, places))
+        self.progress.phase("finish", "clearing away")
+        return name
+
+    def _left(self, picture: str, places: bytes | None = None) -> None:
+        """Keeps the picture of memory (and where a container's pages lie in it), and takes away what ran here."""
+        assert self._sender is not None
         meta = retained.Retained(
-            id=name,
+            id=picture,
             guest=self.spec.name,
             uuid=self.spec.uuid,
             epoch=self._epoch,
             manifest=self._sender.manifest.digest.hex(),
         )
         retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
-        self.qemu.close()
+        if places is not None:
+            retained.keep_places(self.site, self.spec.name, places)
         retire(self.site, self.spec.name, self.job.handoff)
         clients.gone(self.site, self.spec.name)
         self.journal.advance(self.spec.name, "away", "away", manifest="")
 
-    def _figures(self, done: float) -> dict[str, Any]:
-        assert self._pump is not None and self._sender is not None and self._session is not None
-        marks = self._marks
-        begin, stop = marks["begin"], marks["stop"]
-        running = marks.get("running", done)
-        check_s = float(self.report.get("check", {}).get("seconds", 0.0))
-        counters = self._pump.proxy.counters
-        ram = self.qemu.query_migrate().get("ram", {})
+    def _told(self, done: float, marks: Sequence[str], state_bytes: int) -> dict[str, Any]:
+        """What the report says of a handoff that is done, whatever moved."""
+        assert self._control is not None and self._session is not None and self._sender is not None
         return {
             "handoff": self.job.handoff,
             "guest": self.spec.name,
@@ -875,38 +731,37 @@ class SourceHandoff:
             "target": self.job.peer,
             "epoch": self._epoch,
             "outcome": "done",
-            "accelerator": self.qemu.accel,
-            "memory_base": self.progress.status.memory_base,
-            "total_s": round(running - begin, 4),
-            "until_released_s": round(done - begin, 4),
-            "downtime_ms": round((running - stop - check_s) * 1000, 1),
-            "check_ms": round(check_s * 1000, 1),
-            "stopped_at": stop,
-            "running_at": running,
-            "clock_offset_s": self._control.clock_offset if self._control else 0.0,
-            "switchover_ms": {key: round((marks[key] - stop) * 1000, 1) for key in SWITCHOVER_MARKS if key in marks},
+            **times(self._marks, done, float(self.report.get("check", {}).get("seconds", 0.0)), marks),
+            "clock_offset_s": self._control.clock_offset,
             "wire": self._wire(),
             "rate_bps": self._rate,
             "rtt_s": self._session.rtt_s(),
+            "timeline": self._timeline,
+            "disk": {"rounds": self._disk_rounds, "origin": self._sender.counters.as_dict()},
+            "layers": by_layer(self._split, self._sender, state_bytes),
+        }
+
+    def _figures(self, done: float) -> dict[str, Any]:
+        assert self._pump is not None and self._sender is not None
+        pump, proxy = self._pump, self._pump.proxy
+        ram = self.qemu.query_migrate().get("ram", {})
+        found = self._told(done, SWITCHOVER_MARKS, pump.wire)
+        found["disk"]["left_behind"] = len(self._sender.left) * CHUNK
+        return found | {
+            "accelerator": self.qemu.accel,
+            "memory_base": self.progress.status.memory_base,
             "memory": {
-                "raw_bytes": self._pump.raw,
-                "wire_bytes": self._pump.wire,
+                "raw_bytes": pump.raw,
+                "wire_bytes": pump.wire,
                 "rounds": ram.get("dirty-sync-count", 0),
                 "resent_pages": max(0, ram.get("normal", 0) - self.spec.memory_bytes // PAGE),
-                "stalled_s": round(self._pump.stalled_s, 3),
-                "kinds": counters.as_dict(),
-                "warnings": list(self._pump.proxy.warnings),
+                "stalled_s": round(pump.stalled_s, 3),
+                "kinds": proxy.counters.as_dict(),
+                "warnings": list(proxy.warnings),
             },
             "footprint": footprint(self.site.mirror(self.job.handoff)),
             "adapting": self._adapting.report() if self._adapting is not None else {},
             "measures": self._measures.taken if self._measures is not None else [],
-            "timeline": self._timeline,
-            "disk": {
-                "rounds": self._disk_rounds,
-                "origin": self._sender.counters.as_dict(),
-                "left_behind": len(self._sender.left) * CHUNK,
-            },
-            "layers": self._by_layer(self._sender),
         }
 
     def _wire(self) -> dict[str, Any]:
@@ -918,14 +773,6 @@ class SourceHandoff:
         channels = {channel.name.lower(): payload[channel] for channel in Channel if payload[channel]}
         found = {"sent": sent, "received": received, "channels": channels}
         return found | {"transport": status.transport, "paths": status.paths}
-
-    def _by_layer(self, sender: DiskSender) -> dict[str, dict[str, int]]:
-        """What each layer of the disk is large and what was sent of it; the guest's state counts as instance."""
-        assert self._pump is not None
-        sizes = self._split.sizes(sender.manifest.unique())
-        found = {name: {"bytes": size, **asdict(sender.layers[name])} for name, size in sizes.items()}
-        found[INSTANCE]["memory_wire_bytes"] = self._pump.wire
-        return found
 
     def _resume(self) -> None:
         """Makes the guest run on, whatever was being done with it."""
@@ -944,11 +791,6 @@ class SourceHandoff:
         """Lets go of what was made for sending memory."""
         if self._pump is not None:
             self._pump.close()
-        ready, self._memory_ready = self._memory_ready, None
-        if ready is not None and ready.exception() is None:
-            _, _, proxy, ahead = ready.result()
-            ahead.close()
-            proxy.close()
 
     def _back_out(self, error: BaseException) -> None:
         """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""
@@ -960,16 +802,20 @@ class SourceHandoff:
             with contextlib.suppress(HaulierError):
                 # What is on its way arrives first: the next attempt need not send it again.
                 self._session.wait_below(1, Channel.MEMORY, timeout=DRAIN_S)
-        if self._began and not self._refused:
-            happened = happen(self.journal, self.job.guest, Event.FAIL)
+        if self._token.epoch and not self._token.refused:
             if self._control is not None:
                 with contextlib.suppress(HaulierError):
                     self._control.send(failure(error))
-                self._send(happened)
+            self._token.call_off(self._control)
             if self._session is not None:
                 self._session.close(linger_s=3)
-            self._tell_agent()
+            # Where there is no session the agent may have the offer, and not have been able to say so.
+            unheard = self._token.tell_agent(0.0 if self._session is not None else RESTART_S)
+            if unheard:
+                log.info("site %s is not told that handoff %s is off: %s", self.job.peer, self.job.handoff, unheard)
         self._drop_memory()
+        if self._preparation is not None:
+            self._preparation.close()
         self._keep_attempt(error)
         with contextlib.suppress(HaulierError):
             self._store.drop_manifest(incoming_name(self.job.handoff))
@@ -977,32 +823,12 @@ class SourceHandoff:
             self._store.drop_manifest(pin_name(self.spec.name, self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
 
-    def _tell_agent(self) -> None:
-        """Calls the handoff off by way of the agents too: the worker there may not have been reached.
-
-        An agent that did not answer the offer may have taken it, and may just be starting again.
-        """
-        deadline = time.monotonic() + (RESTART_S if self._session is None else 0.0)
-        while True:
-            try:
-                self.peer.own(self.job.guest, Event.ABORT.value, self._epoch, self.job.handoff)
-                return
-            except HaulierError as error:
-                log.info("site %s cannot be told that handoff %s is off: %s", self.job.peer, self.job.handoff, error)
-                if time.monotonic() > deadline:
-                    return
-            time.sleep(0.25)
-
     def _keep_attempt(self, error: BaseException | None, kind: str = "cut") -> None:
         """The next attempt starts from what this one has sent, unless it was wrong."""
-        mirror = self.site.mirror(self.job.handoff)
-        if self.spec.container is None and not isinstance(error, Corrupt):
-            spec = self.spec
-            meta = attempts.Attempt(
-                handoff=self.job.handoff, guest=spec.name, uuid=spec.uuid, peer=self.job.peer, kind=kind
-            )
-            attempts.keep(self.site, meta, mirror, self._base)
-        mirror.unlink(missing_ok=True)
+        if isinstance(error, Corrupt):
+            self.site.mirror(self.job.handoff).unlink(missing_ok=True)
+        else:
+            attempts.keep_of(self.site, self.job, self.spec, self._base, kind)
 
     def _close(self) -> None:
         self._over.set()
@@ -1011,6 +837,8 @@ class SourceHandoff:
         if self._session is not None:
             self._session.close(linger_s=3)
         self._host_network.close()
+        if self._preparation is not None:
+            self._preparation.close()
         self._let_go()
         self._store.close()
         self.progress.write(force=True)

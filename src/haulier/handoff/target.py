@@ -356,7 +356,7 @@ class TargetHandoff:
         self.progress.status.memory_base = picture
         proxy = TargetProxy(self.site.mirror(self.job.handoff), base, max_memory=spec.memory_bytes + OTHER_MEMORY)
         # Of a picture that an attempt left, the sites have yet to agree on what it holds.
-        if not picture.startswith(attempts.PREFIX):
+        if not attempts.is_attempt(picture):
             proxy.prepare()
         return proxy
 
@@ -535,14 +535,10 @@ class TargetHandoff:
 
     def _keep_attempt(self, worth_it: bool, kind: str) -> None:
         """The next attempt starts from what came here, unless it was wrong."""
-        mirror = self.site.mirror(self.job.handoff)
-        if worth_it and not self._wrong and self.spec.container is None:
-            spec = self.spec
-            meta = attempts.Attempt(
-                handoff=self.job.handoff, guest=spec.name, uuid=spec.uuid, peer=self.job.peer, kind=kind
-            )
-            attempts.keep(self.site, meta, mirror, self._base)
-        mirror.unlink(missing_ok=True)
+        if worth_it and not self._wrong:
+            attempts.keep_of(self.site, self.job, self.spec, self._base, kind)
+        else:
+            self.site.mirror(self.job.handoff).unlink(missing_ok=True)
 
     def report(self) -> dict[str, Any]:
         return {
