@@ -17,12 +17,12 @@ import psutil
 from haulier.agent.site import Site
 from haulier.handoff.journal import HandoffRow, Journal, new_handoff_id
 from haulier.handoff.messages import Job
-from haulier.handoff.source import SourceHandoff
+from haulier.handoff.vm_source import VmSource
 from haulier.handoff.worker import peer_of
 from haulier.memory.compare import compare_ram
 
 
-class Comparing(SourceHandoff):
+class Comparing(VmSource):
     other: Path
     found: dict[str, Any]
 

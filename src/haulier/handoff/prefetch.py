@@ -26,8 +26,8 @@ from haulier.handoff.custody import record_of
 from haulier.handoff.memory_link import Carrier
 from haulier.handoff.messages import Accept, Channel, Finish, MemoryReady, Own, PrepareMemory
 from haulier.handoff.residence import incoming_name, lease_of
-from haulier.handoff.source import SourceHandoff
 from haulier.handoff.target import OTHER_MEMORY, TargetHandoff
+from haulier.handoff.vm_source import VmSource
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, TargetProxy
 from haulier.session import Session
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 DELIVERED_S = 120.0
 
 
-class PrefetchSource(SourceHandoff):
+class PrefetchSource(VmSource):
     """One prefetch at the guest's site. `run` returns the report; the guest runs on here whatever happens."""
 
     _streams = False

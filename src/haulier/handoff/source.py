@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -20,46 +20,28 @@ from haulier.agent.site import Site
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.compress.stream import level_for
-from haulier.disks.export import DiskExport
-from haulier.disks.heat import hot_chunks, pack
-from haulier.disks.rounds import DiskRounds, Round
+from haulier.disks.rounds import Round
 from haulier.disks.transfer import DiskSender
-from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
-from haulier.guests.qemu import Qemu
-from haulier.guests.qmp import Event as QmpEvent
-from haulier.handoff import agreeing, attempts, clients, foretold, retained
-from haulier.handoff.adapting import Adapting, profile_of
-from haulier.handoff.check import differing, memory_digests
+from haulier.errors import Cancelled, Corrupt, HandoffFailed, HaulierError, PeerError
+from haulier.handoff import clients, foretold, retained
 from haulier.handoff.control import Control, failure
 from haulier.handoff.convergence import (
-    CLOSED_THRESHOLD,
-    Gate,
-    Reading,
     RecentMost,
-    RecentRatio,
-    Step,
     Window,
-    switchover_bandwidth,
     window,
 )
 from haulier.handoff.figures import by_layer, times
-from haulier.handoff.footprint import footprint
 from haulier.handoff.journal import Journal
-from haulier.handoff.measures import AUTO_CONVERGE, HELD_BACK, Kind, Measure, Measures, advice, throttled
-from haulier.handoff.memory_link import MemoryPump
 from haulier.handoff.messages import (
-    LEAVE_BYTES,
     Accept,
     Arrived,
     Base,
     BaseReady,
     Channel,
     Finish,
-    Heat,
     Job,
     MemoryReady,
     Offer,
-    PrepareMemory,
     Running,
     Status,
     Stretched,
@@ -67,38 +49,19 @@ from haulier.handoff.messages import (
 from haulier.handoff.offering import connect, make_offer
 from haulier.handoff.preparing import Preparation, foreseeable
 from haulier.handoff.progress import Progress
-from haulier.handoff.residence import guest_paths, incoming_name, lease_of, pin_name, retire, spec_of
+from haulier.handoff.residence import incoming_name, lease_of, pin_name, retire, spec_of
 from haulier.handoff.token import RESTART_S, OwnPeer, Token
 from haulier.images.layers import LAYERS, split_of
-from haulier.memory.base import MemoryBase
 from haulier.network import paths as networks
 from haulier.session import Session
-from haulier.units import CHUNK, PAGE
 
 log = logging.getLogger(__name__)
 
 CONNECT_S = 60.0
-DRAIN_S = 1.5
-MAX_BANDWIDTH = 1 << 30
-"""bytes/s: QEMU never paces itself, the window does."""
 PROBE_BYTES = 96 * 1024
-SWITCHOVER_MARKS = (
-    "pre-switchover",
-    "disk-sent",
-    "device-state",
-    "disk-durable",
-    "memory-loaded",
-    "arrived",
-    "completed",
-    "token",
-    "running",
-)
-"""What the report tells of the switchover, in the order in which it mostly happens."""
 SMALL_DISK = 500_000
 DISK_CHUNK_WIRE = 20_000
 """Wire bytes of a changed chunk, more or less."""
-QUIET_DISK = 256 * 1024
-"""Wire bytes of a disk round below which memory may start."""
 
 
 class Peer(OwnPeer, Protocol):
@@ -108,18 +71,17 @@ class Peer(OwnPeer, Protocol):
     def prefetch(self, offer: Offer) -> Accept: ...
 
 
-class SourceHandoff:
+class SourceHandoff(ABC):
     """One handoff at its source. `run` returns the report; raises what went wrong, with the guest running here."""
 
     _probe_bytes = PROBE_BYTES
-    _streams = True
+    _streams = False
     """Memory comes as QEMU's stream: what sends it can be made ready before the target has answered."""
 
     def __init__(self, site: Site, journal: Journal, job: Job, peer: Peer, cancelled: threading.Event) -> None:
         self.site, self.journal, self.job, self.peer = site, journal, job, peer
         self.row = journal.guest(job.guest)
         self.spec = spec_of(self.row)
-        self.paths = guest_paths(site, job.guest)
         self.directory: Path = site.handoff_root(job.handoff)
         self.progress = Progress(
             self.directory,
@@ -130,22 +92,16 @@ class SourceHandoff:
         self._store = ChunkStore(site.store)
         self._session: Session | None = None
         self._control: Control | None = None
-        self._pump: MemoryPump | None = None
-        self._rounds: DiskRounds | None = None
         self._preparation: Preparation | None = None
         self._sender: DiskSender | None = None
         self._ending = False
         self._rate = 0.0
         self._rates = RecentMost()
-        self._ratios = RecentRatio()
-        self._base: MemoryBase | None = None
         self._forecast: dict[str, Any] | None = None
-        self._adapting: Adapting | None = None
-        self._measures: Measures | None = None
         self._disk_rounds: list[dict[str, Any]] = []
         self._timeline: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
-        self._stop_event: QmpEvent | None = None
+        self._arrived: Arrived
         self._over = threading.Event()
         self._transport = job.options.transport or site.transport or "striping"
         self._host_network = contextlib.ExitStack()
@@ -169,16 +125,6 @@ class SourceHandoff:
         finally:
             self._close()
         return self.report
-
-    def _adopt(self) -> None:
-        self.qemu = Qemu.adopt(self.paths, worker=True)
-
-    def _accelerator(self) -> str:
-        return self.qemu.accel
-
-    def _host(self) -> dict[str, str]:
-        """What the target has to know of this host; nothing where QEMU stands between."""
-        return {}
 
     def _hand_over(self) -> None:
         self._marks["begin"] = time.time()
@@ -208,7 +154,7 @@ class SourceHandoff:
         self._pass_token()
         self._finish()
 
-    def _before_token(self) -> None:
+    def _before_token(self) -> None:  # noqa: B027 - a place to look, mostly nobody does
         """Both sites are stopped and whole here, and the guest is still this site's: a place to look at both."""
 
     def _check(self) -> None:
@@ -220,11 +166,6 @@ class SourceHandoff:
                 f"the worker at site {self.job.peer!r} is gone; guest {self.job.guest!r} runs on at "
                 f"{self.site.name!r}: see the worker's log there"
             )
-        if self._pump is not None and self._pump.error is not None:
-            error = self._pump.error
-            if isinstance(error, HaulierError):
-                raise error
-            raise GuestError(f"the memory of guest {self.job.guest!r} broke off ({error}): see its qemu.log") from error
         deadline = self.job.options.deadline_s
         if deadline and not self._token.granted and time.time() - self._marks["begin"] > deadline:
             raise HandoffFailed(
@@ -246,8 +187,6 @@ class SourceHandoff:
         if self._spender is not None:
             now = time.time()
             session.may_spend(self._spender.look(now, now - self._marks["begin"], status.eta_s))
-        if self._adapting is not None:
-            status.mode, status.why = f"zstd level {self._adapting.level}", self._adapting.choice.reason
         if self._sender is not None:
             status.layers = {name: asdict(layer) for name, layer in list(self._sender.layers.items())}
 
@@ -274,13 +213,68 @@ class SourceHandoff:
             except Exception:
                 log.exception("the watch over handoff %s", self.job.handoff)
 
-    # -- offer and connection --------------------------------------------------------------------------------------
+    # -- what differs by the kind of guest ---------------------------------------------------------------------------
 
+    @abstractmethod
+    def _adopt(self) -> None:
+        """Finds what runs here."""
+
+    @abstractmethod
+    def _accelerator(self) -> str:
+        """What the guest runs under, or nothing."""
+
+    def _host(self) -> dict[str, str]:
+        """What the target has to know of this host; nothing where QEMU stands between."""
+        return {}
+
+    @abstractmethod
     def _preflight(self) -> None:
-        self.progress.phase("offer", "looking whether the guest can go")
-        state = self.qemu.status()
-        if state != "running":
-            raise GuestError(f"guest {self.job.guest!r} is {state}, not running: 'haulier guest show' tells more")
+        """Raises what stands against moving it, before anything is sent."""
+
+    @abstractmethod
+    def _begin_rounds(self) -> Round | None:
+        """From here on the guest is touched: what it writes is noted."""
+
+    @abstractmethod
+    def _first_disk(self, sender: DiskSender, first: Round | None) -> None:
+        """The layers that the target lacks, then rounds of what was written, until they are small."""
+
+    @abstractmethod
+    def _start_memory(self, accept: Accept) -> None:
+        """From here on memory travels."""
+
+    @abstractmethod
+    def _converge(self) -> None:
+        """Rounds until the switchover is due."""
+
+    @abstractmethod
+    def _switch_over(self) -> None:
+        """The guest is stopped; the last of it, and the target's word that everything is there."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """The guest runs at the target: keeps what serves the way back, clears away the rest, writes the report."""
+
+    @abstractmethod
+    def _resume(self) -> None:
+        """Makes the guest run on, whatever was being done with it."""
+
+    def _drain(self) -> None:  # noqa: B027 - not all kinds have an attempt to keep
+        """What is on its way arrives first, where the next attempt then need not send it again."""
+
+    def _keep_attempt(self, error: BaseException | None, kind: str = "cut") -> None:
+        """The next attempt starts from what this one has sent, where that can be."""
+        self.site.mirror(self.job.handoff).unlink(missing_ok=True)
+
+    @abstractmethod
+    def _drop_memory(self) -> None:
+        """Lets go of what was made for sending memory."""
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """The end of this worker, however it came."""
+
+    # -- offer and connection --------------------------------------------------------------------------------------
 
     def _offer(self) -> tuple[Offer, Accept]:
         self._epoch = self._token.begin()
@@ -342,13 +336,6 @@ class SourceHandoff:
                 f"({error}); see 'haulier doctor --network' there"
             )
 
-    # -- disk ------------------------------------------------------------------------------------------------------
-
-    def _begin_rounds(self) -> Round | None:
-        """From here on the guest is touched: QEMU notes what it writes."""
-        self._rounds = DiskRounds(self.qemu.qmp, "disk0", self.paths.rounds_sock)
-        return self._rounds.begin()
-
     def _make_sender(self, accept: Accept) -> DiskSender:
         session = self._session
         assert session is not None
@@ -375,290 +362,26 @@ class SourceHandoff:
     def _foretell(self, accept: Accept) -> None:
         """The forecast of this handoff: the operator's plan, or a small sample while the target prepares itself."""
         self._forecast = foretold.planned(self.site, self.job)
-        if self._forecast is None and self.spec.container is None:
-            rate, rtt = self._rate or 10e6, self._session.rtt_s() if self._session is not None else 0.0
 
-            def make() -> None:
-                with contextlib.suppress(HaulierError, OSError):
-                    self._forecast = foretold.small(
-                        self.site, self.job, self.spec.uuid, accept.memory_base, self._finder, rate, rtt
-                    )
-
-            threading.Thread(target=make, name="forecast", daemon=True).start()
-
-    def _first_disk(self, sender: DiskSender, first: Round | None) -> None:
-        """What the target lacks of the base, then rounds until they are small. First, for memory is full of it."""
-        counts = self._read_counts()
-        if counts is not None and self._control is not None:
-            self._control.send(Heat(pack(counts)))
-        on_demand = self.job.options.disk == "on-demand"
-        if sender.offer_manifest(hot_chunks(self._manifest, counts) if on_demand else None).wire_bytes > QUIET_DISK:
-            sender.commit()
-        self.progress.status.message = "sending what the disk has beyond its layers"
-        first = first or self._begin_rounds()
-        assert self._rounds is not None and first is not None
-        # What is old and large stays; leaving a little behind would gain nothing.
-        report = self._send_round(first, leave=on_demand and len(first.chunks) * CHUNK > LEAVE_BYTES)
-        for _ in range(4):
-            if report["wire_bytes"] <= max(QUIET_DISK, self._rate / 8 * 0.5):
-                break
-            report = self._send_round(self._rounds.next())
-
-    def _read_counts(self) -> bytes | None:
-        """How often each chunk was read here."""
-        with contextlib.suppress(HaulierError, OSError):
-            return DiskExport.attach(self.paths.nbd_ctl).heat()
-        return None
-
-    def _pin(self) -> None:
-        """What is left behind stays here until the target has it, whatever happens: durable before the token."""
-        if self.job.options.disk == "on-demand" and self._sender is not None:
-            meta = {"target": self.job.peer, "since": time.time()}
-            name = pin_name(self.spec.name, self.job.handoff)
-            self._store.save_manifest(name, self._sender.manifest, meta, partial=True)
-
-    def _send_round(self, current: Round, *, last: bool = False, leave: bool = False) -> dict[str, Any]:
-        """Sends one disk round and waits until it is durable there. It is cut short when the guest stops."""
-        assert self._sender is not None and self._rounds is not None
-        began = time.time()
-        with current:
-            sent = self._sender.send_round(self._until_stop(current, last), ask=not last, leave=leave)
-            if last:
-                # Under way before the round's export and bitmap are taken away: that time is downtime.
-                self._sender.commit(final=True, wait=False)
-        if not last:
-            self._sender.commit()
-            self._pin()
-        self._observe()
-        entry = {
-            "round": current.number,
-            "last": last,
-            "dirty": len(current.dirty),
-            "chunks": sent.chunks_dirty - sent.chunks_unchanged - sent.chunks_zero,
-            "wire_bytes": sent.wire_bytes,
-            "seconds": round(time.time() - began, 4),
-            "at": round(began - self._marks["begin"], 4),
-        }
-        self._disk_rounds.append(entry)
-        return entry
-
-    def _until_stop(self, current: Round, last: bool) -> Iterator[tuple[int, bytes]]:
-        for item in current.items():
-            yield item
-            self._observe()
-            self.progress.left(len(current.left) * DISK_CHUNK_WIRE, self._memory_left())
-            if not last and self._stopped():
-                return
-            self._check()
-
-    # -- memory ----------------------------------------------------------------------------------------------------
-
-    def _start_memory(self, accept: Accept) -> None:
-        assert self._session is not None and self._control is not None
-        if not accept.manifest:
-            self._control.send(PrepareMemory(accept.memory_base))
-        assert self._preparation is not None
-        if attempts.is_attempt(accept.memory_base):
-            base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
-            self.report["given_up_pages"] = agreeing.at_source(base, accept.memory_base, self._control)
-            made = self._preparation.memory_on(accept.memory_base, base)
-        else:
-            made = self._preparation.memory()
-        self._base, proxy = made.base, made.proxy
-        self.progress.status.memory_base = accept.memory_base
-        if not self.job.options.level:
-            self._adapting = Adapting(profile_of(self.site), self._rate or 10e6, self.site.cpu_cap)
-        proxy.set_level(self._adapting.level if self._adapting is not None else self.job.options.level)
-        ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._pump = MemoryPump(ours, proxy, self._session, self._window, made.ahead, self._adapting)
-        self._pump.widen(qemus)
-        qemu = self.qemu
-        # Capabilities stay set from whatever this QEMU did before, so those that must be off are named too.
-        qemu.set_capabilities(
-            events=True,
-            pause_before_switchover=True,
-            return_path=True,
-            late_block_activate=False,
-            mapped_ram=False,
-            auto_converge=AUTO_CONVERGE in self.job.options.allow,
-        )
-        if AUTO_CONVERGE in self.job.options.allow:
-            qemu.set_parameters(**HELD_BACK)
-        qemu.set_parameters(
-            max_bandwidth=MAX_BANDWIDTH,
-            downtime_limit=self.job.options.downtime_ms,
-            avail_switchover_bandwidth=switchover_bandwidth(CLOSED_THRESHOLD, self.job.options.downtime_ms),
-        )
-        self._mark = qemu.qmp.mark()
-        self._marks["memory"] = time.time()
-        try:
-            qemu.migrate_fd(qemus.fileno())
-        finally:
-            qemus.close()
-        self._pump.start()
-
-    def _window(self) -> Window:
+    def _window(self, first_pass: bool = False) -> Window:
         assert self._session is not None
-        first_pass = self._pump is not None and self._pump.first_pass
         return window(self._rate or 10e6, self._session.rtt_s(), self._ending, first_pass)
 
-    def _stopped(self) -> bool:
-        """The guest has stopped for the switchover (or QEMU gave up, which `_converge` finds out)."""
-        if self._stop_event is not None:
-            return True
-        if self._pump is None:
-            return False
-        for event in self.qemu.qmp.events(self._mark):
-            if event.name == "STOP":
-                self._stop_event = event
-                return True
-            if event.name == "MIGRATION" and event.data.get("status") in {"failed", "cancelled"}:
-                reason = self.qemu.query_migrate().get("error-desc", "QEMU gives no reason")
-                raise GuestError(f"QEMU gave up sending the memory of {self.job.guest!r}: {reason}")
-        return False
+    # -- the token and the end ---------------------------------------------------------------------------------------
 
-    def _memory_left(self) -> int:
-        """Wire bytes of memory that are probably still to come."""
-        pump = self._pump
-        if pump is None:
-            return self.spec.memory_bytes // 20
-        ratio = pump.wire / pump.raw if pump.raw > 1 << 20 else 0.2
-        return int(self._remaining * ratio)
-
-    _remaining = 0
-
-    def _converge(self) -> None:
-        """Memory and disk rounds until the guest has stopped for the switchover."""
-        gate = Gate(self.job.options.downtime_ms)
-        gate.start(time.monotonic())
-        measures = self._measures = self._make_measures()
-        while not self._stopped():
-            self._check()
-            assert self._control is not None and self._pump is not None
-            for message in self._control.poll():
-                raise HandoffFailed(f"site {self.job.peer!r} said {type(message).__name__} too early")
-            self._observe()
-            ram = self.qemu.query_migrate().get("ram", {})
-            self._remaining = int(ram.get("remaining", self.spec.memory_bytes))
-            reading = self._reading(int(ram.get("dirty-sync-count", 0)))
-            self._ending = gate.near(reading)
-            if reading.rounds >= 2:
-                self._pump.first_pass_over()
-            self._note(reading, gate.is_open)
-            self._take(measures.note(reading))
-            self.progress.status.downtime_ms = round(measures.outlook(reading).downtime_s * 1000, 1)
-            self.progress.left(0, self._memory_left())
-            step = gate.step(reading)
-            if step is Step.DISK_ROUND:
-                assert self._rounds is not None
-                entry = self._send_round(self._rounds.next())
-                gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate)
-            elif step in (Step.OPEN, Step.CLOSE):
-                threshold = gate.threshold(self._rate, reading.ratio) if step is Step.OPEN else CLOSED_THRESHOLD
-                self.qemu.set_parameters(
-                    avail_switchover_bandwidth=switchover_bandwidth(threshold, self.job.options.downtime_ms)
-                )
-            else:
-                with contextlib.suppress(GuestError):
-                    self.qemu.qmp.wait_event("STOP", timeout=0.05 if self._ending else 0.15, since=self._mark)
-        self.report["gate_attempts"] = gate.attempts
-
-    def _make_measures(self) -> Measures:
-        options = self.job.options
-        left = options.deadline_s - (time.time() - self._marks["begin"]) if options.deadline_s else 0.0
-        return Measures(options.allow, options.downtime_ms, time.monotonic() + left if options.deadline_s else 0.0)
-
-    def _take(self, measure: Measure | None) -> None:
-        """Does what has to be done about a guest that outruns the link."""
-        if measure is None:
-            return
-        log.info("%s (%d %%): %s", measure.kind, measure.percent, measure.why)
-        if measure.kind is Kind.THROTTLE:
-            self.progress.status.message = f"slowing the guest by {measure.percent} %: {measure.why}"
-            self.qemu.set_parameters(**throttled(measure.percent))
-            return
-        raise HandoffFailed(
-            f"guest {self.job.guest!r} dirties its memory faster than the link to {self.job.peer!r} carries it "
-            f"({measure.why}); it runs on at {self.site.name!r}: {advice(self.job.options.allow)}"
-        )
-
-    def _reading(self, rounds: int) -> Reading:
-        assert self._pump is not None
-        now = time.monotonic()
-        # Only from the second pass on: what the first one holds is nothing like what will be left at the end.
-        ratio = self._ratios.add(now, self._pump.raw, self._pump.wire) if rounds >= 2 else 1.0
-        return Reading(now, rounds, self._remaining, self._rate, ratio)
-
-    def _note(self, reading: Reading, gate_open: bool) -> None:
-        """One point of the report's time line, four a second."""
-        at = time.time() - self._marks["begin"]
-        if not self._timeline or at - self._timeline[-1]["at"] >= 0.25:
-            point = {"at": round(at, 3), "round": reading.rounds, "left": reading.remaining, "open": gate_open}
-            point |= {
-                "wire": self.progress.status.wire_bytes,
-                "rate_bps": round(reading.rate_bps),
-                "ratio": round(reading.ratio, 2),
-            }
-            self._timeline.append(point)
-
-    # -- switchover ------------------------------------------------------------------------------------------------
-
-    def _switch_over(self) -> None:
-        """The last disk round, device state, and the target's word that everything is there."""
-        assert self._control is not None and self._rounds is not None and self._stop_event is not None
-        self.progress.phase("switchover", "the guest is stopped")
-        self._ending = True
-        self._marks["stop"] = self._stop_event.at
-        self.qemu.wait_migration({"pre-switchover"}, 30, since=self._mark)
-        self._marks["pre-switchover"] = time.time()
-        self._send_round(self._rounds.final(), last=True)
-        self._rounds.stop()
-        self._marks["disk-sent"] = time.time()
-        self.qemu.migrate_continue()
+    def _trust(self, arrived: Arrived, raw_bytes: int, stream_digest: bytes) -> None:
+        """Nothing unverified runs: epoch, stream and manifest are the same there. Corrupt if not."""
         assert self._sender is not None
-        self._sender.wait_committed()
-        memory = b""
-        if self.job.options.check:
-            memory = memory_digests(self.paths.ram)
-        self._arrived = arrived = self._control.wait(Arrived, 120)
-        self._marks["arrived"] = time.time()
-        self._marks["disk-durable"] = arrived.durable_at - self._control.clock_offset
-        self._marks["memory-loaded"] = arrived.loaded_at - self._control.clock_offset
-        if self._pump is not None and self._pump.device_state_at:
-            self._marks["device-state"] = self._pump.device_state_at
-        self._sent_completely()
-        self._compare(arrived, memory)
-
-    def _sent_completely(self) -> None:
-        self.qemu.wait_migration({"completed"}, 30, since=self._mark)
-        self.qemu.postmigrate()
-        self._marks["completed"] = time.time()
-
-    def _compare(self, arrived: Arrived, memory: bytes) -> None:
-        """Nothing unverified runs: the stream, the manifest and (if asked for) all of memory must be the same there."""
-        assert self._pump is not None and self._sender is not None
+        where = f"at site {self.job.peer!r}"
         if arrived.epoch != self._epoch:
             raise Corrupt(f"site {self.job.peer!r} votes for epoch {arrived.epoch}, not {self._epoch}: try again")
-        if arrived.raw_bytes != self._pump.raw or arrived.stream_digest != self._pump.proxy.finish():
+        if arrived.raw_bytes != raw_bytes or arrived.stream_digest != stream_digest:
             raise Corrupt(
-                f"memory arrived wrong at site {self.job.peer!r} ({arrived.raw_bytes} of {self._pump.raw} bytes): "
-                "nothing was lost here; try again"
+                f"memory arrived wrong {where} ({arrived.raw_bytes} of {raw_bytes} bytes): nothing was lost here; "
+                "try again"
             )
         if arrived.manifest != self._sender.manifest.digest:
-            raise Corrupt(f"the disk arrived wrong at site {self.job.peer!r}: nothing was lost here; try again")
-        if self.job.options.check:
-            wrong = differing(memory, arrived.memory)
-            self.report["check"] = {
-                "regions": len(memory) // 16,
-                "differing": wrong[:100],
-                "memory_equal": not wrong,
-                "seconds": round(arrived.check_s, 4),
-            }
-            if wrong:
-                raise Corrupt(
-                    f"the memory of {self.job.guest!r} differs in {len(wrong)} MiB at site {self.job.peer!r} "
-                    f"(first at {wrong[0]} MiB): nothing was lost here; report it with the handoff's directory"
-                )
+            raise Corrupt(f"the disk arrived wrong {where}: nothing was lost here; try again")
 
     def _pass_token(self) -> None:
         assert self._control is not None
@@ -672,24 +395,6 @@ class SourceHandoff:
     def _runs(self, at: float) -> None:
         """The target's worker said when the guest ran there, seconds of this host's clock."""
         self._marks["running"] = at
-
-    # -- the end ---------------------------------------------------------------------------------------------------
-
-    def _finish(self) -> None:
-        """The guest runs at the target: keeps what serves the way back, clears away the rest, writes the report."""
-        assert self._pump is not None and self._sender is not None and self._session is not None
-        done = time.time()
-        name = self._say_finish()
-        self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest, partial=True)
-        proxy = self._pump.proxy
-        self.report.update(self._figures(done))
-        self.report.update(foretold.told(self._forecast, self.report))
-        foretold.remember(self.site, self.report, self.spec.memory_bytes)
-        self._pump.close()
-        proxy.keep()
-        proxy.close()
-        self.qemu.close()
-        self._left(name)
 
     def _say_finish(self, places: bytes = b"") -> str:
         """Lets the target's worker end; the id of the picture of memory that both keep."""
@@ -741,29 +446,6 @@ class SourceHandoff:
             "layers": by_layer(self._split, self._sender, state_bytes),
         }
 
-    def _figures(self, done: float) -> dict[str, Any]:
-        assert self._pump is not None and self._sender is not None
-        pump, proxy = self._pump, self._pump.proxy
-        ram = self.qemu.query_migrate().get("ram", {})
-        found = self._told(done, SWITCHOVER_MARKS, pump.wire)
-        found["disk"]["left_behind"] = len(self._sender.left) * CHUNK
-        return found | {
-            "accelerator": self.qemu.accel,
-            "memory_base": self.progress.status.memory_base,
-            "memory": {
-                "raw_bytes": pump.raw,
-                "wire_bytes": pump.wire,
-                "rounds": ram.get("dirty-sync-count", 0),
-                "resent_pages": max(0, ram.get("normal", 0) - self.spec.memory_bytes // PAGE),
-                "stalled_s": round(pump.stalled_s, 3),
-                "kinds": proxy.counters.as_dict(),
-                "warnings": list(proxy.warnings),
-            },
-            "footprint": footprint(self.site.mirror(self.job.handoff)),
-            "adapting": self._adapting.report() if self._adapting is not None else {},
-            "measures": self._measures.taken if self._measures is not None else [],
-        }
-
     def _wire(self) -> dict[str, Any]:
         """Bytes between the two workers, and what each path had a part in it."""
         assert self._session is not None
@@ -774,34 +456,14 @@ class SourceHandoff:
         found = {"sent": sent, "received": received, "channels": channels}
         return found | {"transport": status.transport, "paths": status.paths}
 
-    def _resume(self) -> None:
-        """Makes the guest run on, whatever was being done with it."""
-        if self._pump is not None:
-            # First: a QEMU that writes its devices' state into a stream that nobody reads answers to nothing.
-            self._pump.hang_up()
-            with contextlib.suppress(HaulierError):
-                self.qemu.migrate_cancel()
-        if self._rounds is not None:
-            with contextlib.suppress(HaulierError):
-                self._rounds.abort()
-        if self.qemu.alive():
-            self.qemu.resume_source()
-
-    def _drop_memory(self) -> None:
-        """Lets go of what was made for sending memory."""
-        if self._pump is not None:
-            self._pump.close()
-
     def _back_out(self, error: BaseException) -> None:
         """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""
         log.warning("handoff %s of %s: %s", self.job.handoff, self.job.guest, error)
         self.progress.phase("back out", str(error))
         clients.stayed(self.site, self.job.guest)
         self._resume()
-        if isinstance(error, Cancelled) and self._session is not None and self._pump is not None:
-            with contextlib.suppress(HaulierError):
-                # What is on its way arrives first: the next attempt need not send it again.
-                self._session.wait_below(1, Channel.MEMORY, timeout=DRAIN_S)
+        if isinstance(error, Cancelled):
+            self._drain()
         if self._token.epoch and not self._token.refused:
             if self._control is not None:
                 with contextlib.suppress(HaulierError):
@@ -823,13 +485,6 @@ class SourceHandoff:
             self._store.drop_manifest(pin_name(self.spec.name, self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
 
-    def _keep_attempt(self, error: BaseException | None, kind: str = "cut") -> None:
-        """The next attempt starts from what this one has sent, unless it was wrong."""
-        if isinstance(error, Corrupt):
-            self.site.mirror(self.job.handoff).unlink(missing_ok=True)
-        else:
-            attempts.keep_of(self.site, self.job, self.spec, self._base, kind)
-
     def _close(self) -> None:
         self._over.set()
         self.progress.finish()
@@ -842,6 +497,3 @@ class SourceHandoff:
         self._let_go()
         self._store.close()
         self.progress.write(force=True)
-
-    def _let_go(self) -> None:
-        self.qemu.close()

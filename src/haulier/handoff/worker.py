@@ -37,6 +37,7 @@ from haulier.handoff.residence import spec_of
 from haulier.handoff.source import SourceHandoff
 from haulier.handoff.spawning import PREFETCH_SOURCE, PREFETCH_TARGET, accept, spawn, start_source
 from haulier.handoff.target import TargetHandoff
+from haulier.handoff.vm_source import VmSource
 
 __all__ = ["AgentPeer", "accept", "main", "peer_of", "spawn", "start_source"]
 
@@ -128,7 +129,7 @@ def _log_to(path: Path) -> None:
 
 
 def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> int:
-    kind: type[SourceHandoff] = SourceHandoff
+    kind: type[SourceHandoff] = VmSource
     if job.role == PREFETCH_SOURCE:
         kind = PrefetchSource
     elif spec_of(journal.guest(job.guest)).container is not None:
