@@ -92,7 +92,8 @@ def test_every_message_arrives_once_and_in_order_whatever_breaks(links, there, b
         sent = by_channel([(channel, pattern(n, size)) for n, (channel, size, _) in enumerate(batch)])
         assert by_channel(end.got) == sent
     # Each message counts once at either end, however often it was sent.
-    counted = [sum(size for c, size, _ in [*there, *back] if c == channel) for channel in range(len(wan.a.core.payload))]
+    channels = range(len(wan.a.core.payload))
+    counted = [sum(size for c, size, _ in [*there, *back] if c == channel) for channel in channels]
     assert wan.a.core.payload == wan.b.core.payload == counted
     wan.a.core.finish()
     assert wan.run(lambda: wan.a.core.state is wan.b.core.state is State.ENDED, limit_s=60)
