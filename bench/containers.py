@@ -3,8 +3,9 @@
 Applications: none, a game, 110 MB of random memory that changes, a server of a 180 MB file, and (not in --quick, which
 would have to fetch OpenCV) face detection; the application's layer found at the target or not; and a trip back.
 
---only takes cells, APPLICATION[/MBPS[/AT]] with commas between them, each part with wildcards: memory/100, */10/no. With
---keep FILE the rows of each cell are added to the file when it is done, and cells that are in it already are not measured.
+--only takes cells, APPLICATION[/MBPS[/AT]], each part with wildcards: memory/100, */10/no. With --parts FOLDER the rows
+of each cell are kept there when it is done, and cells that are there already are not measured again; --steps N measures
+so many cells more.
 """
 
 from __future__ import annotations
