@@ -6,6 +6,7 @@ Real agents in lab sites; the chunks are random, so what counts is what the link
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 from tests.support.fleet import Fleet, fleet  # noqa: E402
 
 from haulier.agent.site import Site  # noqa: E402
+from haulier.chunks.fingerprint import fingerprint  # noqa: E402
 from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.fetch.fetching import fetch  # noqa: E402
 from haulier.fetch.holders import sources_of  # noqa: E402
@@ -88,6 +91,27 @@ def one(
     return found
 
 
+@contextlib.contextmanager
+def holding(rates: Sequence[int], rtts: Sequence[int], seconds: int) -> Iterator[tuple[Fleet, Path]]:
+    """A target, and three sites that hold as much as their links carry in so many seconds; a file of what to want."""
+    links = [
+        (name, "target", f"{rate}mbit", f"{rtt / 2}ms") for name, rate, rtt in zip(SOURCES, rates, rtts, strict=True)
+    ]
+    stored = [os.urandom(CHUNK) for _ in range(int(sum(rates) * 1e6 / 8 * seconds / CHUNK))]
+
+    def prepare(name: str, root: Path) -> None:
+        if name != "target":
+            root.mkdir(parents=True, exist_ok=True)
+            with ChunkStore(root / "store") as store:
+                for chunk in stored:
+                    store.put(chunk, lease="bench")
+
+    with fleet(["target", *SOURCES], links, prepare=prepare) as made:
+        wanted = made.work / "wanted"
+        wanted.write_bytes(b"".join(fingerprint(chunk) for chunk in stored))
+        yield made, wanted
+
+
 def run(quick: bool) -> Any:
     from report import Report, Target
 
@@ -100,26 +124,8 @@ def run(quick: bool) -> Any:
     ]
     for what, rates, rtts, least in cases:
         total = sum(rates)
-        chunks = int(total * 1e6 / 8 * (16 if quick else 24) / CHUNK)
-        links = [
-            (name, "target", f"{rate}mbit", f"{rtt / 2}ms")
-            for name, rate, rtt in zip(SOURCES, rates, rtts, strict=True)
-        ]
-        stored = [os.urandom(CHUNK) for _ in range(chunks)]
-
-        def prepare(name: str, root: Path, stored: list[bytes] = stored) -> None:
-            if name != "target":
-                root.mkdir(parents=True, exist_ok=True)
-                with ChunkStore(root / "store") as store:
-                    for chunk in stored:
-                        store.put(chunk, lease="bench")
-
-        with fleet(["target", *SOURCES], links, prepare=prepare) as made:
+        with holding(rates, rtts, 16 if quick else 24) as (made, wanted):
             backend = made.lab.backend
-            wanted = made.work / "wanted"
-            from haulier.chunks.fingerprint import fingerprint
-
-            wanted.write_bytes(b"".join(fingerprint(chunk) for chunk in stored))
             single = one(made, wanted, [SOURCES[0]]) if not quick else None
             whole = one(made, wanted, list(SOURCES))
             rate = whole["bytes"] * 8 / whole["seconds"] / 1e6

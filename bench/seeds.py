@@ -19,7 +19,15 @@ from experiments.model import Check, Experiment  # noqa: E402
 from experiments.parts import Enough, Parts, joined  # noqa: E402
 from report import Report  # noqa: E402
 
-NAMES = ("live-migration",)
+NAMES = (
+    "live-migration",
+    "static-modes",
+    "paths",
+    "layers",
+    "left-behind",
+    "slicing",
+    "ablation",
+)
 
 
 @dataclass(frozen=True)

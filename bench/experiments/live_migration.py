@@ -41,6 +41,7 @@ RECORDS = "records"
 MODES = {
     "default": "default settings",
     "best": "multifd, zstd",
+    "best, auto-converge": "multifd, zstd, auto-converge",
     "xbzrle": "XBZRLE",
     "auto-converge": "auto-converge",
     "post-copy": "post-copy after the first pass",
@@ -284,9 +285,9 @@ def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
     for case in cases(quick):
         name = f"{case.app} {case.mbps:g} Mbps"
         whole = not quick and case.mbps == 10
-        for mode in MODES if whole else ("best",):
+        for mode in MODES if whole else ("best" if quick else "best, auto-converge",):
             found[f"{name}, stock {mode}"] = partial(stock_unit, case, mode)
-            if mode == "best":
+            if mode.startswith("best") and f"{name}, haulier" not in found:
                 found[f"{name}, haulier"] = partial(ours, case, 1 if quick else 3)
                 if whole:
                     found[f"{name}, no-share"] = partial(no_share_unit, case)
@@ -295,7 +296,7 @@ def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
 
 def stock_unit(case: Case, mode: str) -> Experiment:
     found = new()
-    found.rows.append(stock(case, mode, GIVE_UP_BEST_S if mode == "best" else GIVE_UP_S))
+    found.rows.append(stock(case, mode, GIVE_UP_BEST_S if mode.startswith("best") else GIVE_UP_S))
     return found
 
 

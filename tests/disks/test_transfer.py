@@ -77,6 +77,16 @@ def test_a_sibling_image_becomes_recipes(tmp_path: Path) -> None:
         assert p.sender.counters.chunks_resent == 0
 
 
+def test_without_recipes_the_same_chunks_go_whole(tmp_path: Path) -> None:
+    with pair(tmp_path, BASE, SIZE, at_target=set()) as p:
+        p.sender._recipes = False
+        p.sender.offer_manifest()
+        report = p.sender.send_round([(20, BASE[0][BLOCK:] + bytes(BLOCK))])
+        assert (report.chunks_recipe, report.chunks_sent) == (0, 1)
+        p.sender.commit()
+        p.check_equal()
+
+
 def test_blocks_that_the_target_lacks_are_not_referred_to(tmp_path: Path) -> None:
     with pair(tmp_path, BASE, SIZE, at_target=set()) as p:
         report = p.sender.offer_manifest()

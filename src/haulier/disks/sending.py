@@ -120,8 +120,12 @@ class DiskSender:
         patience_s: float = PATIENCE_S,
         layer_of: Callable[[bytes], str] | None = None,
         order: Sequence[str] = (),
+        recipes: bool = True,
     ) -> None:
-        """`layer_of` says what a chunk belongs to; `order` in which order layers of the base manifest go."""
+        """`layer_of` says what a chunk belongs to; `order` in which order layers of the base manifest go.
+
+        Without `recipes` a chunk goes whole, or as a patch.
+        """
         self._store = store
         self._layer_of = layer_of or (lambda fp: "")
         self._order = {layer: number for number, layer in enumerate(order)}
@@ -130,6 +134,7 @@ class DiskSender:
         self._send_message = send
         self._lease = lease
         self._patience_s = patience_s
+        self._recipes = recipes
         self._shared = SharedBlocks(space, index, store)
         self._writer = wire.ChunkWriter(level, window_log)
         self._committed = base
@@ -413,7 +418,7 @@ class DiskSender:
         """Put a chunk into the batch, in the form that takes the fewest bytes."""
         entry = wire.Entry(wire.LITERAL, 0, fp[: wire.PREFIX], data)
         if not whole:
-            made = recipe.encode(data, self._shared.index, self._shared.space)
+            made = recipe.encode(data, self._shared.index, self._shared.space) if self._recipes else None
             if made is not None and len(made) < CHUNK:
                 entry = wire.Entry(wire.RECIPE, 0, fp[: wire.PREFIX], made)
             entry = self._patched(entry, data, index)

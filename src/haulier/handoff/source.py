@@ -54,6 +54,7 @@ from haulier.handoff.token import RESTART_S, OwnPeer, Token
 from haulier.images.layers import LAYERS, split_of
 from haulier.network import paths as networks
 from haulier.session import Session
+from haulier.without import RECIPES, without
 
 log = logging.getLogger(__name__)
 
@@ -353,6 +354,7 @@ class SourceHandoff(ABC):
             level=level_for(self._rate),
             layer_of=self._split.of,
             order=LAYERS,
+            recipes=not without(RECIPES),
         )
         # What the target turns out to lack is hidden there.
         finder.index = sender.index

@@ -47,6 +47,7 @@ from haulier.handoff.residence import guest_paths, incoming_name, pin_name
 from haulier.handoff.source import DISK_CHUNK_WIRE, Peer, SourceHandoff
 from haulier.memory.base import MemoryBase
 from haulier.units import CHUNK, PAGE
+from haulier.without import ORDER, without
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class VmSource(SourceHandoff):
         for _ in range(4):
             if report["wire_bytes"] <= max(QUIET_DISK, self._rate / 8 * 0.5):
                 break
-            report = self._send_round(self._rounds.next())
+            report = self._send_round(self._rounds.next(hold_back=not without(ORDER)))
 
     def _read_counts(self) -> bytes | None:
         """How often each chunk was read here."""
@@ -295,7 +296,7 @@ class VmSource(SourceHandoff):
             step = gate.step(reading)
             if step is Step.DISK_ROUND:
                 assert self._rounds is not None
-                entry = self._send_round(self._rounds.next())
+                entry = self._send_round(self._rounds.next(hold_back=not without(ORDER)))
                 gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate)
             elif step in (Step.OPEN, Step.CLOSE):
                 threshold = gate.threshold(self._rate, reading.ratio) if step is Step.OPEN else CLOSED_THRESHOLD

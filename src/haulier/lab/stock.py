@@ -3,7 +3,7 @@
 This is what libvirt does for ``--copy-storage-inc``: the target starts with an empty overlay on the same base image,
 the source mirrors its top layer into an NBD export of the target, memory follows by pre-copy, and the mirror is ended
 in pre-switchover. QEMU's defaults, the strongest it has for a slow link ("best": multifd with zstd), and what it has
-against guests that write faster than the link carries: XBZRLE, auto-converge, post-copy.
+against guests that write faster than the link carries: XBZRLE, auto-converge (also with "best"), post-copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from haulier.errors import GuestError
 from haulier.guests.qemu import Qemu
 
 MIRROR: Final = "stock-mirror"
-MODES: Final = ("default", "best", "xbzrle", "auto-converge", "post-copy")
+MODES: Final = ("default", "best", "xbzrle", "auto-converge", "post-copy", "best, auto-converge")
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,12 @@ class StockMigration:
 
     def _prepare(self) -> None:
         target, source = self.target, self.source
-        best = self.mode == "best"
+        best = self.mode.startswith("best")
         capabilities = {"events": True, "pause_before_switchover": True, "multifd": best, "return_path": True}
-        if self.mode in ("xbzrle", "auto-converge"):
-            capabilities[self.mode.replace("-", "_")] = True
+        if self.mode == "xbzrle":
+            capabilities["xbzrle"] = True
+        elif self.mode.endswith("auto-converge"):
+            capabilities["auto_converge"] = True
         elif self.mode == "post-copy":
             capabilities["postcopy_ram"] = True
         target.set_capabilities(late_block_activate=True, **capabilities)

@@ -1,0 +1,169 @@
+"""haulier with one part switched off at a time, in bytes: what earns its place.
+
+Of memory: all pages of one stopped guest through the handoff's own codec, the same pages for every variant. Of the
+disk: whole handoffs of clones with the same work, with `HAULIER_WITHOUT`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from experiments.live_migration import GUEST, RECORDS, Case, Use, adopted
+from experiments.measuring import crossing
+from experiments.model import Bars, Experiment, Kind, Row, merged, ratio
+from haulier.chunks.blocks import StoreBlockFinder
+from haulier.chunks.store import ChunkStore
+from haulier.guests.command import RAM_ID
+from haulier.handoff import retained
+from haulier.handoff.journal import Journal
+from haulier.handoff.residence import guest_paths, spec_of
+from haulier.handoff.shared import blocks_of, golden_manifest
+from haulier.lab import looking
+from haulier.lab.scenario import IMAGE, Scenario, scenario
+from haulier.memory import pages
+from haulier.memory.ahead import AheadReader
+from haulier.memory.proxy import AHEAD_PAGES, LONG_LEVEL, SourceProxy
+from haulier.without import ORDER, RECIPES, VARIABLE
+
+ALL = "all parts"
+LEVEL = 5
+VARIANTS: dict[str, dict[str, Any]] = {
+    ALL: {},
+    "without the base (golden snapshot)": {"base": False},
+    "without deduplication against the disk": {"finder": False},
+    "without delta (XOR)": {"delta": False},
+    "without base and delta": {"base": False, "delta": False},
+    "without base, deduplication and delta: zstd alone": {"base": False, "finder": False, "delta": False},
+    "with the long window, which this level leaves out": {"long": True},
+    f"with level {LONG_LEVEL + 2} and the long window": {"long": True, "level": LONG_LEVEL + 2},
+}
+WHOLE = {ALL: "", "without block recipes": RECIPES, "without order": ORDER}
+
+
+def new() -> Experiment:
+    return Experiment(
+        "ablation",
+        "What each part earns",
+        "How many more bytes does haulier send with one of its parts switched off?",
+    )
+
+
+def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
+    if quick:
+        return {"memory records": partial(memory, Case(RECORDS, 50, 512))}
+    found: dict[str, Callable[[], Experiment]] = {f"memory {app}": partial(memory, Case(app, 10, 1024)) for app in APPS}
+    return found | {f"handoff {way}": partial(handoff, way, off) for way, off in WHOLE.items()}
+
+
+APPS = looking.SERVICES
+
+
+def memory(case: Case) -> Experiment:
+    found = new()
+    with scenario("bench-seeds", case.template(), case.links) as lab:
+        lab.start_guest(GUEST, memory=f"{case.memory_mib}M", image=IMAGE if case.app == RECORDS else looking.NAME)
+        with adopted(lab, "oslo") as qemu:
+            use = Use(lab, case, qemu)
+            try:
+                qemu.qmp.execute("stop")
+                for way, parts in VARIANTS.items():
+                    began = time.thread_time()
+                    sent, taken = encoded(lab, **parts)
+                    figures = {"MB": sent / 1e6, "CPU s": time.thread_time() - began}
+                    figures |= {f"pages {name}": float(count) for name, count in taken.items()}
+                    found.rows.append(
+                        Row(way, f"memory of {case.memory_mib} MiB, {case.app.upper()}", Kind.MEASURED, figures)
+                    )
+                qemu.qmp.execute("cont")
+            finally:
+                use.stop()
+    return found
+
+
+def encoded(
+    lab: Scenario,
+    *,
+    base: bool = True,
+    finder: bool = True,
+    delta: bool = True,
+    long: bool | None = None,
+    level: int = LEVEL,
+) -> tuple[int, dict[str, int]]:
+    """Bytes of batches for all of the guest's memory, and pages by kind."""
+    site = lab.oslo.site
+    with Journal(site.journal) as journal, ChunkStore(site.store) as store, tempfile.TemporaryDirectory() as folder:
+        row = journal.guest(GUEST)
+        spec = spec_of(row)
+        manifest, golden = store.load_manifest(row.manifest), golden_manifest(store, spec.golden)
+        index = site.golden / spec.golden / "blocks.idx"
+        blocks = StoreBlockFinder(*blocks_of(store, manifest, golden, index)) if finder else None
+        picture = retained.open_base(site, GUEST, spec.uuid, retained.GOLDEN + spec.golden) if base else None
+        below = pages._XOR_BELOW if delta else 0
+        with mock.patch.object(pages, "_XOR_BELOW", below):
+            proxy = SourceProxy(Path(folder) / "mirror", picture, blocks, level, long=long)
+            reader = AheadReader(guest_paths(site, GUEST).ram, RAM_ID)
+            proxy.name({RAM_ID: reader.pages * 4096})
+            reader.plan_all()
+            sent = 0
+            while not reader.done:
+                assert proxy.mirror is not None
+                numbers, some = reader.take(proxy.mirror)
+                for at in range(0, len(numbers), AHEAD_PAGES):
+                    batches = proxy.ahead(RAM_ID, numbers[at : at + AHEAD_PAGES], some[at : at + AHEAD_PAGES])
+                    sent += sum(len(batch.data) for batch in batches)
+            taken = dict(proxy.counters.pages)
+            reader.close()
+            proxy.close()
+    return sent, taken
+
+
+def handoff(way: str, off: str) -> Experiment:
+    """A whole handoff of a guest that has written files, some of them copies of its system's."""
+    found, case = new(), Case(RECORDS, 50, 512)
+    os.environ[VARIABLE] = off
+    try:
+        with scenario("bench-seeds", case.template(), case.links) as lab:
+            lab.start_guest(GUEST, memory="512M")
+            with adopted(lab, "oslo") as qemu:
+                with qemu.guest_agent(60) as agent:
+                    copy = "mkdir /var/tmp/c; cp -r /usr/lib/python3 /usr/lib/python3.* /var/tmp/c/; sync"
+                    agent.check(["/bin/sh", "-c", copy], timeout=300)
+                use = Use(lab, case, qemu)
+            try:
+                with crossing(lab) as crossed:
+                    report = lab.hand_over(GUEST, "oslo", "lisbon")["report"]
+            finally:
+                use.stop()
+    finally:
+        del os.environ[VARIABLE]
+    disk = report["disk"]["origin"]
+    figures = {"MB": crossed.bytes / 1e6, "disk MB": disk["wire_bytes"] / 1e6, "total s": report["total_s"]}
+    figures["chunks as recipes"] = disk["chunks_recipe"]
+    found.rows.append(Row(way, "whole handoff, system's files copied before", Kind.MEASURED, figures))
+    return found
+
+
+def finished(found: Experiment) -> Experiment:
+    rows = merged(row for row in found.rows if row.kind == Kind.MEASURED)
+    found.bars, found.targets, made = [], [], []
+    for setting in dict.fromkeys(row.setting for row in rows):
+        some = [row for row in rows if row.setting == setting]
+        whole = next((row.get("MB") for row in some if row.way == ALL), None)
+        for row in some:
+            figures = {"of all parts' bytes": ratio(row.get("MB"), whole), **row.figures}
+            made.append(Row(row.way, row.setting, row.kind, figures, row.runs, row.note))
+        found.bars.append(Bars(f"MB: {setting}", [(row.way, row.get("MB"), row.kind) for row in some]))
+    found.rows = [
+        *made,
+        Row("without striping", "see 'Bandwidth and memory over one path and two'", Kind.NOT_RUN, {}),
+        Row("without hinting of free pages", "the lab's images zero what is freed", Kind.NOT_BUILT, {}),
+        Row("memory before the disk's delta", "the order of the two is fixed", Kind.NOT_BUILT, {}),
+    ]
+    return found

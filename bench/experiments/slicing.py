@@ -1,0 +1,131 @@
+"""Slicing and caching (VM slicing paper, which only planned its evaluation): shares of chunks that the target has,
+numbers of sources, cache policies; and chunks that change often held back until the end, or not."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+import cache
+import multisource
+from report import Target
+
+from experiments.measuring import checks, crossing
+from experiments.model import Bars, Experiment, Kind, Row, merged
+from haulier.lab.clients import Workload
+from haulier.lab.scenario import GUEST_ADDRESS, scenario, template, wan
+from haulier.policy.traces import accesses, catalogue
+from haulier.without import VARIABLE
+
+RATES, RTTS = (40, 40, 40), (20, 50, 80)
+CACHED = (0.0, 0.25, 0.5, 0.75)
+ORDER_ON, ORDER_OFF = "chunks that change often go last", "chunks go as they come (order off)"
+
+
+def new() -> Experiment:
+    return Experiment(
+        "slicing",
+        "Slicing and caching",
+        "How do time and bytes follow the share of chunks cached, the number of sources, the policy, the order?",
+    )
+
+
+def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
+    sizes = (4, (0.0, 0.5)) if quick else (16, CACHED)
+    found: dict[str, Callable[[], Experiment]] = {"sources": partial(sources, *sizes), "caches": partial(caches, quick)}
+    return found if quick else found | {"order": order}
+
+
+def sources(seconds: int, cached: tuple[float, ...]) -> Experiment:
+    """A set of chunks fetched from one, two and three sites that hold them; then with a part already there."""
+    found = new()
+    with multisource.holding(RATES, RTTS, seconds) as (made, wanted):
+        for count in (1, 2, 3):
+            names = list(multisource.SOURCES[:count])
+            for share in cached if count == 3 else (0.0,):
+                one = multisource.one(made, wanted, names, cached=share)
+                figures = {
+                    "total s": one["seconds"],
+                    "MB": one["bytes"] / 1e6,
+                    "Mbps": one["bytes"] * 8 / one["seconds"] / 1e6,
+                    "sources": count,
+                    "cached %": 100 * share,
+                }
+                way = f"fetch from {count} source{'s' * (count > 1)}, {100 * share:.0f} % cached"
+                found.rows.append(Row(way, f"{RATES[0]} Mbps each, {RTTS[:count]} ms", Kind.MEASURED, figures))
+    return found
+
+
+def caches(quick: bool) -> Experiment:
+    found = new()
+    images = catalogue(7, images=60 if quick else 200)
+    events = 800 if quick else 8000
+    for share in (0.1,) if quick else (0.05, 0.1, 0.2):
+        one_site = cache.one_site(images, events, share, "one site", 0.1)
+        trace = [list(accesses(cache.SEEDS[0], images, events, sites=cache.SITES))]
+        many = cache.fleet(images, trace, share / 2, f"{cache.SITES} sites")
+        for row in [*one_site, *many]:
+            setting = f"{row['trace']}, cache {row['cache']} of all images at each site"
+            figures = {"fetch s": row["fetch s"], "hits %": row["hits by bytes %"], "origin GB": row["origin GB"]}
+            found.rows.append(Row(f"cache policy {row['policy']}", setting, Kind.CALCULATED, figures))
+    return found
+
+
+def order() -> Experiment:
+    """A guest that writes the same files again and again, handed over with and without holding them back."""
+    found = new()
+    for way, without in ((ORDER_ON, ""), (ORDER_OFF, "order")):
+        os.environ[VARIABLE] = without
+        try:
+            found.rows += order_rows(found, way)
+        finally:
+            del os.environ[VARIABLE]
+    return found
+
+
+def order_rows(found: Experiment, way: str) -> list[Row]:
+    rows = []
+    work = {"pages_per_s": 150, "hot_pages": 2000, "files_per_s": 4.0, "file_kib": 256, "random_share": 0.5}
+    with scenario("bench-seeds", template(512), [wan("10mbit", "25ms")]) as lab:
+        lab.start_guest()
+        workload = Workload(lab.lab, "client", GUEST_ADDRESS)
+        workload.start(48, **work)
+        time.sleep(8)
+        with crossing(lab) as crossed:
+            report = lab.hand_over("web1", "oslo", "lisbon", "--check")["report"]
+        verified = lab.lisbon.facts("verify", "web1", timeout=300)
+        origin = report["disk"]["origin"]
+        figures = {
+            "total s": report["total_s"],
+            "downtime ms": report["downtime_ms"],
+            "MB": crossed.bytes / 1e6,
+            "disk MB": origin["wire_bytes"] / 1e6,
+            "chunks held back": origin["chunks_held_back"],
+            "chunks sent again": origin["chunks_resent"],
+        }
+        rows.append(Row(way, "10 Mbps, 50 ms, 4 files of 256 KiB a second", Kind.MEASURED, figures))
+        found.checks += checks(way, report, crossed, bool(verified["ok"]))
+    return rows
+
+
+def finished(found: Experiment) -> Experiment:
+    rows = merged(row for row in found.rows if row.kind != Kind.PUBLISHED)
+    found.rows, found.bars, found.targets = rows, [], []
+    fetched = [row for row in rows if row.way.startswith("fetch")]
+    if fetched:
+        found.bars.append(Bars("fetch, seconds", [(row.way, row.get("total s"), row.kind) for row in fetched]))
+        three = next((row for row in fetched if row.get("sources") == 3 and not row.get("cached %")), None)
+        if three is not None:
+            share = (three.get("Mbps") or 0.0) / sum(RATES)
+            found.targets.append(Target.at_least("three sources: share of the sum of their links", share, 0.9))
+    for setting in dict.fromkeys(row.setting for row in rows if row.way.startswith("cache policy")):
+        some = [(row.way, row.get("fetch s"), row.kind) for row in rows if row.setting == setting]
+        found.bars.append(Bars(f"seconds of fetching: {setting}", some))
+    ordered = [row for row in rows if row.way in (ORDER_ON, ORDER_OFF)]
+    if ordered:
+        found.bars.append(Bars("order: MB on the wire", [(row.way, row.get("MB"), row.kind) for row in ordered]))
+    found.notes.append("the paper has no figures: it planned this evaluation, so nothing of theirs stands beside ours")
+    found.notes.append("cache policies are replayed on made-up traces (bench/cache.py says how)")
+    return found

@@ -1,0 +1,23 @@
+"""Parts of haulier that an experiment can switch off, to see what each earns: ``HAULIER_WITHOUT=recipes,order``.
+
+Read by the worker at a handoff's source alone; whatever is off, the target gets the same guest, by more bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+VARIABLE: Final = "HAULIER_WITHOUT"
+RECIPES: Final = "recipes"
+"""Chunks that the target lacks as lists of 4 KiB blocks that it has."""
+ORDER: Final = "order"
+"""Chunks that change again and again held back until the last round."""
+PARTS: Final = (RECIPES, ORDER)
+
+
+def without(part: str) -> bool:
+    """Is this part switched off? ValueError for a part that is none."""
+    if part not in PARTS:
+        raise ValueError(part)
+    return part in os.environ.get(VARIABLE, "").split(",")
