@@ -38,6 +38,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value), flush=True)
 
 
+def tell(result: Any, as_json: bool, text: str) -> None:
+    """What a command did: all of it as one object, or the sentence."""
+    if as_json:
+        print_json(result)
+    else:
+        console.print(plain(text), highlight=False)
+
+
 def plain(text: object) -> str:
     """`text` without control characters: names and messages of other sites must not steer the terminal."""
     return "".join(c if c.isprintable() else "?" for c in str(text))

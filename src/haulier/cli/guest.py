@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from haulier.agent.client import path_segment
-from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table
+from haulier.cli.common import Json, Root, client, parse_memory, print_json, print_table, tell
 from haulier.cli.progress import wait
 from haulier.units import MIB
 
@@ -67,12 +67,9 @@ def run(
         "disk_bytes": parse_memory(disk) * MIB if disk else 0,
     }
     result = wait(caller, caller.post("/v1/guests", body), json)
-    if json:
-        print_json(result)
-    else:
-        how = "a container" if result.get("kind") == "container" else "booted"
-        how = "from a golden snapshot" if result.get("golden") else how
-        console.print(plain(f"guest {name} runs ({how}, {result['accel']}, pid {result['pid']})"), highlight=False)
+    how = "a container" if result.get("kind") == "container" else "booted"
+    how = "from a golden snapshot" if result.get("golden") else how
+    tell(result, json, f"guest {name} runs ({how}, {result['accel']}, pid {result['pid']})")
 
 
 @guest_app.command
@@ -87,10 +84,7 @@ def net(name: str, policy: str, /, *, root: Root = None, json: Json = False) -> 
         hook or keep.
     """
     result = client(root).post(f"/v1/guests/{path_segment(name)}/net", {"net": policy})
-    if json:
-        print_json(result)
-    else:
-        console.print(plain(f"guest {name}: {result['net']}"), highlight=False)
+    tell(result, json, f"guest {name}: {result['net']}")
 
 
 @guest_app.command
@@ -124,10 +118,7 @@ def adopt(
         "disk_bytes": parse_memory(disk) * MIB if disk else 0,
     }
     result = client(root).post("/v1/lxc", body)
-    if json:
-        print_json(result)
-    else:
-        console.print(plain(f"guest {name} is LXC's container, pid {result['pid']}, and runs on"), highlight=False)
+    tell(result, json, f"guest {name} is LXC's container, pid {result['pid']}, and runs on")
 
 
 @guest_app.command
@@ -141,10 +132,7 @@ def start(name: str, /, *, root: Root = None, json: Json = False) -> None:
     """
     agent = client(root)
     result = wait(agent, agent.post(f"/v1/guests/{path_segment(name)}/start"), json)
-    if json:
-        print_json(result)
-    else:
-        console.print(plain(f"guest {name} runs (pid {result['pid']})"), highlight=False)
+    tell(result, json, f"guest {name} runs (pid {result['pid']})")
 
 
 @guest_app.command
@@ -167,11 +155,7 @@ def stop(
     agent = client(root)
     body = {"deadline_s": deadline, "force": force}
     result = wait(agent, agent.post(f"/v1/guests/{path_segment(name)}/stop", body), json)
-    if json:
-        print_json(result)
-    else:
-        how = "" if result["clean"] else " by force"
-        console.print(plain(f"guest {name} stopped{how}"), highlight=False)
+    tell(result, json, f"guest {name} stopped" + ("" if result["clean"] else " by force"))
 
 
 @guest_app.command
@@ -191,10 +175,7 @@ def remove(
         Name of the guest.
     """
     result = client(root).delete(f"/v1/guests/{path_segment(name)}{'?force=1' if force else ''}")
-    if json:
-        print_json(result)
-    else:
-        console.print(plain(f"removed: {result['removed']} ({name})"), highlight=False)
+    tell(result, json, f"removed: {result['removed']} ({name})")
 
 
 @guest_app.command(name="list")

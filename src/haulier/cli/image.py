@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from haulier.agent.client import path_segment
 from haulier.cli import cache
-from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table, size
+from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table, size, tell
 from haulier.cli.progress import wait
 from haulier.units import CHUNK
 
@@ -54,10 +54,7 @@ def import_(
         "config": {"command": shlex.split(command)},
     }
     result = wait(agent, agent.post("/v1/images", body), json)
-    if json:
-        print_json(result)
-    else:
-        console.print(f"image {result['name']}: {size(result['size'])}, {result['chunks']} chunks", highlight=False)
+    tell(result, json, f"image {result['name']}: {size(result['size'])}, {result['chunks']} chunks")
 
 
 @image_app.command
@@ -238,10 +235,7 @@ def remove(name: str, /, *, root: Root = None, json: Json = False) -> None:
         Name of the image.
     """
     result = client(root).delete(f"/v1/images/{path_segment(name)}")
-    if json:
-        print_json(result)
-    else:
-        console.print(f"image {name} removed; 'haulier gc --all' frees its space now", highlight=False)
+    tell(result, json, f"image {name} removed; 'haulier gc --all' frees its space now")
 
 
 @image_app.command

@@ -19,9 +19,9 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
-from haulier.policy.model import COORDINATED_NAME, Item, Key
+from haulier.policy.model import COORDINATED_NAME, Forgetful, Item, Key
 from haulier.policy.ranked import Ranked
 
 SHARED: Final = 0.5
@@ -120,7 +120,7 @@ class Fleet:
         return found * math.exp(-(last - self._base) * self._decay)
 
 
-class Coordinated:
+class Coordinated(Forgetful):
     """The policy of one site of a fleet; all of them share `fleet`, which is told of every access (see `Fleet`)."""
 
     name: ClassVar[str] = COORDINATED_NAME
@@ -161,12 +161,6 @@ class Coordinated:
         for item in items:
             self.insert(item)
 
-    def memory(self) -> dict[str, Any]:
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        pass
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -185,7 +179,7 @@ class Facts:
 LOCAL_HALF_LIFE_S: Final = 86_400.0
 
 
-class Informed:
+class Informed(Forgetful):
     """The coordinated policy of a site that is told facts by a coordinator, instead of the whole fleet's books.
 
     The demand of others is taken to be spread evenly over the sites, and to be served evenly by those that hold a
@@ -225,16 +219,6 @@ class Informed:
         key, _ = self._ranked.pop()
         del self._uses[key]
         return key
-
-    def restore(self, items: Iterable[Item]) -> None:
-        for item in sorted(items, key=lambda item: item.used):
-            self.insert(item)
-
-    def memory(self) -> dict[str, Any]:
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        pass
 
 
 def place(

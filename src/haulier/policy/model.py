@@ -11,6 +11,7 @@ It never looks at a clock, and two policies that are told the same answer the sa
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Protocol
@@ -62,6 +63,23 @@ class Policy(Protocol):
 
     def remember(self, memory: dict[str, Any]) -> None:
         """Undo `memory`; what is not understood is ignored, a policy can always begin anew."""
+
+
+class Forgetful(ABC):
+    """The part of a policy that remembers nothing beyond its items, which it takes back in the order of their use."""
+
+    @abstractmethod
+    def insert(self, item: Item) -> None: ...
+
+    def restore(self, items: Iterable[Item]) -> None:
+        for item in sorted(items, key=lambda item: item.used):
+            self.insert(item)
+
+    def memory(self) -> dict[str, Any]:
+        return {}
+
+    def remember(self, memory: dict[str, Any]) -> None:  # noqa: B027 - there is nothing to take back
+        pass
 
 
 LRU_NAME: Final = "lru"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from haulier.policy.model import LFU_NAME, LRU_NAME, Item, Key
+from haulier.policy.model import LFU_NAME, LRU_NAME, Forgetful, Item, Key
 from haulier.policy.ranked import Ranked
 
 
-class Lru:
+class Lru(Forgetful):
     """Least recently used goes first."""
 
     name: ClassVar[str] = LRU_NAME
@@ -33,18 +32,8 @@ class Lru:
             raise LookupError("nothing is kept")
         return self._order.popitem(last=False)[0]
 
-    def restore(self, items: Iterable[Item]) -> None:
-        for item in sorted(items, key=lambda item: item.used):
-            self.insert(item)
 
-    def memory(self) -> dict[str, Any]:
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        pass
-
-
-class Lfu:
+class Lfu(Forgetful):
     """Least often used since it came goes first; of those, the least recently used."""
 
     name: ClassVar[str] = LFU_NAME
@@ -69,13 +58,3 @@ class Lfu:
         key, _ = self._ranked.pop()
         del self._uses[key]
         return key
-
-    def restore(self, items: Iterable[Item]) -> None:
-        for item in sorted(items, key=lambda item: item.used):
-            self.insert(item)
-
-    def memory(self) -> dict[str, Any]:
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        pass

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
-from haulier.policy.model import S3FIFO_NAME, Item, Key
+from haulier.policy.model import S3FIFO_NAME, Forgetful, Item, Key
 
 SMALL: Final = 0.1
 GHOST: Final = 0.9
@@ -45,7 +45,7 @@ class _Queue:
         return key, size, frequency
 
 
-class S3Fifo:
+class S3Fifo(Forgetful):
     """See the module. `capacity` is in bytes, as are the queues."""
 
     name: ClassVar[str] = S3FIFO_NAME
@@ -119,9 +119,3 @@ class S3Fifo:
         for item in sorted(items, key=lambda item: item.came):
             queue = self._main if item.main else self._small
             queue.add(item.key, item.size, min(item.hits, _FREQUENCY_MOST))
-
-    def memory(self) -> dict[str, Any]:
-        return {}
-
-    def remember(self, memory: dict[str, Any]) -> None:
-        pass
