@@ -188,7 +188,8 @@ class Stage:
     def work(self, name: str, **work: Any) -> None:
         """The guest's workload starts over; returns when there is something to check."""
         workload = self.workload(name)
-        workload.start(MEMORY_MIB, **(WORK | work))
+        self.memory_mib = int(work.pop("memory_mib", MEMORY_MIB))
+        workload.start(self.memory_mib, **(WORK | work))
         wait_for(lambda: workload.stats()["files_written"] > 0, 60, "a file of the workload")
 
     def workload(self, name: str) -> Workload:
@@ -200,7 +201,7 @@ class Stage:
         assert self.answers[name].first_after(since) is not None, f"{name} does not answer"
         found = self.workload(name).examine()
         assert found["good"] and not found["bad_pages"] and not found["bad_files"], found
-        assert found["pages"] == MEMORY_MIB * 256 and found["files"] > 0, found
+        assert found["pages"] == self.memory_mib * 256 and found["files"] > 0, found
         summary = self.answers[name].summary()
         assert summary["wrong"] == 0, summary
         return found
