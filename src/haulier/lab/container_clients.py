@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from haulier.errors import GuestError
@@ -198,6 +199,14 @@ class Redis:
     def fill(self, count: int) -> None:
         """Sets key:0 to key:COUNT-1, by a script of its own."""
         self.call("EVAL", f"for i=0,{count - 1} do redis.call('SET','key:'..i,'value:'..i) end return 1", 0)
+
+    def set_many(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """SETs all of them in one go, and reads all answers; keep it to a few hundred kilobytes of keys."""
+        words = [(b"SET", key.encode(), value.encode()) for key, value in pairs]
+        lines = (b"*3\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in some) for some in words)
+        self._sock.sendall(b"".join(lines))
+        for _ in words:
+            self._answer()
 
     def write_on(self) -> None:
         """Sets w:0, w:1, ... one after the other from now on, each acknowledged before the next."""

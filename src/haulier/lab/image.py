@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -148,6 +149,8 @@ class Application:
     name: str
     packages: tuple[str, ...]
     files: Mapping[str, bytes]
+    commands: tuple[str, ...] = ()
+    """Shell commands run in the guest's root when all else is there, one after the other."""
 
 
 def build_debian(
@@ -177,8 +180,7 @@ def build_debian(
         for name, data in application.files.items() if application else ():
             _put(overlay / name, data, 0o644)
         say(f"unpacking {suite} from {', '.join(uri for source in sources for uri in source.uris)}")
-        packages = application.packages if application else ()
-        _run(_mmdebstrap(distribution, suite, scratch, overlay, root, packages), say)
+        _run(_mmdebstrap(distribution, suite, scratch, overlay, root, application), say)
         say("writing the file system")
         _write_disk(image, root, size, scratch)
         image.replace(out)
@@ -194,6 +196,8 @@ def recipe(
     if application:
         files = {name: data.decode() for name, data in application.files.items()}
         more["application"] = {"packages": list(application.packages), "files": files}
+        if application.commands:
+            more["commands"] = list(application.commands)
     return more | {
         "suite": suite or host_suite,
         "size": size,
@@ -268,9 +272,10 @@ def _preflight(size: int) -> None:
 
 
 def _mmdebstrap(
-    distribution: str, suite: str, scratch: Path, overlay: Path, root: Path, packages: Sequence[str]
+    distribution: str, suite: str, scratch: Path, overlay: Path, root: Path, application: Application | None
 ) -> list[str]:
-    include = [*_PACKAGES, _KERNELS.get(distribution, _KERNELS["debian"]), *packages]
+    more = application or Application("", (), {})
+    include = [*_PACKAGES, _KERNELS.get(distribution, _KERNELS["debian"]), *more.packages]
     finish = scratch / "finish.sh"
     finish.write_bytes(_resource("lab/rootfs/finish.sh"))
     excluded = ("doc", "man", "info", "locale", "lintian", "bug", "zoneinfo/right", "zoneinfo/posix")
@@ -285,6 +290,7 @@ def _mmdebstrap(
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in excluded),
         # Before the packages that read these files are installed, so that the initramfs is made once, as wanted.
         f"--essential-hook=cp -a '{overlay}/.' \"$1\"",
+        *(f'--customize-hook=chroot "$1" /bin/sh -c {shlex.quote(command)}' for command in more.commands),
         f"--customize-hook=sh '{finish}' \"$1\"",
         suite,
         str(root),
