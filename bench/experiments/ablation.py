@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from experiments import model
 from experiments.live_migration import GUEST, RECORDS, Case, Use, adopted
 from experiments.measuring import crossing
-from experiments.model import Bars, Experiment, Kind, Row, merged, ratio
+from experiments.model import Bars, Experiment, Kind, Row, ratio
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.guests.command import RAM_ID
@@ -151,7 +152,7 @@ def handoff(way: str, off: str) -> Experiment:
 
 
 def finished(found: Experiment) -> Experiment:
-    rows = merged(row for row in found.rows if row.kind == Kind.MEASURED)
+    rows = model.ours(found.rows)
     found.bars, found.targets, made = [], [], []
     for setting in dict.fromkeys(row.setting for row in rows):
         some = [row for row in rows if row.setting == setting]

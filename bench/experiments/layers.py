@@ -8,8 +8,8 @@ from functools import partial
 from report import Target
 
 import containers
-from experiments import published
-from experiments.model import Bars, Experiment, Kind, Row, merged, ratio
+from experiments import model, published
+from experiments.model import Bars, Experiment, Kind, Row, ratio
 
 OURS, THEIRS = "haulier", "rsync, dump, rsync, restore (the published method)"
 APPS = ("none", "game", "memory", "video", "faces")
@@ -53,7 +53,7 @@ def cells(wanted: list[tuple[str, int, str]]) -> Experiment:
 
 
 def finished(found: Experiment) -> Experiment:
-    rows = merged(row for row in found.rows if row.kind == Kind.MEASURED)
+    rows = model.ours(found.rows)
     found.rows = [*rows, Row("VMs: RAM x bandwidth", "see 'Bandwidth and memory'", Kind.NOT_RUN, {}), *published.LAYERS]
     found.bars, found.targets = [], []
     settings = list(dict.fromkeys(row.setting for row in rows))

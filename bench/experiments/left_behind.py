@@ -12,7 +12,8 @@ import convergence
 from report import Target
 from tests.support.fleet import fleet
 
-from experiments.model import Bars, Experiment, Kind, Row, merged, ratio
+from experiments import model
+from experiments.model import Bars, Experiment, Kind, Row, ratio
 from haulier.handoff.measures import ALLOWABLE
 from haulier.lab.scenario import template
 from haulier.lab.stock import MODES
@@ -109,7 +110,7 @@ def ours(words: tuple[str, ...]) -> Experiment:
 
 
 def finished(found: Experiment) -> Experiment:
-    rows = merged(row for row in found.rows if row.kind == Kind.MEASURED)
+    rows = model.ours(found.rows)
     found.bars, found.targets = [], []
     for setting in dict.fromkeys(row.setting for row in rows if row.setting != OUTRUN):
         full, left = (next((r for r in rows if r.setting == setting and r.way == way), None) for way in (FULL, LEFT))

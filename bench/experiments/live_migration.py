@@ -19,9 +19,9 @@ from typing import Any
 import numpy
 from report import Target
 
-from experiments import extrapolate, published
+from experiments import extrapolate, model, published
 from experiments.measuring import checks, crossing, handoff
-from experiments.model import Bars, Check, Experiment, Kind, Row, best, merged, ratio
+from experiments.model import Bars, Check, Experiment, Kind, Row, best, ratio
 from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.store import ChunkStore
 from haulier.guests.qemu import Qemu
@@ -312,7 +312,7 @@ def new() -> Experiment:
 
 def finished(found: Experiment) -> Experiment:
     """Medians, ratios, aims and bars, from the rows alone."""
-    rows = merged(row for row in found.rows if row.kind != Kind.PUBLISHED)
+    rows = model.ours(found.rows)
     default = {row.setting: row for row in rows if row.way == INCREMENTAL + MODES["default"]}
     measured = [with_memory(row, default[row.setting]) if row.setting in default else row for row in rows]
     found.targets = []

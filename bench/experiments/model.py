@@ -142,6 +142,11 @@ def merged(rows: Iterable[Row]) -> list[Row]:
     return found
 
 
+def ours(rows: Iterable[Row]) -> list[Row]:
+    """Those with figures of this run, repeated ones as one each (`merged`)."""
+    return merged(row for row in rows if row.kind in (Kind.MEASURED, Kind.EXTRAPOLATED, Kind.CALCULATED))
+
+
 def middle(values: Iterable[float | None]) -> float | None:
     """The median of those that are there."""
     known = [value for value in values if value is not None]

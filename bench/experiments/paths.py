@@ -9,8 +9,8 @@ from typing import Any
 
 from report import Target
 
-from experiments import published
-from experiments.model import Bars, Experiment, Kind, Row, merged, ratio
+from experiments import model, published
+from experiments.model import Bars, Experiment, Kind, Row, ratio
 
 connection: Any = importlib.import_module("connection")
 handoffs: Any = importlib.import_module("multipath-handoff")
@@ -70,7 +70,7 @@ def client() -> Experiment:
 
 
 def finished(found: Experiment) -> Experiment:
-    rows = merged(row for row in found.rows if row.kind != Kind.PUBLISHED)
+    rows = model.ours(found.rows)
     found.rows = [*rows, *published.PATHS]
     found.bars, found.targets = [], []
     settings = list(dict.fromkeys(row.setting for row in rows if row.way in WAYS.values()))

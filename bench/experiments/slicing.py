@@ -12,8 +12,9 @@ import cache
 import multisource
 from report import Target
 
+from experiments import model
 from experiments.measuring import checks, crossing
-from experiments.model import Bars, Experiment, Kind, Row, merged
+from experiments.model import Bars, Experiment, Kind, Row
 from haulier.lab.clients import Workload
 from haulier.lab.scenario import GUEST_ADDRESS, scenario, template, wan
 from haulier.policy.traces import accesses, catalogue
@@ -111,7 +112,7 @@ def order_rows(found: Experiment, way: str) -> list[Row]:
 
 
 def finished(found: Experiment) -> Experiment:
-    rows = merged(row for row in found.rows if row.kind != Kind.PUBLISHED)
+    rows = model.ours(found.rows)
     found.rows, found.bars, found.targets = rows, [], []
     fetched = [row for row in rows if row.way.startswith("fetch")]
     if fetched:
