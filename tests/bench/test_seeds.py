@@ -20,23 +20,30 @@ def row(way: str, kind: Kind = Kind.MEASURED, setting: str = SETTING, **figures:
     return Row(way, setting, kind, {name.replace("_", " "): value for name, value in figures.items()})
 
 
+KB = 1000
+
+
 def told() -> dict[str, Any]:
-    """A handoff's report, in what matters here: 1000 bytes of memory, 200 of disk, 30 said besides, 20 of frames."""
+    """A handoff's report, in what matters here: 10 MB of memory, 2 of disk, 0.3 said besides, 0.2 of frames."""
     return {
         "total_s": 9.9,
         "until_released_s": 10.0,
         "downtime_ms": 120.0,
-        "wire": {"sent": 1200, "received": 50, "channels": {"memory": 1005, "disk": 201, "control": 30}},
+        "wire": {
+            "sent": 12_000 * KB,
+            "received": 500 * KB,
+            "channels": {"memory": 10_050 * KB, "disk": 2010 * KB, "control": 300 * KB},
+        },
         "memory": {
-            "wire_bytes": 1000,
-            "kinds": {"wire": {"literal": 900, "meta": 100}, "raw": {"literal": 4000, "same": 8000}},
+            "wire_bytes": 10_000 * KB,
+            "kinds": {"wire": {"literal": 9000 * KB, "meta": 1000 * KB}, "raw": {"literal": 4000, "same": 8000}},
         },
         "disk": {
             "origin": {
-                "sent_bytes": 150,
-                "recipe_bytes": 30,
-                "patch_bytes": 10,
-                "wire_bytes": 200,
+                "sent_bytes": 1500 * KB,
+                "recipe_bytes": 300 * KB,
+                "patch_bytes": 100 * KB,
+                "wire_bytes": 2000 * KB,
                 "chunks_at_target": 2,
                 "chunks_recipe": 1,
                 "chunks_patch": 0,
@@ -44,8 +51,8 @@ def told() -> dict[str, Any]:
             }
         },
         "phases": [
-            {"name": "memory", "at": 100.0, "seconds": 9.0, "wire_bytes": 1200},
-            {"name": "token", "at": 109.0, "seconds": 1.0, "wire_bytes": 50},
+            {"name": "memory", "at": 100.0, "seconds": 9.0, "wire_bytes": 12_000 * KB},
+            {"name": "token", "at": 109.0, "seconds": 1.0, "wire_bytes": 500 * KB},
             {"name": "finish", "at": 110.0, "seconds": 3.0, "wire_bytes": 0},
         ],
         "timeline": [{"at": n / 10, "wire": 10 * n, "rate_bps": 1e6, "left": 100 - n, "round": 1} for n in range(100)],
@@ -53,7 +60,7 @@ def told() -> dict[str, Any]:
     }
 
 
-CROSSED = measuring.Crossing(seconds=10, bytes=1250 + 7 * 52 + 10, packets=7)
+CROSSED = measuring.Crossing(seconds=10, bytes=12_500 * KB + 9000 * 52 + 10 * KB, packets=9000)
 
 
 # -- rows
@@ -114,8 +121,9 @@ def test_no_share_is_the_disk_and_then_the_incremental_run() -> None:
 def test_bytes_by_origin_are_all_that_the_interfaces_counted() -> None:
     origins = measuring.origins(told(), CROSSED.bytes, CROSSED.packets)
     assert sum(origins.values()) == CROSSED.bytes
-    assert origins["session: frames"] == 20 and origins["packet headers"] == 7 * 52 and origins["agents' talk"] == 10
-    assert origins["disk: references"] == 10 and origins["control: control"] == 30
+    assert origins["session: frames"] == 200 * KB and origins["packet headers"] == 9000 * 52
+    assert origins["disk: references"] == 100 * KB and origins["control: control"] == 300 * KB
+    assert origins["agents' talk"] == 10 * KB
 
 
 def test_figures_that_agree_pass_all_checks() -> None:
@@ -126,8 +134,8 @@ def test_figures_that_agree_pass_all_checks() -> None:
 @pytest.mark.parametrize(
     ("spoil", "which"),
     [
-        (lambda told: told["wire"].update(sent=1000), "interface counters"),
-        (lambda told: told["memory"]["kinds"]["wire"].update(literal=700), "by origin"),
+        (lambda told: told["wire"].update(sent=10_000 * KB), "interface counters"),
+        (lambda told: told["memory"]["kinds"]["wire"].update(literal=7000 * KB), "by origin"),
         (lambda told: told["phases"][0].update(seconds=5.0), "phases"),
         (lambda told: told["check"].update(memory_equal=False), "memory differs"),
     ],
