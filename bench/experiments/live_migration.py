@@ -289,12 +289,11 @@ def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
     for case in cases(quick):
         name = f"{case.app} {case.mbps:g} Mbps"
         whole = not quick and case.mbps == 10
+        found[f"{name}, haulier"] = partial(ours, case, 1 if quick else 3)
+        if whole:
+            found[f"{name}, no-share"] = partial(no_share_unit, case)
         for mode in MODES if whole else ("best" if quick else "best, auto-converge",):
             found[f"{name}, stock {mode}"] = partial(stock_unit, case, mode)
-            if mode.startswith("best") and f"{name}, haulier" not in found:
-                found[f"{name}, haulier"] = partial(ours, case, 1 if quick else 3)
-                if whole:
-                    found[f"{name}, no-share"] = partial(no_share_unit, case)
     return found
 
 
