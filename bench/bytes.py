@@ -11,6 +11,7 @@ the study that this repeats, and 15 %.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import random
@@ -19,6 +20,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from haulier.chunks.blocks import StoreBlockFinder  # noqa: E402
 from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.compress import StreamCompressor  # noqa: E402
 from haulier.disks.rounds import DiskRounds  # noqa: E402
+from haulier.errors import GuestError  # noqa: E402
 from haulier.guests.command import RAM_ID  # noqa: E402
 from haulier.guests.qemu import Qemu  # noqa: E402
 from haulier.handoff import retained  # noqa: E402
@@ -45,7 +48,7 @@ from haulier.handoff.journal import Journal  # noqa: E402
 from haulier.handoff.residence import guest_paths, spec_of  # noqa: E402
 from haulier.handoff.shared import blocks_of, golden_manifest  # noqa: E402
 from haulier.lab import looking  # noqa: E402
-from haulier.lab.container_clients import Redis  # noqa: E402
+from haulier.lab.container_clients import Redis, Talk  # noqa: E402
 from haulier.lab.containers import FACE_PACKAGES, SERVER_PACKAGES  # noqa: E402
 from haulier.lab.image import Application  # noqa: E402
 from haulier.lab.scenario import GUEST_ADDRESS, Scenario, Template, scenario, template, wan  # noqa: E402
@@ -160,10 +163,18 @@ class Using:
             agent.check(["/bin/sh", "-c", command], timeout=timeout)
 
     def faces(self) -> None:
-        looker = looking.Looker(self.found.lab, "client", HOST)
-        looker.start(self.qemu, "faces")
-        looker.use(FACES)
-        looker.stop()
+        self.sh("systemd-run -q python3 -u /usr/lib/haulier/vision/haulier/lab/services.py faces")
+        deadline = time.monotonic() + looking.START_S
+        while True:
+            with contextlib.suppress(OSError):
+                talk = Talk(self.found.lab, "client", HOST)
+                break
+            if time.monotonic() > deadline:
+                raise GuestError("the face detection of the guest does not answer")
+            time.sleep(0.5)
+        for seed in range(FACES):
+            talk.ask("detect", seed=seed)
+        talk.close()
 
     def database(self) -> None:
         chance = random.Random(7)
@@ -184,18 +195,20 @@ class Using:
 
     def churn(self) -> None:
         lab = self.found.lab
-        server = lab.popen("client", [sys.executable, "-m", "http.server", str(PORT), "--directory", str(self.debs)])
+        serve = [sys.executable, "-m", "http.server", str(PORT), "--directory", str(self.debs)]
+        server = lab.popen("client", serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             where = f"http://{lab.address('client', 'client-oslo')}:{PORT}"
             names = " ".join(sorted(path.name for path in self.debs.glob("*.deb")))
-            fetch = f"cd /var/tmp/churn && for f in {names}; do wget -q -t 20 --retry-connrefused -w 1 {where}/$f; done"
+            get = f"wget -q -t 20 --retry-connrefused -w 1 {where}/$f || exit 1"
+            fetch = f"cd /var/tmp/churn && for f in {names}; do {get}; done"
             self.sh(f"mkdir -p /var/tmp/churn && {fetch}")
         finally:
             server.terminate()
             server.wait()
         unpack = " ".join(f"{name}_*.deb" for name in UNPACKED)
         install = " ".join(f"{name}_*.deb" for name in INSTALLED)
-        self.sh(f"cd /var/tmp/churn && for f in {unpack}; do dpkg -x $f x-$f; done && sync")
+        self.sh(f"cd /var/tmp/churn && for f in {unpack}; do dpkg -x $f x-$f || exit 1; done; sync")
         self.sh(f"cd /var/tmp/churn && dpkg --force-depends -i {install}; sync; rm -rf /var/tmp/churn")
 
     def still(self, ram: Path) -> NDArray[np.uint8]:
@@ -214,7 +227,11 @@ class Using:
 def download(folder: Path) -> Path:
     """The packages that churn, from this machine's own mirror."""
     folder.mkdir()
-    subprocess.run(["apt-get", "-qq", "download", *UNPACKED, *INSTALLED], cwd=folder, check=True)
+    unsandboxed = ["-o", "APT::Sandbox::User=root"]  # the folder is closed to apt's own user
+    subprocess.run(["apt-get", "-qq", *unsandboxed, "download", *UNPACKED, *INSTALLED], cwd=folder, check=True)
+    for path in folder.iterdir():
+        # Epochs: an address is written otherwise.
+        path.rename(folder / path.name.replace("%3a", "_").replace(":", "_"))
     return folder
 
 
