@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from haulier.agent.site import Site, check_name, default_root, split_address, write_atomically
+from haulier.agent.site import Site, check_name, default_root, split_address
+from haulier.durable import write_atomically
 from haulier.errors import Conflict, Corrupt, UnknownThing, UsageError
 
 

@@ -156,7 +156,7 @@ class Death:
             (os, "pwrite"),
             (os, "ftruncate"),
             (collect, "punch"),
-            (packs, "sync_folder"),
+            (packs, "sync"),
             (Path, "unlink"),
             (Places, "advance"),
         ):

@@ -30,7 +30,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from haulier.agent.site import NAME, Site, check_name, write_atomically
+from haulier.agent.site import NAME, Site, check_name
+from haulier.durable import write_atomically
 from haulier.errors import Corrupt, NotTrusted, Unsupported
 from haulier.handoff.journal import Journal, TokenRow
 

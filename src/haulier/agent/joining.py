@@ -13,7 +13,8 @@ import msgspec
 from haulier.agent import authority
 from haulier.agent.authority import Token
 from haulier.agent.client import Client
-from haulier.agent.site import Site, check_host, check_name, split_address, write_atomically
+from haulier.agent.site import Site, check_host, check_name, split_address
+from haulier.durable import write_atomically
 from haulier.errors import Conflict, NotTrusted, PeerError
 from haulier.handoff.journal import Journal, SiteRow
 

@@ -18,11 +18,11 @@ import ipaddress
 import json
 import os
 import re
-import tempfile
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from haulier.durable import write_atomically
 from haulier.errors import Conflict, Corrupt, UnknownThing, UsageError
 from haulier.network import addresses
 from haulier.network.rules import AUTO, Rule, read_rules
@@ -71,31 +71,6 @@ def split_address(address: str) -> tuple[str, int]:
     if not colon or not port_text.isascii() or not port_text.isdigit() or not 0 < int(port_text) < 65536:
         raise UsageError(f"bad address {address[:80]!r}: give HOST:PORT, with a port between 1 and 65535")
     return check_host(host, "address"), int(port_text)
-
-
-def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replaces `path` in one step; durable when it returns."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames, creations and removals in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def default_root() -> Path:

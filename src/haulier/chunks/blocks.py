@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from haulier.chunks.fingerprint import ZERO
-from haulier.chunks.packs import disk_error, sync_folder
+from haulier.chunks.packs import disk_error
 from haulier.chunks.store import ChunkStore
+from haulier.durable import sync
 from haulier.errors import Corrupt, NoRoom, UnknownThing, UsageError
 from haulier.units import BLOCK, BLOCKS_PER_CHUNK, FINGERPRINT
 
@@ -169,7 +170,7 @@ class BlockIndex:
                     file.flush()
                     os.fsync(file.fileno())
                 part.rename(path)
-                sync_folder(path.parent)
+                sync(path.parent)
             finally:
                 part.unlink(missing_ok=True)
         except OSError as error:

@@ -19,6 +19,7 @@ from xxhash import xxh3_64_intdigest
 
 from haulier.chunks.fingerprint import Buffer, fingerprint
 from haulier.compress import zstd
+from haulier.durable import sync
 from haulier.errors import Corrupt, HaulierError, NoRoom
 from haulier.units import CHUNK
 
@@ -205,7 +206,7 @@ class Writer:
         """Make everything up to the tail durable."""
         os.fdatasync(self.pack.fd)
         if self.fresh:
-            sync_folder(self.pack.path.parent)
+            sync(self.pack.path.parent)
             self.fresh = False
 
     def forget(self) -> None:
@@ -218,15 +219,6 @@ class Writer:
             os.ftruncate(self.pack.fd, length)
         except OSError:
             pass  # beyond the tail nothing is ever read; this only gives space back
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _lock(pack: Pack) -> bool:

@@ -33,8 +33,9 @@ from haulier.chunks.collect import Choose, GcReport, Room, collect_garbage, meas
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK, Buffer, fingerprint
 from haulier.chunks.index import Index
 from haulier.chunks.manifest import Manifest
-from haulier.chunks.packs import Location, Pack, Writer, decode_record, disk_error, encode_record, sync_folder
+from haulier.chunks.packs import Location, Pack, Writer, decode_record, disk_error, encode_record
 from haulier.chunks.places import Places
+from haulier.durable import sync
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.units import CHUNK, MIB
 
@@ -107,7 +108,7 @@ class ChunkStore:
                 with self.index.read() as db:
                     self.id: bytes = db.execute("SELECT id FROM store").fetchone()[0]
                 if made:
-                    sync_folder(self.path)
+                    sync(self.path)
                     reindex(self)  # an index was lost: what its packs hold need not travel again
         except OSError as error:
             raise disk_error(error, self.path) from error

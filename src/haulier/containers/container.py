@@ -26,6 +26,7 @@ from haulier.containers.dumping import Dumping, DumpRequest
 from haulier.containers.freezer import freezer_of
 from haulier.containers.restoring import Restoring
 from haulier.containers.runc import Runc, words_of
+from haulier.durable import write_atomically
 from haulier.errors import Conflict, GuestError, UnknownThing
 from haulier.guests.model import GuestSpec
 from haulier.guests.process import ProcessId
@@ -211,7 +212,7 @@ class Container:
         self._save()
 
     def _save(self) -> None:
-        _write(self.paths.record, json.dumps(self.record).encode())
+        write_atomically(self.paths.record, json.dumps(self.record).encode())
 
     # -- seen ------------------------------------------------------------------------------------------------------
 
@@ -365,8 +366,8 @@ def driver_of(spec: GuestSpec) -> type[Container]:
 
 def write_record(paths: ContainerPaths, spec: GuestSpec, record: dict[str, Any]) -> None:
     """Notes what a container is and where, so that it is found again."""
-    _write(paths.spec_file, msgspec.json.encode(spec))
-    _write(paths.record, json.dumps(record).encode())
+    write_atomically(paths.spec_file, msgspec.json.encode(spec))
+    write_atomically(paths.record, json.dumps(record).encode())
 
 
 def running(paths: ContainerPaths) -> dict[str, Any] | None:
@@ -451,12 +452,3 @@ def clear(paths: ContainerPaths) -> None:
     """Ends it and removes all of its files."""
     clear_runtime(paths)
     shutil.rmtree(paths.root, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -14,7 +14,6 @@ plugged in after it was restored.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import time
@@ -31,6 +30,7 @@ from haulier.chunks.blocks import BlockIndex
 from haulier.chunks.fingerprint import ZERO
 from haulier.disks.export import DiskExport
 from haulier.disks.rounds import DiskRounds
+from haulier.durable import sync
 from haulier.errors import Cancelled, Corrupt, GuestError, HaulierError, UnknownThing
 from haulier.guests.accel import Accelerator, probe
 from haulier.guests.agent import wait_for_agent
@@ -407,10 +407,10 @@ class _Maker:
         if not final.exists():
             for file in self.half.iterdir():
                 file.chmod(0o400)
-                _sync(file)
-            _sync(self.half)
+                sync(file)
+            sync(self.half)
             self.half.rename(final)
-            _sync(self.root)
+            sync(self.root)
         self._progress(1.0, "done")
         return Golden.load(final)
 
@@ -442,11 +442,3 @@ class _Maker:
 
 def _manifest_meta(meta: GoldenMeta) -> dict[str, Any]:
     return {"image": meta.image, "memory_mib": meta.memory_mib, "vcpus": meta.vcpus, "created": meta.created}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
+from haulier.durable import write_atomically
 from haulier.errors import Conflict, GuestError, NoRoom, UnknownThing, Unsupported
 from haulier.guests.accel import Accelerator, QemuInfo, check_version, probe, qemu_binary, qemu_version
 from haulier.guests.agent import GuestAgent, wait_for_agent
@@ -89,8 +90,8 @@ class Qemu(Migration):
         process = _read_pid(spec, paths)
         record = {"pid": process.pid, "ticks": process.ticks, "boot": process.boot, "accel": accel.kind}
         record |= {"nic": nic, "netns": netns, "incoming": incoming}
-        _write(paths.spec_file, msgspec.json.encode(spec))
-        _write(paths.record, json.dumps(record).encode())
+        write_atomically(paths.spec_file, msgspec.json.encode(spec))
+        write_atomically(paths.record, json.dumps(record).encode())
         qemu = cls(spec, paths, process, record, worker)
         try:
             qemu.qmp.execute("query-status")
@@ -199,7 +200,7 @@ class Qemu(Migration):
         self.qmp.execute("device_add", nic_device(self.spec))
         self.set_link(up)
         self.record["nic"] = tap
-        _write(self.paths.record, json.dumps(self.record).encode())
+        write_atomically(self.paths.record, json.dumps(self.record).encode())
 
     def set_link(self, up: bool) -> None:
         """Plug the network cable in or out, as the guest sees it."""
@@ -385,13 +386,3 @@ def _read_pid(spec: GuestSpec, paths: GuestPaths) -> ProcessId:
     if process is None:
         raise GuestError(f"QEMU of guest {spec.name} ended at once: see {paths.qemu_log}")
     return process
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a small file so that a reader sees the old or the new one, also after a power cut."""
-    temporary = path.with_suffix(".new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from haulier.agent.site import Site, write_atomically
+from haulier.agent.site import Site
 from haulier.compress import profile as profiles
 from haulier.compress.controller import DEFAULT, Choice, Controller, Link, Profile
+from haulier.durable import write_atomically
 from haulier.errors import HaulierError
 from haulier.memory.proxy import SourceProxy
 

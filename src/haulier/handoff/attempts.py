@@ -18,8 +18,9 @@ from typing import Any, Final
 
 import msgspec
 
-from haulier.agent.site import Site, check_name, write_atomically
+from haulier.agent.site import Site, check_name
 from haulier.chunks.store import ChunkStore
+from haulier.durable import write_atomically
 from haulier.errors import Corrupt, HaulierError
 from haulier.guests.model import GuestSpec
 from haulier.handoff import sparsefile

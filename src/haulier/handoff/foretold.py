@@ -14,9 +14,10 @@ from typing import Any, Final
 
 import msgspec
 
-from haulier.agent.site import Site, write_atomically
+from haulier.agent.site import Site
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.compress.stream import level_for
+from haulier.durable import write_atomically
 from haulier.handoff import forecast, retained, sampling
 from haulier.handoff.forecast import MOST_REMEMBERED, Pace, Took
 from haulier.handoff.messages import Job

@@ -27,7 +27,8 @@ from haulier.guests.qemu import Qemu
 from haulier.handoff import container_plan, forecast, foretold, retained, sampling
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import GuestRow, Journal
-from haulier.handoff.messages import LEAVE_BYTES, Offer, Options
+from haulier.handoff.messages import LEAVE_BYTES, Job, Offer, Options
+from haulier.handoff.offering import make_offer
 from haulier.handoff.ownership import State
 from haulier.handoff.residence import container_paths, guest_paths, spec_of
 from haulier.handoff.shared import blocks_of, golden_manifest
@@ -63,17 +64,8 @@ def make_plan(
             raise GuestError(f"guest {guest!r} is {qemu.status()}, not running: start it first")
         with ChunkStore(site.store) as store:
             manifest = store.load_manifest(row.manifest)
-            offer = Offer(
-                handoff="plan",
-                source=site.name,
-                spec=row.spec,
-                epoch=record.last + 1,
-                secret="0" * 64,
-                manifest=manifest.digest.hex(),
-                disk_bytes=len(manifest.unique()) * CHUNK,
-                memory_bases=tuple(retained.candidates(site, spec.name, spec.uuid, spec.golden)),
-                accelerator=qemu.accel,
-            )
+            offer = make_offer(site, store, _job(guest, to), row, manifest, record.last + 1)
+            offer = msgspec.structs.replace(offer, accelerator=qemu.accel)
             found = peer.look(offer)
             rate, rtt = peer.measure()
             golden = golden_manifest(store, spec.golden)
@@ -127,23 +119,18 @@ def make_plan(
     return plan
 
 
+def _job(guest: str, to: str) -> Job:
+    """One that nobody begins."""
+    return Job(handoff="plan", role="source", guest=guest, peer=to)
+
+
 def _plan_container(site: Site, row: GuestRow, spec: GuestSpec, epoch: int, to: str, peer: PlanPeer) -> dict[str, Any]:
     container = Container.adopt(container_paths(site, row.name))
     if container.status() != "running":
         raise GuestError(f"guest {row.name!r} is {container.status()}, not running: start it first")
     with ChunkStore(site.store) as store:
-        manifest = store.load_manifest(row.manifest)
-    offer = Offer(
-        handoff="plan",
-        source=site.name,
-        spec=row.spec,
-        epoch=epoch,
-        secret="0" * 64,
-        manifest=manifest.digest.hex(),
-        disk_bytes=len(manifest.unique()) * CHUNK,
-        memory_bases=tuple(retained.candidates(site, spec.name, spec.uuid, "")),
-        host=host_facts(),
-    )
+        offer = make_offer(site, store, _job(row.name, to), row, store.load_manifest(row.manifest), epoch)
+    offer = msgspec.structs.replace(offer, host=host_facts())
     found = peer.look(offer)
     rate, rtt = peer.measure()
     missing = int(found.get("missing_bytes", 0 if found.get("manifest") else offer.disk_bytes))

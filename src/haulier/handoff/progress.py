@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from haulier.agent.site import write_atomically
+from haulier.durable import write_atomically
 from haulier.handoff.messages import Status
 
 INTERVAL_S = 0.2

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import msgspec
 
-from haulier.agent.site import Site, write_atomically
+from haulier.agent.site import Site
+from haulier.durable import write_atomically
 from haulier.errors import Corrupt
 from haulier.handoff import attempts, sparsefile
 from haulier.memory.base import MemoryBase

@@ -13,8 +13,9 @@ from typing import IO
 import msgspec
 import psutil
 
-from haulier.agent.site import Site, write_atomically
+from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
+from haulier.durable import write_atomically
 from haulier.errors import Conflict, Corrupt, HandoffFailed
 from haulier.handoff.custody import happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal

@@ -15,6 +15,7 @@ from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.manifest import SECTOR, Manifest, chunks_of
 from haulier.chunks.packs import disk_error
 from haulier.chunks.store import ChunkStore
+from haulier.durable import sync
 from haulier.errors import Corrupt
 from haulier.guests.golden import MANIFEST_PREFIX, Golden, GoldenMeta, block_fingerprints, golden_id
 from haulier.memory.base import MemoryBase
@@ -80,10 +81,10 @@ def keep_snapshot(store: ChunkStore, root: Path, meta: GoldenMeta, memory: Manif
         (half / "meta.json").write_bytes(msgspec.json.format(msgspec.json.encode(meta)))
         for file in half.iterdir():
             file.chmod(0o400)
-            _sync(file)
-        _sync(half)
+            sync(file)
+        sync(half)
         half.rename(final)
-        _sync(root)
+        sync(root)
     except OSError as error:
         raise disk_error(error, half) from error
     finally:
@@ -97,11 +98,3 @@ def _write(store: ChunkStore, manifest: Manifest, size: int, path: Path) -> None
             if fp != ZERO:
                 data = memoryview(store.get(fp))[: size - index * CHUNK]
                 os.pwrite(file.fileno(), data, index * CHUNK)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
