@@ -1,8 +1,9 @@
 """One client's connections over real handoffs of a VM: a stream as fast as it goes, and an echo every 10 ms.
 
-`keep`: the address stays at the old site, a tunnel leads on from there. `hook`: the clients' route follows the guest.
-The client asks from a site of its own, a round trip of 10 ms from either; that between the two sites is 20 ms, at 20 or
-5 Mbit/s once the guest has moved (the handoff itself has 50). Needs root.
+`keep`: the address stays at the old site, a tunnel leads on from there. `mptcp`: connections move to an address of the
+new site, which the client joins before the move ("ahead") or once the guest is there ("after"). `hook`: the client's
+route follows the guest. The client asks from a site of its own, a round trip of 10 ms from either; that between the two
+sites is 20 ms, at 20 or 5 Mbit/s once the guest has moved (the handoff itself has 50). Needs root.
 
     python bench/connection.py picture RESULT.json OUT.svg     throughput and echo over time, as the client saw them
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-PORT = 7100
+PORT, MPTCP_PORT = 7100, 7101
 BEFORE_S, AFTER_S = 6.0, 10.0
 SETTLED_S = 3.0
 SERVER = f"""
@@ -41,29 +42,47 @@ if os.fork() == 0:
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2): os.dup2(null, fd)
-    l = socket.create_server(("0.0.0.0", {PORT}))
-    while True: threading.Thread(target=serve, args=(l.accept()[0],), daemon=True).start()
+    def listen(port, protocol):
+        l = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+        l.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        l.bind(("0.0.0.0", port))
+        l.listen(64)
+        while True: threading.Thread(target=serve, args=(l.accept()[0],), daemon=True).start()
+    threading.Thread(target=listen, args=({MPTCP_PORT}, 262), daemon=True).start()
+    listen({PORT}, 0)
 """
+POLICIES = (
+    ("keep", "ahead", 20.0),
+    ("keep", "ahead", 5.0),
+    ("mptcp", "ahead", 5.0),
+    ("mptcp", "after", 5.0),
+    ("hook", "ahead", 20.0),
+)
+"""Policy, when clients join the new address, and Mbit/s between the sites after the move."""
 
 
 class Client:
     """Two connections, and when what came on them."""
 
-    def __init__(self, lab: Any, host: str) -> None:
+    def __init__(self, lab: Any, host: str, mptcp: bool = False) -> None:
         self.received: list[tuple[float, int]] = []
         self.echoes: list[tuple[float, float]] = []
         self.errors: list[str] = []
         self._over = threading.Event()
-        self._socks = [lab.call("client", lambda: self._dial(host)) for _ in range(2)]
+        self.socks = [lab.call("client", lambda: self._dial(host, mptcp)) for _ in range(2)]
         self._threads = [
             threading.Thread(target=work, args=(sock,), daemon=True)
-            for work, sock in zip((self._stream, self._echo), self._socks, strict=True)
+            for work, sock in zip((self._stream, self._echo), self.socks, strict=True)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _dial(self, host: str) -> socket.socket:
-        sock = socket.create_connection((host, PORT), timeout=60)
+    def _dial(self, host: str, mptcp: bool) -> socket.socket:
+        from haulier.session.mptcp import protocol
+
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol(mptcp))
+        sock.settimeout(60)
+        sock.connect((host, MPTCP_PORT if mptcp else PORT))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
 
@@ -100,7 +119,7 @@ class Client:
 
     def close(self) -> None:
         self._over.set()
-        for sock in self._socks:
+        for sock in self.socks:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
@@ -123,6 +142,11 @@ class Client:
     def longest_echo(self, start: float, end: float) -> float:
         return max((took for at, took in self.echoes if start - 5 <= at < end), default=float("inf"))
 
+    def full_after(self, start: float, end: float, mbps: float) -> float:
+        """Seconds from `start` until half a second carried nine tenths of `mbps` or more."""
+        steps = [start + n / 20 for n in range(int((end - 0.5 - start) * 20))]
+        return next((at - start for at in steps if self.mbps(at, at + 0.5) >= 0.9 * mbps), float("inf"))
+
     def series(self, zero: float, start: float, end: float) -> dict[str, list[Any]]:
         """Throughput and echo by tenths of a second."""
         steps = [start + n / 10 for n in range(int((end - start) * 10))]
@@ -142,29 +166,36 @@ def start_server(stage: Any) -> None:
         agent.check(["/usr/bin/python3", "-c", SERVER])
 
 
-def one(stage: Any, policy: str, tunnel_mbps: float) -> dict[str, Any]:
+def one(stage: Any, policy: str, join: str, tunnel_mbps: float) -> dict[str, Any]:
     """There, as a client sees it, and back again."""
     from haulier.lab.scenario import GUEST_ADDRESS
+    from haulier.session.mptcp import subflows
 
     (wan,) = stage.lab.links_between("oslo", "lisbon")
     stage.lab.link(wan).set(rate_bps=50e6)
     stage.route("oslo")
-    stage.oslo.facts("guest", "net", "web1", policy)
-    client = Client(stage.lab, GUEST_ADDRESS.partition("/")[0])
+    facts = stage.oslo.facts("guest", "net", "web1", policy)
+    host = facts.get("address") or GUEST_ADDRESS.partition("/")[0]
+    client = Client(stage.lab, host, mptcp=policy == "mptcp")
     try:
         time.sleep(BEFORE_S)
         begun = time.time()
-        report = stage.hand_over("web1", "oslo", "lisbon")["report"]
+        report = stage.hand_over("web1", "oslo", "lisbon", "--join", join)["report"]
         stage.lab.link(wan).set(rate_bps=tunnel_mbps * 1e6)
         running = report["running_at"]
         time.sleep(max(0.0, running + SETTLED_S + AFTER_S - time.time()))
         end = time.time()
+        before = client.mbps(begun - BEFORE_S + 2, begun)
         found = {
             "downtime_s": report["downtime_ms"] / 1000,
             "total_s": report["total_s"],
             "gap_s": client.gap(begun, end - 1),
             "longest_echo_s": client.longest_echo(begun, end - 1),
-            "before": client.mbps(begun - BEFORE_S + 2, begun),
+            "before": before,
+            "full_after_s": client.full_after(running, end, before),
+            "subflows": [subflows(sock) for sock in client.socks],
+            "tunnels": len(stage.oslo.facts("doctor", "--network")["tunnels"]),
+            "clients": stage.lisbon.facts("status", report["handoff"])["report"].get("clients", {}),
             "during": client.mbps(begun, report["stopped_at"]),
             "after": client.mbps(running + SETTLED_S, end - 0.5),
             "echo_before_ms": client.echo_ms(begun - BEFORE_S + 2, begun),
@@ -192,21 +223,25 @@ def run(quick: bool) -> Any:
     notes: list[str] = []
     if os.geteuid() != 0:
         return Report(rows=rows, notes=["labs need root: nothing was measured"])
-    runs = 2 if quick else 20
+    runs = 1 if quick else 20
+    only = os.environ.get("HAULIER_BENCH_POLICIES", "").split()
     with scenario("bench-connection", template(512), [wan("50mbit", "10ms")]) as stage:
         hook = stage.work / "moved-hook"
+        stage.give_pools()
         stage.start_guest()
         start_server(stage)
-        for policy, tunnel in (("keep", 20.0), ("keep", 5.0), ("hook", 20.0)):
-            # A hook that fails leads nobody: the tunnel stays.
-            hook.write_text("#!/bin/sh\nexit 1\n" if policy == "keep" else hook_script(stage.lab))
+        for policy, join, tunnel in POLICIES:
+            if only and policy not in only:
+                continue
+            # A hook that fails leads nobody: what is seen is the policy's doing.
+            hook.write_text(hook_script(stage.lab) if policy == "hook" else "#!/bin/sh\nexit 1\n")
             stage.route("oslo", GUEST_ADDRESS)
-            found = [one(stage, policy, tunnel) for _ in range(runs)]
+            found = [one(stage, policy, join, tunnel) for _ in range(runs)]
 
             def middle(key: str, found: list[dict[str, Any]] = found) -> float:
                 return float(median(each[key] for each in found))
 
-            label = f"{policy}, tunnel {tunnel:g} Mbit/s" if policy == "keep" else policy
+            label = {"keep": f"keep, tunnel {tunnel:g} Mbit/s", "mptcp": f"mptcp, {join}"}.get(policy, policy)
             rows.append(
                 {
                     "after / before": middle("after") / middle("before"),
@@ -217,6 +252,7 @@ def run(quick: bool) -> Any:
                     "gap s": middle("gap_s"),
                     "worst gap": max(each["gap_s"] for each in found),
                     "longest echo s": middle("longest_echo_s"),
+                    "full again s": middle("full_after_s"),
                     "Mbit/s before": middle("before"),
                     "during": middle("during"),
                     "after": middle("after"),
@@ -229,7 +265,21 @@ def run(quick: bool) -> Any:
             targets.append(Target.at_least(f"{label}: runs whose connections lived", rows[-1]["alive"], runs))
             extra = max(each["gap_s"] - each["downtime_s"] for each in found)
             targets.append(Target.at_most(f"{label}: gap beyond the downtime, s", extra, 0.1 + 2 * 0.04))
+            if policy == "mptcp":
+                targets.append(Target.at_most(f"{label}: full throughput again after, s", middle("full_after_s"), 2.0))
+                ratio = middle("echo_after_ms") / middle("echo_before_ms")
+                targets.append(Target.at_most(f"{label}: echo after / before, both by direct paths", ratio, 1.5))
+                left = max(each["tunnels"] for each in found)
+                targets.append(Target.at_most(f"{label}: tunnels left", left, 0))
+                notes += [f"{label}: {each['clients']}, subflows {each['subflows']}" for each in found[:3]]
             notes += [f"{label}: {error}" for each in found for error in each["errors"]]
+        detours = {row["policy"]: row["after"] for row in rows if str(row["policy"]).startswith("keep")}
+        for row in rows:
+            if str(row["policy"]).startswith("mptcp"):
+                for label, detour in detours.items():
+                    at_least = 13.0 if " 5 " in label else 1.0
+                    name = f"{row['policy']}: throughput after, against {label}"
+                    targets.append(Target.at_least(name, row["after"] / detour, at_least))
         notes.append("the echo shares its link with the stream, so it waits in the same queue")
         notes.append(f"back end {stage.lab.backend}; the client is 10 ms from either site, the sites 20 ms apart")
     return Report(

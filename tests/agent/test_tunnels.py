@@ -8,10 +8,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from haulier.agent.addresses import Addresses
 from haulier.agent.core import Core
 from haulier.agent.site import Site
 from haulier.agent.tunnels import NetRequest, RoutedMessage, Tunnels
 from haulier.errors import Conflict, NotTrusted, UsageError
+from haulier.handoff import readdressing
 from haulier.handoff.journal import GuestRow, HandoffRow
 from haulier.network import tunnel
 from haulier.network.tunnel import Tunnel
@@ -62,7 +64,7 @@ def site(short: Path) -> Site:
 @pytest.fixture
 def tunnels(site: Site, kernel: Kernel) -> Iterator[Tunnels]:
     core = Core(site)
-    yield Tunnels(core)
+    yield Tunnels(core, Addresses(core))
     core.close()
 
 
@@ -152,7 +154,9 @@ def test_a_policy_is_changed_where_the_guest_is(tunnels: Tunnels) -> None:
     guest(tunnels, "owner")
     assert tunnels.set_net("web1", NetRequest("keep")) == {"guest": "web1", "net": "keep"}
     assert tunnels.core.journal.guest("web1").spec["net"] == "keep"
-    with pytest.raises(UsageError, match="hook or keep"):
+    with pytest.raises(UsageError, match="hook, keep or mptcp"):
+        tunnels.set_net("web1", NetRequest("bgp"))
+    with pytest.raises(UsageError, match="no addresses for guests"):
         tunnels.set_net("web1", NetRequest("mptcp"))
     guest(tunnels, "away", "lisbon")
     with pytest.raises(Conflict, match="owns"):
@@ -165,3 +169,27 @@ def test_the_doctor_tells_of_uplinks_tunnels_and_mptcp(tunnels: Tunnels, kernel:
     (shown,) = found["tunnels"]
     assert (shown["guest"], shown["role"], shown["peer"], shown["leads"]) == ("web1", "home", "lisbon", False)
     assert isinstance(found["uplinks"], list) and isinstance(found["mptcp"]["available"], bool)
+
+
+def test_a_tunnel_ahead_goes_with_its_handoff_and_the_guest_gives_the_address_up(
+    tunnels: Tunnels, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgot: list[str] = []
+    monkeypatch.setattr(readdressing, "forget", lambda site, guest, mac, address: forgot.append(address))
+    guest(tunnels, "owner")
+    tunnels.records.open(msgspec.structs.replace(AWAY, ahead=True, address="10.78.2.9"))
+    tunnels.supervise()
+    assert kernel.ends == {} and forgot == ["10.78.2.9"], "its worker died here"
+    guest(tunnels, "absent")
+    tunnels.records.open(msgspec.structs.replace(HOME, ahead=True))
+    tunnels.supervise()
+    assert kernel.ends == {} and len(forgot) == 1, "and at the target"
+
+
+def test_the_site_that_the_guest_went_to_may_end_the_tunnel(tunnels: Tunnels, kernel: Kernel) -> None:
+    guest(tunnels, "away", "lisbon")
+    tunnels.records.open(HOME)
+    with pytest.raises(NotTrusted):
+        tunnels.routed(RoutedMessage("web1", over=True), "quito")
+    tunnels.routed(RoutedMessage("web1", over=True), "lisbon")
+    assert kernel.ends == {}

@@ -149,5 +149,5 @@ def test_an_address_that_cannot_be_kept_stops_the_handoff_before_it_begins(
 
 
 def test_a_policy_that_is_none_is_refused() -> None:
-    with pytest.raises(UsageError, match="hook or keep"):
+    with pytest.raises(UsageError, match="hook, keep or mptcp"):
         GuestSpec(**{**msgspec.structs.asdict(SPEC), "net": "bgp"})

@@ -58,6 +58,7 @@ def test_an_end_floods_nothing_and_learns_nothing() -> None:
     assert "df" not in up_lines(end("home", local="2001:db8::1", remote="2001:db8::2"))[0], "IPv6 has no such bit"
     assert "rule" not in text, "only the guest's own site sends its packets back"
     assert f"rule add from {ADDRESS}/32 iif br0 table 7501 priority 7501" in up_lines(away)
+    assert f"route replace {ADDRESS}/32 dev br0 metric 7500" in up_lines(away), "where ICMP finds the guest"
     assert down_lines(away)[-1] == f"link del dev {away.interface}"
 
 

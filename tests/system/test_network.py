@@ -14,25 +14,36 @@ import pytest
 
 from haulier.containers.criu import find_criu, self_test
 from haulier.errors import Unsupported
+from haulier.guests.agent import GuestAgent
+from haulier.handoff.residence import guest_paths
 from haulier.lab.container_clients import Player
 from haulier.lab.containers import container_template
 from haulier.lab.lab import Lab
-from haulier.lab.scenario import GUEST_ADDRESS, LabSite, Template, wan
+from haulier.lab.scenario import GUEST_ADDRESS, POOLS, LabSite, Template, wan
 from haulier.lab.workload import PORT
-from haulier.session.mptcp import available
+from haulier.network.pool import Pool
+from haulier.session.mptcp import available, protocol, subflows
 from tests.support.waiting import wait_for
 from tests.system.stage import Stage, stage
 from tests.system.test_containers import container_stage
 
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(400)]
 HOST = GUEST_ADDRESS.partition("/")[0]
+POOLS_AT = {site: Pool.parse(text) for site, text in POOLS.items()}
 
 
 class OneConnection:
     """A client that asks the guest's service again and again over one TCP connection, as long as it holds."""
 
-    def __init__(self, lab: Lab) -> None:
-        self._sock = lab.call("client", lambda: socket.create_connection((HOST, PORT), timeout=30))
+    def __init__(self, lab: Lab, host: str = HOST, port: int = PORT, mptcp: bool = False) -> None:
+        def dial() -> socket.socket:
+            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, kind)
+            sock.settimeout(30)
+            sock.connect((host, port))
+            return sock
+
+        kind = protocol(mptcp)
+        self._sock = lab.call("client", dial)
         self.answers: list[float] = []
         self.error = ""
         self._over = threading.Event()
@@ -50,6 +61,10 @@ class OneConnection:
         except (OSError, ValueError) as error:
             if not self._over.is_set():
                 self.error = repr(error)
+
+    def subflows(self) -> int:
+        """Of an MPTCP connection."""
+        return subflows(self._sock)
 
     def assert_goes_on(self) -> None:
         count = len(self.answers)
@@ -71,7 +86,9 @@ def traces(lab: Lab, site: str) -> list[str]:
     words = ("link", "rule", "route show table all", "neigh", "mptcp endpoint")
     shown = "\n".join(lab.exec(site, ["ip", *line.split()]).stdout for line in words)
     return [
-        line for line in shown.splitlines() if re.search(r"h[xy]-|table 7[45]|lookup 7[45]|PERMANENT|subflow", line)
+        line
+        for line in shown.splitlines()
+        if re.search(r"h[xy]-|table 7[45]|lookup 7[45]|metric 75|PERMANENT|subflow", line)
     ]
 
 
@@ -236,3 +253,140 @@ def test_a_container_keeps_its_address_too() -> None:
             wait_for(lambda site=site: not tunnels(standing.site(site)), 20, f"no tunnel at {site}")
             assert traces(standing.scenario.lab, site) == []
         standing.end_container("game1")
+
+
+# -- connections that move with the guest -----------------------------------------------------------------------------
+
+MPTCP_PORT = 7001
+RELAY = f"""
+import os, socket, threading
+def carry(a, b):
+    try:
+        while data := a.recv(65536): b.sendall(data)
+    except OSError: pass
+    for s in (a, b):
+        try: s.shutdown(socket.SHUT_RDWR)
+        except OSError: pass
+if os.fork() == 0:
+    os.setsid()
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2): os.dup2(null, fd)
+    l = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 262)
+    l.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    l.bind(("::", {MPTCP_PORT}))
+    l.listen(16)
+    while True:
+        a, b = l.accept()[0], socket.create_connection(("127.0.0.1", {PORT}))
+        for pair in ((a, b), (b, a)): threading.Thread(target=carry, args=pair, daemon=True).start()
+"""
+"""Inside the guest: MPTCP in front of the workload's service."""
+
+
+def address_at(site: LabSite) -> str:
+    """The guest's address of the site that it is at."""
+    return str(site.facts("guest", "show", "web1")["spec"]["site_address"])
+
+
+@pytest.fixture(scope="module")
+def mobile(made: Template) -> Iterator[Stage]:
+    if not available():
+        pytest.skip("no MPTCP in this kernel")
+    with stage(made, "mptcp", [wan("20mbit", "10ms")]) as standing:
+        standing.scenario.give_pools()
+        standing.run_guest("web1", random_share=0.5)
+        facts = standing.site("oslo").facts("guest", "net", "web1", "mptcp")
+        assert facts["address"].startswith("10.78.1."), facts
+        assert any("mptcpize" in remark for remark in facts["remarks"]), "nobody listens with MPTCP yet"
+        with GuestAgent(guest_paths(standing.site("oslo").site, "web1").qga_sock, name="web1") as agent:
+            agent.check(["/usr/bin/python3", "-c", RELAY])
+        yield standing
+
+
+def assert_no_trace(standing: Stage, site: str) -> None:
+    wait_for(lambda: not tunnels(standing.site(site)), 20, f"no tunnel at {site}")
+    assert traces(standing.scenario.lab, site) == []
+
+
+def test_an_mptcp_connection_moves_to_an_address_of_the_new_site_and_no_tunnel_stays(mobile: Stage) -> None:
+    lab = mobile.scenario.lab
+    client = OneConnection(lab, address_at(mobile.site("oslo")), MPTCP_PORT, mptcp=True)
+    try:
+        client.assert_goes_on()
+        for to, join in (("lisbon", "ahead"), ("oslo", "after")):
+            handoff = mobile.begin("web1", "--join", join)
+            handoff.done()
+            client.assert_goes_on()
+            mobile.assert_clean(handoff, to)
+            mobile.assert_right()
+            new = mobile.site(to)
+            wait_for(lambda new=new: address_at(new) in POOLS_AT[new.name], 30, "its address of the new site")
+            for site in ("oslo", "lisbon"):
+                assert_no_trace(mobile, site)
+            # What it had of the old site is gone there, too; the connection goes on without either.
+            old = mobile.site(handoff.source)
+            wait_for(lambda old=old: not old.facts("doctor", "--network")["addresses"], 30, "no lease at the old site")
+            client.assert_goes_on()
+    finally:
+        client.close()
+
+
+@pytest.mark.full
+def test_a_plain_connection_keeps_its_address_until_it_ends(mobile: Stage) -> None:
+    """And the MPTCP connection beside it moves."""
+    lab, host = mobile.scenario.lab, address_at(mobile.site("oslo"))
+    plain, mptcp = OneConnection(lab, host), OneConnection(lab, host, MPTCP_PORT, mptcp=True)
+    try:
+        handoff = mobile.begin("web1")
+        handoff.done()
+        for client in (plain, mptcp):
+            client.assert_goes_on()
+        wait_for(lambda: address_at(mobile.site("lisbon")) in POOLS_AT["lisbon"], 30, "its address of the new site")
+        assert len(tunnels(mobile.site("lisbon"))) == 1
+        plain.close()
+        wait_for(lambda: not tunnels(mobile.site("lisbon")), 90, "no tunnel when nobody needs it")
+        mptcp.assert_goes_on()
+        mobile.begin("web1").done()
+        mptcp.assert_goes_on()
+    finally:
+        plain.close()
+        mptcp.close()
+    for site in ("oslo", "lisbon"):
+        assert_no_trace(mobile, site)
+
+
+@pytest.mark.full
+def test_a_handoff_that_fails_takes_the_new_address_back(mobile: Stage) -> None:
+    client = OneConnection(mobile.scenario.lab, address_at(mobile.site("oslo")), MPTCP_PORT, mptcp=True)
+    try:
+        for side in ("source", "target"):
+            handoff = mobile.begin("web1")
+            handoff.wait_phase(handoff.source, {"memory"})
+            handoff.kill_worker(getattr(handoff, side))
+            handoff.settled()
+            assert handoff.result()[0] != 0
+            client.assert_goes_on()
+            for site in ("oslo", "lisbon"):
+                assert_no_trace(mobile, site)
+            with GuestAgent(guest_paths(mobile.site("oslo").site, "web1").qga_sock, name="web1") as agent:
+                wait_for(lambda agent=agent: b"10.78.2." not in agent.check(["/sbin/ip", "addr"]), 40, "one address")
+        wait_for(lambda: not mobile.site("lisbon").facts("doctor", "--network")["addresses"], 30, "no lease")
+        client.assert_goes_on()
+    finally:
+        client.close()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+def test_one_mptcp_connection_outlives_twenty_moves(mobile: Stage) -> None:
+    client = OneConnection(mobile.scenario.lab, address_at(mobile.site("oslo")), MPTCP_PORT, mptcp=True)
+    try:
+        for number in range(20):
+            mobile.begin("web1", "--join", "ahead" if number % 2 else "after").done()
+            at = mobile.site(mobile.home("web1"))
+            wait_for(lambda at=at: address_at(at) in POOLS_AT[at.name], 30, f"move {number}: its new address")
+            client.assert_goes_on()
+    finally:
+        client.close()
+    mobile.assert_right()
+    for site in ("oslo", "lisbon"):
+        assert_no_trace(mobile, site)

@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.agent import containers
+from haulier.agent.addresses import AUTO, Addresses
 from haulier.agent.core import Core
 from haulier.agent.jobs import Job, Progress
 from haulier.agent.site import check_name
@@ -63,7 +64,7 @@ class RunRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     env: tuple[str, ...] = ()
     user: str = ""
     net: str = "hook"
-    """What its clients notice of a move: "hook" or "keep"."""
+    """What its clients notice of a move: "hook", "keep" or "mptcp"."""
     disk_bytes: int = 0
     """Of a container: room for what it writes; 0 = the usual."""
 
@@ -84,8 +85,9 @@ class AdoptRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Guests:
     """All guests of which this site has a record."""
 
-    def __init__(self, core: Core, store: ChunkStore) -> None:
+    def __init__(self, core: Core, store: ChunkStore, addresses: Addresses) -> None:
         self.core = core
+        self.addresses = addresses
         self.site = core.site
         self.journal = core.journal
         self.store = store
@@ -158,6 +160,8 @@ class Guests:
 
     def run(self, request: RunRequest) -> Job:
         """Begins a guest; what can be known at once is refused at once. The job's result is what `show` gives."""
+        if request.address == AUTO:
+            request = msgspec.structs.replace(request, address=self.addresses.choose(request.name))
         spec, golden, manifest = self._prepare(request)
         row = self.journal.find_guest(spec.name)
         if row is not None and row.state not in HIDDEN:
@@ -249,6 +253,10 @@ class Guests:
         reasons = memory_reasons(spec, self.site.ram_dir)
         if reasons:
             raise NoRoom(f"{'; '.join(reasons)}: stop another guest, or give this one less memory")
+        if request.net == "mptcp":
+            if not request.agent:
+                raise UsageError("a guest's address of this site is set by its agent: leave out --no-agent")
+            self.addresses.leases.check()
         return msgspec.structs.replace(spec, net=check_net(request.net)), golden, name
 
     def _make(self, spec: GuestSpec, golden: Golden | None, source: str, agent: bool, progress: Progress) -> None:
@@ -275,6 +283,8 @@ class Guests:
             self._bring(lease, image, golden, progress)
             self.store.save_manifest(manifest, containers.first_manifest(spec, image) if spec.container else image)
             self._launch(spec, golden, agent, progress)
+            if spec.net == "mptcp":
+                self.addresses.begin(spec.name)
             self.journal.advance(spec.name, State.OWNER.value, State.OWNER.value, wanted="running")
         except BaseException:
             self._erase(spec.name)
@@ -348,7 +358,9 @@ class Guests:
                     progress=progress,
                 )
                 qemu.close()
-                self.journal.advance(name, State.OWNER.value, State.OWNER.value, wanted="running")
+                # The watch over addresses gives it that of this site again, once its agent answers.
+                fresh = msgspec.to_builtins(msgspec.structs.replace(spec, site_address=""))
+                self.journal.advance(name, State.OWNER.value, State.OWNER.value, wanted="running", spec=fresh)
             return self.show(name)
 
         return self.core.jobs.start("start", name, work)
@@ -401,6 +413,7 @@ class Guests:
     def _forget_leftovers(self, row: GuestRow) -> None:
         retained.forget(self.site, row.name)
         clients.records(self.site).close(row.name)
+        self.addresses.leases.drop(row.name)
         with contextlib.suppress(UnknownThing):
             self.store.drop_manifest(residence.retained_name(row.name))
         self.journal.forget_guest(row.name, row.state)
@@ -409,6 +422,7 @@ class Guests:
         """Everything of an owned guest, in an order that may be cut short anywhere and be repeated."""
         residence.clear(self.site, name)
         clients.records(self.site).close(name)
+        self.addresses.leases.drop(name)
         retained.forget(self.site, name)
         for manifest in (residence.manifest_name(name), residence.retained_name(name)):
             with contextlib.suppress(UnknownThing):

@@ -270,6 +270,8 @@ def _check_options(options: Options) -> None:
         check_transport(options.transport)
     if options.paths not in ("cheap", "all", "deadline"):
         raise UsageError(f"there is no choice of paths {options.paths[:40]!r}: give cheap, all or deadline")
+    if options.join not in ("ahead", "after"):
+        raise UsageError(f"clients cannot join {options.join[:40]!r}: give ahead or after")
     if not 10 <= options.downtime_ms <= 60_000:
         raise UsageError(f"a downtime of {options.downtime_ms} ms cannot be aimed for: give 10 to 60000")
     for word in options.allow:

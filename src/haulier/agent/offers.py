@@ -26,7 +26,7 @@ from haulier.guests.golden import IMAGE_PREFIX
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import memory_reasons, refuse_reasons
 from haulier.guests.tap import BRIDGE, exists
-from haulier.handoff import residence, retained, spawning
+from haulier.handoff import readdressing, residence, retained, spawning
 from haulier.handoff.custody import record_of
 from haulier.handoff.messages import Accept, Offer
 from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, Event, State, find
@@ -135,10 +135,21 @@ def take(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) ->
             core.site, core.journal, offer, manifest=found.manifest, memory_base=found.memory_base
         )
         core.children.append(process)
+        address = _address_for(core, spec)
     complete = found.manifest and not found.missing_bytes
-    accept = msgspec.structs.replace(accept, qemu=_qemu(), accelerator=probe().kind, complete=complete)
+    accept = msgspec.structs.replace(
+        accept, qemu=_qemu(), accelerator=probe().kind, complete=complete, site_address=address
+    )
     _remember(core, offer, accept)
     return dict(msgspec.to_builtins(accept))
+
+
+def _address_for(core: Core, spec: GuestSpec) -> str:
+    """The address that the guest will have here, where its clients move to one; without it they join later."""
+    if spec.net == "mptcp":
+        with contextlib.suppress(HaulierError):
+            return readdressing.leases(core.site).take(spec.name)
+    return ""
 
 
 def take_prefetch(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) -> dict[str, Any]:
@@ -198,8 +209,11 @@ def reasons(core: Core, cache: Cache, offer: Offer, here: Found) -> list[tuple[t
     found += [(NoRoom, text) for text in cache.against(need, here.missing_bytes)]
     if spec.address and not exists(BRIDGE):
         found.append((Unsupported, f"there is no bridge {BRIDGE} for its network ('haulier doctor' tells more)"))
-    if spec.address and spec.net == "keep" and (why := tunnel.missing()):
+    if spec.address and spec.net != "hook" and (why := tunnel.missing()):
         found.append((Unsupported, f"its address cannot be kept, that host makes no VXLAN tunnel ({why})"))
+    if spec.net == "mptcp" and not core.site.pool:
+        text = "that site has no addresses that clients could move to"
+        found.append((Unsupported, f"{text} (pool in its site.toml, or 'haulier guest net {spec.name} keep')"))
     path = residence.guest_paths(core.site, spec.name).handoff_sock
     try:
         core.site.check_socket_path(path)

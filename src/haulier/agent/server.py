@@ -23,6 +23,7 @@ from typing import Final, Protocol
 from aiohttp import web
 
 from haulier.agent import authority
+from haulier.agent.addresses import Addresses
 from haulier.agent.cache import Cache
 from haulier.agent.core import Core
 from haulier.agent.guests import Guests
@@ -118,11 +119,12 @@ class Agent:
         self.store = ChunkStore(site.store)
         self.cache = Cache(self.core, self.store)
         self.health = Health(self.core, self.store)
-        self.guests = Guests(self.core, self.store)
+        self.addresses = Addresses(self.core)
+        self.guests = Guests(self.core, self.store, self.addresses)
         self.images = Images(self.core, self.store)
         self.layers = Layers(self.core, self.store, self.images, self.cache)
         self.residuals = Residuals(self.core, self.store)
-        self.tunnels = Tunnels(self.core)
+        self.tunnels = Tunnels(self.core, self.addresses)
         self.handoffs = Handoffs(self.core, self.residuals.check_may_leave)
         self.reporter = Reporter(site, self.journal, self.store)
         self._stopping = threading.Event()
@@ -160,6 +162,7 @@ class Agent:
             ("layers", LAYERS_EVERY_S, self.layers.learn),
             ("data left behind", GUESTS_EVERY_S, self.residuals.supervise),
             ("tunnels", GUESTS_EVERY_S, self.tunnels.supervise),
+            ("guests' addresses", GUESTS_EVERY_S, self.addresses.supervise),
             ("what other sites keep for guests here", TELL_EVERY_S, self.residuals.tell),
             ("the coordinator", REPORT_EVERY_S, self.reporter.step),
             ("the cache", CACHE_EVERY_S, self.cache.tick),

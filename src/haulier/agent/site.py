@@ -25,6 +25,7 @@ from pathlib import Path
 from haulier.durable import write_atomically
 from haulier.errors import Conflict, Corrupt, UnknownThing, UsageError
 from haulier.network import addresses
+from haulier.network.pool import Pool
 from haulier.network.rules import AUTO, Rule, read_rules
 from haulier.policy.model import check_policy
 
@@ -113,6 +114,12 @@ class Site:
     """A tunnel that keeps a guest's address goes after so many seconds without a packet; 0 = never."""
     paths: tuple[Rule, ...] = ()
     """Caps and costs of uplinks, ``[[path]]`` in site.toml."""
+    pool: str = ""
+    """Addresses that the network leads to this site, for guests here: a subnet, or FIRST-LAST. Empty = none."""
+    guest_addresses: str = ""
+    """What ``--address auto`` chooses from, in the guests' subnet; others at each site, as guests take them along."""
+    dhcp: bool = False
+    """Guests here get their addresses by DHCP too: dnsmasq on their bridge."""
     keep_bytes: int = 8 << 30
     """Budget of `retained` and `attempts` together; 0 = keep nothing of attempts."""
     keep_s: int = 3 * 86400
@@ -133,6 +140,9 @@ class Site:
             check_policy(self.cache_policy)
         if self.transport:
             check_transport(self.transport)
+        for text in (self.pool, self.guest_addresses):
+            if text:
+                Pool.parse(text)
         if not 0 <= self.keep_bytes < 1 << 60 or not 0 <= self.keep_s < 1 << 40:
             raise UsageError("keep_bytes and keep_s are bytes and seconds, 0 or more")
         if self.cpu_cap and not 0.1 <= self.cpu_cap <= 1:
@@ -160,6 +170,7 @@ class Site:
         known |= {"ram": str, "cache_policy": str, "keep_bytes": int, "keep_s": int, "cpu_cap": float}
         known |= {"origin": str, "origin_endpoint": str, "origin_cost": int}
         known |= {"coordinator": str, "database": str, "transport": str, "path": list, "tunnel_idle_s": int}
+        known |= {"pool": str, "guest_addresses": str, "dhcp": bool}
         for key, value in data.items():
             if key not in known:
                 raise Corrupt(f"{path}: unknown setting {key!r}; known are {', '.join(known)}")

@@ -13,14 +13,16 @@ from typing import Any, Final
 
 import msgspec
 
+from haulier.agent.addresses import Addresses
 from haulier.agent.core import Core
 from haulier.agent.site import check_name
 from haulier.errors import Conflict, HaulierError, NotTrusted, UsageError
-from haulier.guests.model import check_net
-from haulier.handoff import clients
+from haulier.guests.model import GuestSpec, check_net
+from haulier.handoff import clients, readdressing
 from haulier.handoff.custody import record_of
 from haulier.handoff.ownership import UNDER_WAY, State
-from haulier.network import addresses, mptcp, paths, tunnel
+from haulier.network import mptcp, paths, tunnel
+from haulier.network.addresses import uplinks
 from haulier.network.rules import AUTO, rule_for
 from haulier.network.tunnel import Tunnel
 from haulier.session.mptcp import available
@@ -32,9 +34,10 @@ ROUTED_S: Final = 5.0
 
 
 class RoutedMessage(msgspec.Struct, forbid_unknown_fields=True):
-    """The guest's address leads to the caller now."""
+    """The guest's address leads to the caller now; `over`: nothing uses the address any more that a tunnel kept."""
 
     guest: str
+    over: bool = False
 
 
 class NetRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,10 +47,11 @@ class NetRequest(msgspec.Struct, forbid_unknown_fields=True):
 class Tunnels:
     """One agent's. Blocking; any thread may call."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, addresses: Addresses) -> None:
         self.core = core
         self.site = core.site
         self.records = clients.records(core.site)
+        self.addresses = addresses
         self._seen: dict[tuple[str, str], tuple[int, float]] = {}
 
     # -- kept going
@@ -67,6 +71,12 @@ class Tunnels:
         state = record_of(row).state
         if state in UNDER_WAY or self.core.journal.handoffs(guest=found.guest, live=True):
             return  # the workers' business
+        if found.ahead:
+            # Only a handoff needs it; its worker died.
+            if found.role == "away" and state is State.OWNER:
+                readdressing.called_off(self.site, found.guest)
+            self.records.close(found.guest, found.role)
+            return
         other = self.records.find(found.guest, "home" if found.role == "away" else "away")
         away = state is State.AWAY
         needed = away if found.role == "home" else state is State.OWNER or (away and other is not None)
@@ -86,6 +96,8 @@ class Tunnels:
         if self._quiet(found) > (ROUTED_S if found.routed else self.site.tunnel_idle_s or float("inf")):
             log.info("nothing uses the tunnel of guest %s to site %s any more", found.guest, found.peer)
             self.records.close(found.guest, found.role)
+            if found.role == "away" and state is State.OWNER and row is not None and row.spec.get("net") == "mptcp":
+                readdressing.forget(self.site, found.guest, found.mac, found.address)
 
     def _quiet(self, found: Tunnel) -> float:
         """Seconds without a packet, as far as this agent has seen."""
@@ -106,7 +118,10 @@ class Tunnels:
         known = row is not None and (row.owner == caller or any(h.peer == caller for h in self._handoffs(name)))
         if not known:
             raise NotTrusted(f"site {caller!r} says where guest {name!r} is reached, which was never there")
-        self.records.routed(name)
+        if message.over and record_of(row).state is State.AWAY:
+            self.records.close(name, "home")
+        else:
+            self.records.routed(name)
         return {}
 
     def _handoffs(self, guest: str) -> list[Any]:
@@ -120,14 +135,25 @@ class Tunnels:
             row = self.core.journal.guest(check_name(guest, "guest"))
             if record_of(row).state is not State.OWNER:
                 raise Conflict(f"guest {guest!r} is {row.state} here: change it at the site that owns it")
-            self.core.journal.advance(guest, State.OWNER.value, State.OWNER.value, spec={**row.spec, "net": net})
-        return {"guest": guest, "net": net}
+            spec = msgspec.convert({**row.spec, "net": net}, GuestSpec)
+            facts: dict[str, Any] = {}
+            if net == "mptcp":
+                self.addresses.leases.check()
+            if net == "mptcp" and row.wanted == "running":
+                facts = self.addresses.begin(guest)
+                spec = msgspec.structs.replace(spec, site_address=facts["address"])
+            elif row.spec.get("net") == "mptcp":
+                readdressing.end(self.site, self.core.journal, guest)
+                spec = msgspec.structs.replace(spec, site_address="")
+            self.core.journal.advance(guest, State.OWNER.value, State.OWNER.value, spec=msgspec.to_builtins(spec))
+        return {"guest": guest, "net": net} | facts
 
     def facts(self) -> dict[str, Any]:
         """Uplinks, what MPTCP needs towards each site, and tunnels."""
         found: dict[str, Any] = {"site": self.site.name, "tunnels": self.records.facts()}
+        found |= self.addresses.facts()
         found["uplinks"] = []
-        for uplink in addresses.uplinks():
+        for uplink in uplinks():
             rule = rule_for(uplink, self.site.paths)
             entry = {"interface": uplink.interface, "address": uplink.address}
             found["uplinks"].append(entry | {"cap_mbps": rule.cap_bps / 1e6, "cost": rule.cost})

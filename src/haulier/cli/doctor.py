@@ -59,7 +59,11 @@ def _network(root: Root, json: bool) -> int:
                 for t in found["tunnels"]
             ],
         )
+    if found["addresses"]:
+        print()
+        print_table(("GUEST", "ADDRESS HERE"), [(lease["guest"], lease["address"]) for lease in found["addresses"]])
     print()
+    print(f"DHCP for guests: {found['dhcp']}")
     print("MPTCP: " + ("this kernel has it" if found["mptcp"]["available"] else "this kernel has none, or it is off"))
     for site, each in found["mptcp"]["to"].items():
         if each["commands"]:

@@ -23,7 +23,9 @@ def run(
     image: Annotated[str, Parameter(help="Image to run.")],
     memory: Annotated[str, Parameter(help="For example 512M or 2G.")] = "512M",
     vcpus: int = 1,
-    address: Annotated[str, Parameter(help="Its address, for example 10.77.0.10/24; without one it has no NIC.")] = "",
+    address: Annotated[
+        str, Parameter(help="Its address, for example 10.77.0.10/24, or auto; without one it has no NIC.")
+    ] = "",
     gateway: Annotated[str, Parameter(help="[default: the first address of its network]")] = "",
     mac: Annotated[str, Parameter(help="[default: a random one]")] = "",
     cold: Annotated[bool, Parameter(negative="", help="Boot it even where there is a golden snapshot.")] = False,
@@ -35,7 +37,8 @@ def run(
     env: Annotated[list[str] | None, Parameter(help="NAME=VALUE for a container; may be given again.")] = None,
     user: Annotated[str, Parameter(help="UID:GID of a container's command [default: the image's].")] = "",
     net: Annotated[
-        str, Parameter(help="When it moves: hook (moved_hook leads clients) or keep (a tunnel from the old site).")
+        str,
+        Parameter(help="When it moves: hook (moved_hook leads clients), keep (a tunnel from the old site) or mptcp."),
     ] = "hook",
     disk: Annotated[str, Parameter(help="Room for what a container writes, for example 2G.")] = "",
     root: Root = None,
@@ -74,17 +77,20 @@ def run(
 
 @guest_app.command
 def net(name: str, policy: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Say what a guest's clients notice when it moves: hook (moved_hook leads them) or keep (a tunnel leads to it).
+    """Say how a guest's clients follow it: hook (moved_hook leads them), keep (a tunnel) or mptcp (by themselves).
 
     Parameters
     ----------
     name
         Name of the guest.
     policy
-        hook or keep.
+        hook, keep or mptcp.
     """
     result = client(root).post(f"/v1/guests/{path_segment(name)}/net", {"net": policy})
-    tell(result, json, f"guest {name}: {result['net']}")
+    lines = [f"guest {name}: {result['net']}"]
+    if result.get("address"):
+        lines.append(f"its address of this site is {result['address']}")
+    tell(result, json, "\n".join([*lines, *result.get("remarks", ())]))
 
 
 @guest_app.command

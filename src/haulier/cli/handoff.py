@@ -67,6 +67,9 @@ def handoff(
         str,
         Parameter(help="Those that cost something: cheap = only when no other works, all, deadline = only to keep it."),
     ] = "deadline",
+    join: Annotated[
+        str, Parameter(help="With the policy mptcp, clients join the guest's new address ahead of the move, or after.")
+    ] = "ahead",
     detach: Annotated[bool, Parameter(negative="", help="Do not wait for the end.")] = False,
     root: Root = None,
     json: Json = False,
@@ -82,7 +85,7 @@ def handoff(
     milliseconds = round(parse_seconds(f"{downtime}ms" if downtime.strip().isdigit() else downtime) * 1000)
     options: dict[str, Any] = {"downtime_ms": milliseconds, "check": check, "deadline_s": parse_seconds(deadline)}
     options |= {"level": level, "disk": disk, "allow": [word.strip() for word in allow.split(",") if word.strip()]}
-    options |= {"transport": transport, "paths": paths}
+    options |= {"transport": transport, "paths": paths, "join": join}
     return run(agent, lambda: agent.start_handoff(guest, to, options), detach=detach, json=json)
 
 

@@ -47,8 +47,8 @@ def check_name(name: str, what: str = "guest") -> str:
 
 def check_net(net: str) -> str:
     """`net` itself; UsageError if there is no such policy."""
-    if net not in ("hook", "keep"):
-        raise UsageError(f"there is no way for clients to follow that is called {net[:40]!r}: give hook or keep")
+    if net not in ("hook", "keep", "mptcp"):
+        raise UsageError(f"there is no way for clients to follow that is called {net[:40]!r}: give hook, keep or mptcp")
     return net
 
 
@@ -80,7 +80,9 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     vmgenid: str
     free_page_hint: bool = False
     net: str = "hook"
-    """What its clients notice of a move (haulier.handoff.clients): "hook" or "keep"."""
+    """What its clients notice of a move (haulier.handoff.clients): "hook", "keep" or "mptcp"."""
+    site_address: str = ""
+    """With "mptcp": its address of the site's pool, without a length; another one at the next site."""
     container: ContainerSpec | None = None
     """What makes it a container; None for a VM."""
 
@@ -99,6 +101,12 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.container is not None and self.container.lower_chunks * CHUNK >= self.disk_size:
             raise UsageError(f"a container on a disk of {self.disk_size} bytes has no room to write: give it more")
         check_net(self.net)
+        if self.net == "mptcp" and (self.container is not None or not self.address):
+            raise UsageError(
+                "clients can follow by MPTCP to a VM with an address only: CRIU cannot dump MPTCP sockets, so give a "
+                "container hook or keep"
+            )
+        _check_site_address(self.site_address)
         _check_mac(self.mac)
         _check_address(self.address, self.gateway)
         if not _MACHINE.fullmatch(self.machine):
@@ -109,6 +117,12 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise UsageError(
                 f"CPU {self.cpu!r} differs from host to host: use a named model with a version such as {DEFAULT_CPU}"
             )
+
+    @property
+    def kept_address(self) -> str:
+        """The address that a tunnel keeps when the guest moves: of the site, where it has one of these."""
+        own = self.address.partition("/")[0]
+        return self.site_address or own if self.net == "mptcp" else own
 
     @property
     def kind(self) -> str:
@@ -179,6 +193,14 @@ def _check_range(field: str, value: int, low: int, high: int) -> None:
 def _check_mac(mac: str) -> None:
     if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
         raise UsageError(f"{mac!r} is no unicast MAC address in the form 52:54:00:12:34:56")
+
+
+def _check_site_address(address: str) -> None:
+    if address:
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            raise UsageError(f"{address[:60]!r} is no address of a site's pool") from None
 
 
 def _check_address(address: str, gateway: str) -> None:

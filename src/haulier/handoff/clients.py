@@ -1,7 +1,8 @@
-"""What a guest's clients notice of its move, by the policy in its spec: `hook` or `keep`.
+"""What a guest's clients notice of its move, by the policy in its spec: `hook`, `keep` or `mptcp`.
 
     hook   the operator's program leads the address to the new site (`moved_hook` in site.toml)
     keep   the address stays where it is routed: a tunnel leads from there to the guest (haulier.network.tunnel)
+    mptcp  the same for a moment, until connections go by an address of the new site (haulier.handoff.readdressing)
 
 With `keep` the tunnel is made before the guest stops, and frames take it from the moment the token is given. A hook, if
 there is one, runs all the same; when it worked, the tunnel goes as soon as it is quiet. A guest that comes home needs
@@ -73,14 +74,14 @@ def stretch(site: Site, spec: GuestSpec, handoff: str, target: str, there: str) 
 
     None if none is needed. HandoffFailed if the host refuses.
     """
-    if spec.net != "keep" or not spec.address:
+    if spec.net not in ("keep", "mptcp") or not spec.address:
         return None
     mine = records(site)
     away = mine.find(spec.name, "away")
-    if away is not None and away.peer == target:
+    if away is not None and away.peer == target and away.address == spec.kept_address:
         return None  # the other end of this tunnel is where the guest goes
     try:
-        local, remote = _ends(there)
+        local, remote = ends(there)
         made = mine.open(
             Tunnel(
                 guest=spec.name,
@@ -91,7 +92,7 @@ def stretch(site: Site, spec: GuestSpec, handoff: str, target: str, there: str) 
                 local=local,
                 remote=remote,
                 mac=spec.mac,
-                address=spec.address.partition("/")[0],
+                address=spec.kept_address,
                 bridge=BRIDGE,
             )
         )
@@ -104,7 +105,7 @@ def stretch(site: Site, spec: GuestSpec, handoff: str, target: str, there: str) 
         ) from error
 
 
-def _ends(there: str) -> tuple[str, str]:
+def ends(there: str) -> tuple[str, str]:
     """The address by which this host would reach `there`, and that of `there`."""
     family, _, _, _, where = socket.getaddrinfo(there, tunnel.PORT, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -131,7 +132,8 @@ def stayed(site: Site, guest: str) -> None:
 def gone(site: Site, guest: str) -> None:
     """The guest runs elsewhere for good: the far end of its earlier tunnel goes, unless its way leads on from here."""
     mine = records(site)
-    if mine.find(guest, "home") is None:
+    away = mine.find(guest, "away")
+    if away is not None and (away.ahead or mine.find(guest, "home") is None):
         mine.close(guest, "away")
 
 
@@ -151,7 +153,7 @@ def receive(site: Site, spec: GuestSpec, source: str, news: Stretch) -> str:
                 local=news.away,
                 remote=news.home,
                 mac=spec.mac,
-                address=spec.address.partition("/")[0],
+                address=spec.kept_address,
                 gateway_mac=news.gateway_mac,
                 bridge=BRIDGE,
             )
@@ -176,7 +178,8 @@ def arrived(site: Site, journal: Journal, spec: GuestSpec, source: str) -> None:
     mine = records(site)
     mine.close(spec.name, "home")
     hooked = call_moved_hook(site, spec, source)
-    if not hooked.worked or mine.find(spec.name, "away") is None:
+    # With mptcp the tunnel keeps another address than the hook has led here.
+    if not hooked.worked or spec.net == "mptcp" or mine.find(spec.name, "away") is None:
         return
     mine.routed(spec.name)
     with contextlib.suppress(HaulierError):

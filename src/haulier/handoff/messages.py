@@ -54,6 +54,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """"full", or "on-demand": data at rest stays at the source, and follows when it is read, or little by little."""
     transport: str = ""
     """"striping" over a connection for each path, or "mptcp"; "" = as the source's site.toml says."""
+    join: str = "ahead"
+    """Of a guest with the policy mptcp: clients join its address at the target "ahead", or "after" it has moved."""
     paths: str = "deadline"
     """Of paths that cost something: "cheap" = none while another works, "all", or "deadline" = if it is missed else."""
 
@@ -102,6 +104,8 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
     """Those of the offered images that the target holds too: their blocks may be named. None where it has the base."""
     qemu: str = ""
     accelerator: str = ""
+    site_address: str = ""
+    """The address that the guest will have there, of the site's pool, with the policy mptcp."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,18 +222,23 @@ class MemoryReady(Message, frozen=True, tag="memory-ready"):
 
 
 class Stretch(Message, frozen=True, tag="stretch"):
-    """S>T: make the far end of a tunnel: number on the wire, addresses of both hosts, MAC of the bridge here."""
+    """S>T: make the far end of a tunnel: number on the wire, addresses of both hosts, MAC of the bridge here.
+
+    With `ahead` the target is home: the tunnel leads from there to the guest, which is still here.
+    """
 
     vni: int
     home: str
     away: str
     gateway_mac: str
+    ahead: bool = False
 
 
 class Stretched(Message, frozen=True, tag="stretched"):
-    """T>S: it is there, or why not."""
+    """T>S: it is there, or why not; of a tunnel ahead, with the MAC of the bridge there."""
 
     error: str = ""
+    gateway_mac: str = ""
 
 
 class Prepared(Message, frozen=True, tag="prepared"):

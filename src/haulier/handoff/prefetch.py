@@ -86,6 +86,9 @@ class PrefetchSource(VmSource):
     def _stretch(self, there: str) -> None:
         """The guest goes nowhere."""
 
+    def _join_clients(self, there: str, address: str) -> None:
+        """Nor do its clients."""
+
     def _begin_memory(self, accept: Accept) -> None:
         assert self._control is not None
         base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)

@@ -23,7 +23,7 @@ from haulier.compress.stream import level_for
 from haulier.disks.rounds import Round
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Cancelled, Corrupt, HandoffFailed, HaulierError, PeerError
-from haulier.handoff import clients, foretold, retained
+from haulier.handoff import clients, foretold, readdressing, retained
 from haulier.handoff.control import Control, failure
 from haulier.handoff.convergence import (
     RecentMost,
@@ -107,6 +107,7 @@ class SourceHandoff(ABC):
         self._transport = job.options.transport or site.transport or "striping"
         self._host_network = contextlib.ExitStack()
         self._spender: networks.Spender | None = None
+        self._joining: readdressing.Joining | None = None
         self.left_alone = threading.Event()
         """The other site's worker is gone, by the word of its agent: set from outside."""
         self._token = Token(journal, job, site.name, peer, self.left_alone)
@@ -314,6 +315,7 @@ class SourceHandoff(ABC):
         self._control.wait_connected(CONNECT_S)
         self._control.compare_clocks()
         self._stretch(ways[0].there)
+        self._join_clients(ways[0].there, accept.site_address)
         # Learns the link's rate while the disk is looked at; at 10 Mbps it is through in 80 ms.
         for _ in range(4 if self._probe_bytes else 0):
             session.send(Channel.PROBE, os.urandom(self._probe_bytes // 4))
@@ -336,6 +338,12 @@ class SourceHandoff(ABC):
                 f"the address of guest {self.job.guest!r} cannot be kept: site {self.job.peer!r} can make no tunnel "
                 f"({error}); see 'haulier doctor --network' there"
             )
+
+    def _join_clients(self, there: str, address: str) -> None:
+        """Clients join the address that the guest will have there, ahead of its move or when it has arrived."""
+        if self.spec.net == "mptcp" and address:
+            assert self._control is not None
+            self._joining = readdressing.Joining(self.site, self.journal, self.job, self._control, there, address)
 
     def _make_sender(self, accept: Accept) -> DiskSender:
         session = self._session
@@ -425,6 +433,8 @@ class SourceHandoff(ABC):
         if places is not None:
             retained.keep_places(self.site, self.spec.name, places)
         retire(self.site, self.spec.name, self.job.handoff)
+        if self._joining is not None:
+            self._joining.wait()
         clients.gone(self.site, self.spec.name)
         self.journal.advance(self.spec.name, "away", "away", manifest="")
 
@@ -464,6 +474,8 @@ class SourceHandoff(ABC):
         self.progress.phase("back out", str(error))
         clients.stayed(self.site, self.job.guest)
         self._resume()
+        if self._joining is not None:
+            self._joining.call_off()
         if isinstance(error, Cancelled):
             self._drain()
         if self._token.epoch and not self._token.refused:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from haulier.disks.transfer import DiskReceiver
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu, create_overlay
-from haulier.guests.tap import create_tap, tap_name
-from haulier.handoff import attempts, clients, retained
+from haulier.guests.tap import BRIDGE, create_tap, tap_name
+from haulier.handoff import attempts, clients, readdressing, retained
 from haulier.handoff.agreeing import TargetComparison
 from haulier.handoff.check import memory_digests
 from haulier.handoff.control import Control, failure
@@ -63,6 +63,7 @@ from haulier.handoff.residence import (
 from haulier.handoff.shared import block_space, golden_manifest, grown, images_by_digest
 from haulier.memory.base import MemoryBase
 from haulier.memory.proxy import TargetProxy
+from haulier.network import tunnel
 from haulier.session import Session, TlsConfig
 from haulier.units import MIB
 
@@ -115,7 +116,9 @@ class TargetHandoff:
         self._durable_at = 0.0
         self._voted = False
         self._running = False
-        self._stretched = False
+        self._tunnels: set[str] = set()
+        """Ends that this handoff has made here."""
+        self._readdressed: Future[dict[str, Any]] | None = None
         self._lock = threading.Lock()
         self._partial = self.offer.options.disk == "on-demand"
         self._heat = b""
@@ -202,8 +205,7 @@ class TargetHandoff:
             elif isinstance(news, GiveUp):
                 self.control.send(self._compare_with().give_up(news))
             elif isinstance(news, Stretch):
-                self._stretched = True
-                self.control.send(Stretched(clients.receive(self.site, self.spec, self.job.peer, news)))
+                self.control.send(self._stretch(news))
             elif isinstance(news, Own):
                 if self._owned(news):
                     return
@@ -217,6 +219,14 @@ class TargetHandoff:
                 quiet_since = quiet_since or time.monotonic()
                 if self.left_alone.is_set() or time.monotonic() - quiet_since > 60:
                     return
+
+    def _stretch(self, news: Stretch) -> Stretched:
+        if not news.ahead:
+            self._tunnels.add("away")
+            return Stretched(clients.receive(self.site, self.spec, self.job.peer, news))
+        self._tunnels.add("home")
+        error = readdressing.receive_ahead(self.site, self.spec.name, self.spec.mac, self.job.peer, news)
+        return Stretched(error, tunnel.mac_of(BRIDGE))
 
     def _check(self) -> None:
         if self._cancelled.is_set() and not self._running:
@@ -474,6 +484,11 @@ class TargetHandoff:
 
     def _moved(self) -> None:
         """The guest runs here: has its clients' network follow."""
+        if self.spec.net == "mptcp":
+            # Beside the rest: the guest takes half a second for what it is asked, and clients have their tunnel.
+            pool = ThreadPoolExecutor(1, thread_name_prefix="readdress")
+            self._readdressed = pool.submit(readdressing.settle, self.site, self.journal, self.spec.name)
+            pool.shutdown(wait=False)
         clients.arrived(self.site, self.journal, self.spec, self.job.peer)
 
     def _finish(self, news: Finish) -> None:
@@ -513,8 +528,8 @@ class TargetHandoff:
         if self._qemu is not None:
             self._qemu.close()
         discard_copy(self.site, self.spec.name, self.job.handoff)
-        if self._stretched:
-            clients.records(self.site).close(self.spec.name, "away")
+        if self._tunnels:
+            clients.records(self.site).close(self.spec.name, *self._tunnels)
 
     def _close(self, session: Session) -> None:
         self._enough.set()
@@ -529,6 +544,8 @@ class TargetHandoff:
             self._qemu.close()
         if self._waiting is not None:
             self._waiting.communicate()
+        if self._readdressed is not None and (error := self._readdressed.exception()) is not None:
+            log.warning("clients of guest %s go by a tunnel until the agent has tried again: %s", self.spec.name, error)
         self._store.close()
         self.progress.finish()
         self.progress.write(force=True)
@@ -547,4 +564,10 @@ class TargetHandoff:
             "outcome": self.outcome,
             "phases": self.progress.phases,
             "footprint": self._footprint,
+            "clients": self._followed(),
         }
+
+    def _followed(self) -> dict[str, Any]:
+        """What came of clients' connections, where they move with the guest."""
+        done = self._readdressed
+        return done.result() if done is not None and done.done() and done.exception() is None else {}

@@ -34,6 +34,8 @@ from haulier.lab.lab import Lab
 IMAGE = "debian"
 GUEST_ADDRESS = "10.77.0.10/24"
 GATEWAY = "10.77.0.1/24"
+POOLS = {"oslo": "10.78.1.0/24", "lisbon": "10.78.2.0/24"}
+"""Guests' addresses of each site, for the policy mptcp."""
 CONTROL_PORT = 7440
 CACHE = Path("/var/cache/haulier")
 WORK = Path("/var/lib/haulier-lab")
@@ -226,6 +228,20 @@ class Scenario:
     def route(self, site: str, address: str = GUEST_ADDRESS) -> None:
         """The client reaches the guest at `site` from now on."""
         self.lab.route_guest("client", address.partition("/")[0], site)
+
+    def give_pools(self) -> None:
+        """Each site gets addresses for guests, which the client reaches there directly; it speaks MPTCP if it can."""
+        for site, pool in POOLS.items():
+            at = self.sites[site]
+            at.kill_agent()
+            config = at.root / "site.toml"
+            config.write_text(f"pool = {json.dumps(pool)}\n" + config.read_text())
+            at.start_agent()
+            via = self.lab.address(site, f"client-{site}")
+            way = ["ip", "route", "replace", pool, "via", via, "src", self.lab.address("client")]
+            self.lab.exec("client", way)
+        # Linux accepts no announced address unless it is told to.
+        self.lab.exec("client", ["ip", "mptcp", "limits", "set", "subflows", "8", "add_addr_accepted", "8"])
 
     def start_guest(
         self, name: str = "web1", address: str = GUEST_ADDRESS, memory: str = "512M", image: str = IMAGE

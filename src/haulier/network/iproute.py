@@ -40,10 +40,10 @@ def run(words: Sequence[str], given: str | None = None) -> str:
     return done.stdout
 
 
-def batch(lines: Sequence[str]) -> None:
+def batch(lines: Sequence[str], *options: str) -> None:
     """Lines of `ip`, one process for all, up to the first that fails."""
     if lines:
-        run(["ip", "-batch", "-"], "\n".join(lines) + "\n")
+        run(["ip", *options, "-batch", "-"], "\n".join(lines) + "\n")
 
 
 def facts(*words: str) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ import msgspec
 
 from haulier.errors import HaulierError, UsageError
 from haulier.network import iproute
+from haulier.network.pool import host_route
 
 PORT: Final = 4789
 MTU: Final = 1500
@@ -36,7 +37,8 @@ FIRST_TABLE: Final = 7500
 TABLES: Final = 400
 """A guest's table and priority of its rule are taken from these by its name; a clash is looked for."""
 NEXT_HOP: Final = "169.254.77.1"
-"""Stands for the home bridge in the away site's table; never asked for on any wire."""
+NEXT_HOP6: Final = "fe80::77:1"
+"""They stand for the home bridge in the away site's table; never asked for on any wire."""
 _MAC = frozenset("0123456789abcdef:")
 
 
@@ -63,6 +65,9 @@ class Tunnel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """At home: the guest is at the other end, frames to it go there."""
     routed: bool = False
     """A hook has led the address to the new site: the tunnel goes when it is quiet."""
+    ahead: bool = False
+    """The other way round: home is the site that the guest is on its way to, with an address of that site. It goes when
+    the handoff ends, well or not."""
 
     def __post_init__(self) -> None:
         for text in (self.local, self.remote, self.address):
@@ -93,6 +98,25 @@ def mac_of(bridge: str) -> str:
     return str(iproute.facts("link", "show", "dev", bridge)[0]["address"])
 
 
+def length_of(bridge: str, address: str) -> int:
+    """The prefix length of the subnet of `bridge` that has `address`. UsageError if none has."""
+    wanted = ipaddress.ip_address(address)
+    for link in iproute.facts("addr", "show", "dev", bridge):
+        for entry in link.get("addr_info", ()):
+            network = ipaddress.ip_interface(f"{entry['local']}/{entry['prefixlen']}").network
+            if wanted in network:
+                return network.prefixlen
+    raise UsageError(
+        f"the bridge {bridge} has no address in the subnet of {address}: it is guests' gateway, so add one"
+    )
+
+
+def link_local(mac: str) -> str:
+    """The IPv6 address that an interface with `mac` gives itself on its link (RFC 4291, modified EUI-64). Pure."""
+    own = bytes.fromhex(mac.replace(":", ""))
+    return str(ipaddress.IPv6Address(b"\xfe\x80" + bytes(6) + bytes([own[0] ^ 2]) + own[1:3] + b"\xff\xfe" + own[3:]))
+
+
 @functools.cache
 def missing() -> str:
     """Why this host can make no tunnel; "" if it can, which was tried."""
@@ -119,22 +143,33 @@ def up_lines(tunnel: Tunnel) -> list[str]:
         f"link set dev {name} up",
     ]
     if tunnel.role == "away":
+        hop = NEXT_HOP6 if ":" in tunnel.address else NEXT_HOP
         lines += [
-            f"neigh replace {NEXT_HOP} lladdr {tunnel.gateway_mac} dev {name} nud permanent",
-            f"route replace default via {NEXT_HOP} dev {name} onlink table {tunnel.table}",
-            f"rule add from {tunnel.address}/32 iif {tunnel.bridge} table {tunnel.table} priority {tunnel.table}",
+            f"neigh replace {hop} lladdr {tunnel.gateway_mac} dev {name} nud permanent",
+            f"route replace default via {hop} dev {name} onlink table {tunnel.table}",
+            f"rule add {_rule(tunnel)}",
+            # For what the host itself has to say to the guest: that a packet is too large for the tunnel.
+            f"route replace {_local(tunnel)}",
         ]
     return lines
+
+
+def _local(tunnel: Tunnel) -> str:
+    # With a metric that leaves room for the operator's own route.
+    return f"{host_route(tunnel.address)} dev {tunnel.bridge} metric {FIRST_TABLE}"
+
+
+def _rule(tunnel: Tunnel) -> str:
+    return f"from {host_route(tunnel.address)} iif {tunnel.bridge} table {tunnel.table} priority {tunnel.table}"
 
 
 def down_lines(tunnel: Tunnel) -> list[str]:
     """What takes this end away, each line by itself: some of it may be gone. Pure."""
     lines = []
     if tunnel.role == "away":
-        lines += [
-            f"rule del from {tunnel.address}/32 iif {tunnel.bridge} table {tunnel.table} priority {tunnel.table}",
-            f"route flush table {tunnel.table}",
-        ]
+        family = "-6 " if ":" in tunnel.address else ""
+        lines += [f"{family}rule del {_rule(tunnel)}", f"{family}route flush table {tunnel.table}"]
+        lines += [f"{family}route del {_local(tunnel)}"]
     else:
         lines.append(f"neigh del {tunnel.address} dev {tunnel.bridge}")
     return [*lines, f"link del dev {tunnel.interface}"]
@@ -144,7 +179,8 @@ def up(tunnel: Tunnel) -> None:
     """Makes this end; one that is left over is replaced. HaulierError if the host refuses: nothing stays."""
     down(tunnel)
     try:
-        iproute.batch(up_lines(tunnel))
+        # A rule is one of IPv4 unless the whole batch is not.
+        iproute.batch(up_lines(tunnel), *(["-6"] if ":" in tunnel.address else []))
     except HaulierError:
         down(tunnel)
         raise
