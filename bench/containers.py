@@ -2,16 +2,22 @@
 
 Applications: none, a game, 110 MB of random memory that changes, a server of a 180 MB file, and (not in --quick, which
 would have to fetch OpenCV) face detection; the application's layer found at the target or not; and a trip back.
+
+--only takes cells, APPLICATION[/MBPS[/AT]], each part with wildcards: memory/100, */10/no. With --parts FOLDER the rows
+of each cell are kept there when it is done, and cells that are there already are not measured again; --steps N measures
+so many cells more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
+import json
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +165,7 @@ def ours(lab: Scenario, app: str, back: bool) -> list[dict[str, Any]]:
             report = done.get("report", done)
             found.append({"total": report["total_s"], "mb": (lab.wan_bytes() - before) / 1e6})
             found[-1] |= {"down": report["downtime_ms"], "gap": client.gap_ms() if len(found) == 1 else None}
+            found[-1]["marks"] = report["switchover_ms"]
             if back:
                 time.sleep(SETTLE_S)
     return found
@@ -191,30 +198,50 @@ def row(app: str, mbps: int, found: str, one: dict[str, Any], other: dict[str, A
         "rsync MB": other["mb"],
         "haulier s": one["total"],
         "rsync s": other["total"],
+        "switchover ms": one["marks"],
     }
 
 
-def run(quick: bool) -> Report:
+def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Report:
     apps = ["none", "game", "memory", "video", "faces"]
-    cells: list[Cell] = [(app, mbps, at) for app in apps for mbps in (100, 50, 10) for at in (FOUND, ABSENT)]
+    cells: list[Cell] = [(app, mbps, at) for mbps in (100, 50, 10) for at in (FOUND, ABSENT) for app in apps]
     cells += [("shop", mbps, SHARED) for mbps in (100, 50, 10)]
-    return run_cells(QUICK if quick else cells)
+    cells = [cell for cell in (QUICK if quick and not only else cells) if not only or chosen(cell, only)]
+    return run_cells(cells, parts, steps)
 
 
-def run_cells(cells: list[Cell]) -> Report:
+def chosen(cell: Cell, only: Sequence[str]) -> bool:
+    """Whether one of the patterns is that of the cell."""
+    name = "/".join(map(str, cell))
+    return any(fnmatch.fnmatch(name, pattern + "/*" * (2 - pattern.count("/"))) for pattern in only)
+
+
+def run_cells(cells: list[Cell], parts: Path | None, steps: int) -> Report:
     """Both methods for each cell, those of one rate and one state of the target in one lab."""
-    made = container_template(faces=any(app == "faces" for app, _, _ in cells))
-    rows: list[dict[str, object]] = []
+    done: dict[Cell, list[dict[str, object]]] = {}
+    for cell in cells if parts is not None else ():
+        if (part := part_of(parts, cell)).exists():
+            done[cell] = json.loads(part.read_text())
+    due = [cell for cell in cells if cell not in done]
+    due = due[: steps or None]
+    made = container_template(faces=any(app == "faces" for app, _, _ in due))
+    for mbps, at in dict.fromkeys(cell[1:] for cell in due):
+        with scenario("bench-ct", made, [wan(f"{mbps}mbit", f"{RTT_S / 2 * 1000:g}ms")]) as lab:
+            unpack_layers(lab)
+            for cell in due:
+                if cell[1:] == (mbps, at):
+                    done[cell] = compare(lab, *cell)
+                    if parts is not None:
+                        parts.mkdir(parents=True, exist_ok=True)
+                        part_of(parts, cell).write_text(json.dumps(done[cell]))
+    rows = [row for cell in cells for row in done.get(cell, ())]
     rates = sorted({mbps for _, mbps, _ in cells}, reverse=True)
-    for mbps in rates:
-        for at in (FOUND, ABSENT, SHARED):
-            some = [app for app, rate, state in cells if (rate, state) == (mbps, at)]
-            if some:
-                with scenario("bench-ct", made, [wan(f"{mbps}mbit", f"{RTT_S / 2 * 1000:g}ms")]) as lab:
-                    unpack_layers(lab)
-                    for app in some:
-                        rows += compare(lab, app, mbps, at)
     return Report(rows, targets(rows), f"{', '.join(str(rate) for rate in rates)} Mbit/s, 40 ms round trip", NOTES)
+
+
+def part_of(parts: Path, cell: Cell) -> Path:
+    """Where the rows of a cell are kept."""
+    return parts / f"containers-{'-'.join(map(str, cell))}.json"
 
 
 def compare(lab: Scenario, app: str, mbps: int, at: str) -> list[dict[str, object]]:

@@ -29,6 +29,7 @@ FRAME: Final = 1 << FRAME_LOG
 _READ_PAGES: Final = 512
 _MAP_PAGES: Final = 1 << 18
 _POPULATE_WRITE: Final = 23
+_STEP: Final = MIB
 _SKIPPED: Final = re.compile(r"\[(vvar|vsyscall|vdso|vvar_vclock)\]")
 _PRESENT: Final = np.uint64(3 << 62)
 _FILE: Final = np.uint64(1 << 61)
@@ -95,7 +96,9 @@ class Reserve:
         if size > 0:
             with contextlib.suppress(OSError, ValueError):
                 self._taken = mmap.mmap(-1, size)
-                self._taken.madvise(_POPULATE_WRITE)
+                # In steps: nothing else of this process runs during one.
+                for at in range(0, size, _STEP):
+                    self._taken.madvise(_POPULATE_WRITE, at, min(_STEP, size - at))
 
     def release(self) -> None:
         """Gives it back to the host; repeated, it does nothing."""

@@ -296,7 +296,7 @@ class ContainerSource(SourceHandoff):
             self._check()
 
     def _wait_prepared(self) -> None:
-        """The target still unpacks layers; meanwhile nothing is gained by further rounds."""
+        """The target still unpacks layers, or puts pages together; meanwhile nothing is gained by further rounds."""
         assert self._control is not None
         with contextlib.suppress(PeerError):
             self._control.wait(Prepared, 2)

@@ -57,6 +57,8 @@ class ContainerTarget(TargetHandoff):
     _restoring: Restoring | None = None
     _hasher: _Hasher | None = None
     _reserve = Reserve(0)
+    _drafts_made = False
+    _prepared = False
 
     # -- collected -------------------------------------------------------------------------------------------------
 
@@ -132,6 +134,8 @@ class ContainerTarget(TargetHandoff):
                     assert self._checkpoint.layout is not None
                     self._assemble(self._checkpoint.layout[1])
                     self._reserve = Reserve(sum(len(numbers) for _, numbers in self._checkpoint.layout[1]) * PAGE)
+                    self._drafts_made = True
+                    self._maybe_prepared()
                     continue
                 manifest, final = task
                 self._unpack(manifest)
@@ -156,7 +160,13 @@ class ContainerTarget(TargetHandoff):
             return
         self._lower = make_layers(self.site.layers, self._store, spec.container, manifest)
         self._container = containers.driver_of(spec).prepare(spec, self.container_paths, None, self.job.handoff)
-        self.control.send(Prepared())
+        self._maybe_prepared()
+
+    def _maybe_prepared(self) -> None:
+        """Once, when layers, files of pages and memory are there: what is missing then is for the container's stop."""
+        if self._lower is not None and self._drafts_made and not self._prepared:
+            self._prepared = True
+            self.control.send(Prepared())
 
     def _follow(self, manifest: Manifest) -> None:
         """Makes the directory of what the container wrote what `manifest` says."""
@@ -187,11 +197,15 @@ class ContainerTarget(TargetHandoff):
             self._changed.wait_for(self._dump_is_here)
         if self._closing:
             return
-        self._reserve.release()
         self._assemble(self._checkpoint.pages)
         self._checkpoint.give_back(self.container_paths.rootfs)
         self._hasher = _Hasher([self._drafts[name] for name, _ in self._checkpoint.pages])
+        # Beside it: CRIU needs some milliseconds before it fills memory, as giving this back does. Not earlier either,
+        # for a virtual host may give what lies free to its own host within those.
+        releasing = threading.Thread(target=self._reserve.release, name="reserve", daemon=True)
+        releasing.start()
         container.finish_restore(self._restoring)
+        releasing.join()
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._checkpoint.digests is not None)
         if self._closing:
