@@ -7,8 +7,9 @@ addresses they are from. Formats: CRIU's images/pagemap.proto and its documentat
 from __future__ import annotations
 
 import re
+import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,8 +43,11 @@ class PagesOf:
         return sum(len(pages) for _, pages in self.stretches)
 
 
-def pages_of(folder: Path) -> list[PagesOf]:
-    """The pages files that a dump's maps name. Corrupt when maps and pages do not fit each other."""
+def pages_of(folder: Path, sizes: Mapping[str, int] | None = None) -> list[PagesOf]:
+    """The pages files that a dump's maps name. Corrupt when maps and pages do not fit each other.
+
+    `sizes` in bytes of those that went through pipes, by their names.
+    """
     stretches: dict[int, list[tuple[Key, NDArray[np.int64]]]] = {}
     for path in sorted(folder.iterdir(), key=lambda path: (len(path.name), path.name)):
         match = _MAP_NAME.fullmatch(path.name)
@@ -59,12 +63,16 @@ def pages_of(folder: Path) -> list[PagesOf]:
         match = PAGES_NAME.fullmatch(path.name)
         if match is None:
             continue
-        if int(match[1]) not in stretches and path.stat().st_size:
-            # Of an earlier dump in the same place.
+        status = path.stat()
+        size = (sizes or {}).get(path.name, status.st_size)
+        if int(match[1]) not in stretches and (
+            size or (stat.S_ISFIFO(status.st_mode) and path.name not in (sizes or {}))
+        ):
+            # Of an earlier dump in the same place, or a pipe that was not needed.
             continue
         made = PagesOf(path.name, stretches.get(int(match[1]), []))
-        if made.count * PAGE != path.stat().st_size:
-            raise Corrupt(f"{path} has {path.stat().st_size} bytes, its maps name {made.count} pages: try again")
+        if made.count * PAGE != size:
+            raise Corrupt(f"{path} has {size} bytes, its maps name {made.count} pages: try again")
         found.append(made)
     return found
 

@@ -87,6 +87,14 @@ class Places:
         return made
 
 
+def populate(taken: mmap.mmap, size: int) -> None:
+    """Has the first `size` bytes filled with memory now; where there is not so much, nothing happens."""
+    with contextlib.suppress(OSError, ValueError):
+        # In steps: nothing else of this process runs during one.
+        for at in range(0, size, _STEP):
+            taken.madvise(_POPULATE_WRITE, at, min(_STEP, size - at))
+
+
 class Reserve:
     """Memory that is about to be needed, taken beforehand: a virtual host may have to ask for each page of it anew."""
 
@@ -96,9 +104,7 @@ class Reserve:
         if size > 0:
             with contextlib.suppress(OSError, ValueError):
                 self._taken = mmap.mmap(-1, size)
-                # In steps: nothing else of this process runs during one.
-                for at in range(0, size, _STEP):
-                    self._taken.madvise(_POPULATE_WRITE, at, min(_STEP, size - at))
+                populate(self._taken, size)
 
     def release(self) -> None:
         """Gives it back to the host; repeated, it does nothing."""

@@ -12,7 +12,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from haulier.compress.stream import DEFAULT_WINDOW_LOG, level_for
+from haulier.containers.arriving import ArrivingPages, names_of
 from haulier.containers.checkpoint import BEST_LEVEL, Borrowed, CheckpointSender, digest_of_pages, wanted_files
 from haulier.containers.container import Container
 from haulier.containers.convergence import Round, Rounds
@@ -48,6 +49,8 @@ SMALL_MEMORY: Final = 1 << 20
 """Bytes of pages that are compressed as well as can be."""
 WORTH_S: Final = 0.03
 """What takes the link longer than this is sent while the dump is written."""
+SPARE_PIPES: Final = 8
+"""Shared memory has files of pages, too."""
 MARKS: Final = (
     "frozen",
     "unplugged",
@@ -109,19 +112,22 @@ class ContainerSource(SourceHandoff):
         if problems:
             raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {'; '.join(problems)}")
         folder = self._images / "dump"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         began = time.monotonic()
         try:
-            self.container.dump(folder)
-            self._trial_s = time.monotonic() - began
+            names = dict.fromkeys(names_of(len(self.container.pids()) + SPARE_PIPES), 0)
+            with ArrivingPages(folder, names, keep=False) as arriving:
+                self.container.dump(folder)
+                self._trial_s = time.monotonic() - began
+                sizes = arriving.sizes()
             borrowed = self._borrowed(folder, anywhere=True)
             beside = sum(path.stat().st_size for path in wanted_files(folder)) - sum(one.length for one in borrowed)
             self._files = CheckpointSender(beside)
             self._trial = list(self._files.files(folder, borrowed, trial=True))
-            self._trial_pages = pages_of(folder)
+            self._trial_pages = pages_of(folder, sizes)
         except GuestError as error:
             raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {explain(str(error))}") from None
-        # Its pages stay: the final dump writes over them, into memory that the host has at hand by then.
-        for path in wanted_files(folder):
+        for path in folder.iterdir():
             path.unlink()
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -309,25 +315,28 @@ class ContainerSource(SourceHandoff):
         self.progress.phase("switchover", "the container is frozen")
         self._ending = True
         folder = self._images / "dump"
-        dumping = self._dumping = self.container.begin_dump(folder)
-        dumping.ready()
-        self._marks["stop"] = time.time()
-        self._frozen = True
-        self.container.freeze()
-        # CRIU maps memory of its own into the processes for the time of the dump.
-        self._areas = areas_of(self.container.pids())
-        self._marks["frozen"] = time.time()
-        with _Beside(lambda: self._dump(dumping)) as dump:
-            # While CRIU writes: what it will find is in memory already, and the processes do not change it any more.
-            # But looking at all of memory slows CRIU down; a little that changed is soon sent after.
-            self._upper_round(last=True)
-            self._marks["files-sent"] = time.time()
-            if self._memory_rounds[-1]["wire_bytes"] * 8 > WORTH_S * self._rate:
-                self._memory_round()
-            self._marks["pages-sent"] = time.time()
-            dump.result()
+        expected = {one.name: one.count * PAGE for one in self._trial_pages}
+        with ArrivingPages(folder, expected) as arriving:
+            dumping = self._dumping = self.container.begin_dump(folder)
+            dumping.ready()
+            self._marks["stop"] = time.time()
+            self._frozen = True
+            self.container.freeze()
+            # CRIU maps memory of its own into the processes for the time of the dump.
+            self._areas = areas_of(self.container.pids())
+            self._marks["frozen"] = time.time()
+            with _Beside(lambda: self._dump(dumping)) as dump:
+                # While CRIU writes: what it will find is in memory already, and the processes change it no more. But
+                # looking at all of memory slows CRIU down; a little that changed is soon sent after.
+                self._upper_round(last=True)
+                self._marks["files-sent"] = time.time()
+                if self._memory_rounds[-1]["wire_bytes"] * 8 > WORTH_S * self._rate:
+                    self._memory_round()
+                self._marks["pages-sent"] = time.time()
+                dump.result()
+            contents = arriving.result()
         self._marks["dumped"] = time.time()
-        check = self._send_dump(folder)
+        check = self._send_dump(folder, contents)
         self._marks["sent"] = time.time()
         self._sender.wait_committed()
         self._arrived = arrived = self._control.wait(Arrived, 120)
@@ -350,14 +359,18 @@ class ContainerSource(SourceHandoff):
         self.container.unplug()
         self._marks["unplugged"] = time.time()
 
-    def _send_dump(self, folder: Path) -> bytes:
+    def _send_dump(self, folder: Path, arrived: Mapping[str, NDArray[np.uint8]]) -> bytes:
         """All files of the dump, pages as numbers in the picture. Digests of the pages files, for a check."""
         picture, session = self._picture, self._session
         assert picture is not None and session is not None
         borrowed = self._borrowed(folder)
         for message in self._files.files(folder, borrowed):
             session.send(Channel.CHECKPOINT, message, urgent=True)
-        found = [(one, _pages(folder / one.name)) for one in pages_of(folder)]
+        sizes = {name: contents.nbytes for name, contents in arrived.items()}
+        found = [
+            (one, arrived[one.name] if one.name in arrived else _pages(folder / one.name))
+            for one in pages_of(folder, sizes)
+        ]
         pages: list[tuple[str, NDArray[np.int64]]] = []
         for one, contents in found:
             numbers = self._numbers(one)
