@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -19,6 +21,8 @@ from haulier.containers.tree import Entry, Space, Tree
 from haulier.errors import GuestError
 from haulier.units import BLOCK, BLOCKS_PER_CHUNK, CHUNK
 
+TICKS_NS: Final = 20_000_000
+"""Two changes within a tick of the kernel, 10 ms at most, may have the same time (before Linux 6.13 they do)."""
 Signature = tuple[int, int, int, int]
 """inode, change time, modification time (ns), size."""
 
@@ -75,6 +79,7 @@ class UpperRounds:
         any more, a file that cannot be read raises GuestError; before, the next round will find what became of it.
         """
         self.read_bytes = self.changed_files = 0
+        settled = time.time_ns() - TICKS_NS
         old = {entry.path: entry for entry in self.tree.entries}
         entries: list[Entry] = []
         blocks: dict[int, bytes] = {}
@@ -100,7 +105,11 @@ class UpperRounds:
                     raise GuestError(f"{self.root / os.fsdecode(entry.path)} cannot be read: {error}") from error
                 self._known.pop(entry.path, None)
                 continue
-            self._known[entry.path] = now
+            if now[1] < settled:
+                self._known[entry.path] = now
+            else:
+                # Written once more in this moment, it would look the same.
+                self._known.pop(entry.path, None)
         for path in [path for path in self._places if path not in seen]:
             self._space.give(self._places.pop(path))
             self._known.pop(path, None)
