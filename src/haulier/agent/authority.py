@@ -208,6 +208,8 @@ def server_context(site: Site) -> ssl.SSLContext:
     """For the control API: TLS 1.3; a client's certificate is asked for and, if shown, must be of the fleet."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _load(context, site)
+    # Nobody comes back to a session: a ticket, with the client's certificate in it, would be a kilobyte for nothing.
+    context.num_tickets = 0
     context.verify_mode = ssl.CERT_OPTIONAL
     return context
 
