@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from haulier.errors import Cancelled, HaulierError, Unsupported
 from haulier.guests.tap import BRIDGE
 from haulier.lab.container_clients import Download, Player, Redis, Talk
 from haulier.lab.containers import VIDEO_BYTES, ContainerTemplate, container_template
-from haulier.lab.scenario import GATEWAY, GUEST_ADDRESS, Filled, scenario, wan
+from haulier.lab.scenario import GATEWAY, GUEST_ADDRESS, Filled, Template, scenario, wan
 from tests.support.waiting import wait_for
 from tests.system.stage import Handoff, Stage, alive
 
@@ -302,6 +303,38 @@ def test_faces_are_found_before_and_after(tmp_path: Path) -> None:
             after = [talk.ask("detect", seed=seed) for seed in range(3)]
             assert [(one["faces"], one["image"]) for one in after] == [(one["faces"], one["image"]) for one in before]
         talk.close()
+
+
+@dataclass(frozen=True)
+class Each:
+    """What each site starts from."""
+
+    sites: dict[str, Filled]
+
+    def copy_to(self, root: Path) -> None:
+        self.sites[root.name].copy_to(root)
+
+
+@pytest.mark.full
+@pytest.mark.qemu
+def test_containers_and_disks_of_one_distribution_share_what_they_have_in_common(
+    template: ContainerTemplate, made: Template
+) -> None:
+    """No guest runs: images go from one site, which has containers, to another, which has virtual machines."""
+    with scenario("ct-shared", Each({"oslo": template, "lisbon": made}), [wan("1gbit", "1ms")]) as both:
+        oslo, lisbon = both.oslo, both.lisbon
+        alone = oslo.facts("image", "push", "base", "--to", "lisbon", timeout=200)["items"][0]
+        lisbon.haulier("image", "remove", "base")
+        lisbon.haulier("gc", timeout=200)
+        with ChunkStore(oslo.site.store) as store:
+            chunks = len(store.load_manifest("image/base").unique())
+        # Whole chunks are the same by luck of where a file lies on the disk, and even so there are some.
+        assert 0 < alone["lacking"] < chunks - 100
+        lisbon.facts("image", "push", "debian", "--no-warm", "--to", "oslo", timeout=280)
+        again = oslo.facts("image", "push", "base", "--to", "lisbon", timeout=200)["items"][0]
+        print(json.dumps({"chunks": chunks, "alone": alone, "both": again}))
+        assert again["lacking"] <= alone["lacking"] and again["recipes"] > again["lacking"] / 3
+        assert again["wire_bytes"] < alone["wire_bytes"] / 2, "blocks of the disk that both have are not sent"
 
 
 # -- what fails ------------------------------------------------------------------------------------------------------
