@@ -216,7 +216,7 @@ def chosen(cell: Cell, only: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern + "/*" * (2 - pattern.count("/"))) for pattern in only)
 
 
-def run_cells(cells: list[Cell], parts: Path | None, steps: int) -> Report:
+def run_cells(cells: list[Cell], parts: Path | None = None, steps: int = 0) -> Report:
     """Both methods for each cell, those of one rate and one state of the target in one lab."""
     done: dict[Cell, list[dict[str, object]]] = {}
     for cell in cells if parts is not None else ():
