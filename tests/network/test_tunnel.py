@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,12 +21,14 @@ from haulier.network.tunnel import (
     Tunnel,
     down_lines,
     free_table,
+    link_local,
     mac_of,
     packets,
     up_lines,
     vni_of,
 )
 from tests.support.labs import lab
+from tests.support.waiting import wait_for
 
 MAC, ADDRESS = "52:54:00:12:34:56", "10.77.0.10"
 GATEWAY_MAC = "02:68:61:75:6c:01"
@@ -150,6 +153,55 @@ def moving(tmp_path: Path) -> Iterator[Moving]:
             yield guest
         finally:
             namespaces.delete(guest.name)
+
+
+@pytest.mark.root
+def test_an_ipv6_address_is_kept_too(tmp_path: Path) -> None:
+    address = "fd78::10"
+    with lab(SITES.replace("[[site]]", "ipv6 = true\n[[site]]", 1)) as made:
+        guest = f"tunguest-{os.getpid()}-{next(_serial)}"
+        namespaces.add(guest, ipv6=True)
+        try:
+            namespaces.ip(guest, [f"link add eth0 address {MAC} type veth peer name cable"])
+            namespaces.ip(guest, [f"addr add {address}/128 dev eth0 nodad", "link set eth0 up"])
+
+            def plug(site: str, where: str) -> None:
+                namespaces.ip(where, [f"link set cable netns {made.namespace(site)}"])
+                namespaces.ip(made.namespace(site), ["link set cable master br0 up"])
+
+            plug("oslo", guest)
+            gateway = made.call("oslo", lambda: link_local(mac_of("br0")))
+            namespaces.ip(guest, [f"route add default via {gateway} dev eth0"])
+            via, source = made.address6("oslo", "client-oslo"), made.address6("client")
+            made.exec("client", ["ip", "route", "add", f"{address}/128", "via", via, "src", source])
+            made.exec("oslo", ["ip", "route", "add", f"{address}/128", "dev", "br0"])
+            records = {site: Records(tmp_path / site) for site in ("oslo", "lisbon")}
+            ends = made.address("oslo", "oslo-lisbon"), made.address("lisbon", "oslo-lisbon")
+
+            def answers() -> bool:
+                words = ["ping", "-6", "-c", "3", "-i", "0.1", "-W", "1", address]
+                large = ["ping", "-6", "-c", "2", "-i", "0.2", "-W", "1", "-s", "1452", "-M", "dont", address]
+                return all(made.exec("client", line, check=False).returncode == 0 for line in (words, large))
+
+            def open_end(site: str, role: str, local: str, remote: str) -> None:
+                made_end = end(role, owner=site, local=local, remote=remote)
+                six = Tunnel(**{**{n: getattr(made_end, n) for n in Tunnel.__struct_fields__}, "address": address})
+                namespaces.call(made.namespace(site), lambda: records[site].open(six))
+
+            wait_for(answers, 20, "the guest at home")
+            open_end("oslo", "home", *ends)
+            open_end("lisbon", "away", *reversed(ends))
+            plug("lisbon", made.namespace("oslo"))
+            assert not answers(), "it has left"
+            namespaces.call(made.namespace("oslo"), lambda: records["oslo"].lead_away("web1"))
+            wait_for(answers, 20, "the guest through the tunnel")
+            for site in ("oslo", "lisbon"):
+                namespaces.call(made.namespace(site), lambda site=site: records[site].close("web1"))
+                words = ("rule", "route show table all")
+                said = "".join(made.exec(site, ["ip", "-6", *line.split()]).stdout for line in words)
+                assert traces(made, site) == [] and not re.search(r"table 75|lookup 75|metric 75", said), said
+        finally:
+            namespaces.delete(guest)
 
 
 def traces(made: Lab, site: str) -> list[str]:

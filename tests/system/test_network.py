@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -19,7 +20,7 @@ from haulier.handoff.residence import guest_paths
 from haulier.lab.container_clients import Player
 from haulier.lab.containers import container_template
 from haulier.lab.lab import Lab
-from haulier.lab.scenario import GUEST_ADDRESS, POOLS, LabSite, Template, wan
+from haulier.lab.scenario import GUEST_ADDRESS, POOLS, POOLS6, LabSite, Template, wan
 from haulier.lab.workload import PORT
 from haulier.network.pool import Pool
 from haulier.session.mptcp import available, protocol, subflows
@@ -30,6 +31,7 @@ from tests.system.test_containers import container_stage
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(400)]
 HOST = GUEST_ADDRESS.partition("/")[0]
 POOLS_AT = {site: Pool.parse(text) for site, text in POOLS.items()}
+POOLS6_AT = {site: Pool.parse(text) for site, text in POOLS6.items()}
 
 
 class OneConnection:
@@ -83,7 +85,7 @@ def tunnels(site: LabSite) -> list[dict[str, Any]]:
 
 def traces(lab: Lab, site: str) -> list[str]:
     """What tunnels and MPTCP could leave behind in a site's network."""
-    words = ("link", "rule", "route show table all", "neigh", "mptcp endpoint")
+    words = ("link", "rule", "route show table all", "-6 rule", "-6 route show table all", "neigh", "mptcp endpoint")
     shown = "\n".join(lab.exec(site, ["ip", *line.split()]).stdout for line in words)
     return [
         line
@@ -289,13 +291,19 @@ def address_at(site: LabSite) -> str:
 
 @pytest.fixture(scope="module")
 def mobile(made: Template) -> Iterator[Stage]:
+    with moving_stage(made, "mptcp") as standing:
+        yield standing
+
+
+@contextlib.contextmanager
+def moving_stage(made: Template, name: str, *, ipv6: bool = False) -> Iterator[Stage]:
     if not available():
         pytest.skip("no MPTCP in this kernel")
-    with stage(made, "mptcp", [wan("20mbit", "10ms")]) as standing:
-        standing.scenario.give_pools()
+    with stage(made, name, [wan("20mbit", "10ms")], ipv6=ipv6) as standing:
+        standing.scenario.give_pools(ipv6=ipv6)
         standing.run_guest("web1", random_share=0.5)
         facts = standing.site("oslo").facts("guest", "net", "web1", "mptcp")
-        assert facts["address"].startswith("10.78.1."), facts
+        assert facts["address"] in POOLS_AT["oslo"] or facts["address"] in POOLS6_AT["oslo"], facts
         assert any("mptcpize" in remark for remark in facts["remarks"]), "nobody listens with MPTCP yet"
         with GuestAgent(guest_paths(standing.site("oslo").site, "web1").qga_sock, name="web1") as agent:
             agent.check(["/usr/bin/python3", "-c", RELAY])
@@ -390,3 +398,21 @@ def test_one_mptcp_connection_outlives_twenty_moves(mobile: Stage) -> None:
     mobile.assert_right()
     for site in ("oslo", "lisbon"):
         assert_no_trace(mobile, site)
+
+
+@pytest.mark.full
+def test_an_mptcp_connection_moves_between_ipv6_addresses(made: Template) -> None:
+    """The sites reach each other by IPv6 alone, too."""
+    with moving_stage(made, "mptcp6", ipv6=True) as standing:
+        client = OneConnection(standing.scenario.lab, address_at(standing.site("oslo")), MPTCP_PORT, mptcp=True)
+        try:
+            for to, join in (("lisbon", "ahead"), ("oslo", "after")):
+                standing.begin("web1", "--join", join).done()
+                client.assert_goes_on()
+                at = standing.site(to)
+                wait_for(lambda at=at: address_at(at) in POOLS6_AT[at.name], 30, "its address of the new site")
+                for site in ("oslo", "lisbon"):
+                    assert_no_trace(standing, site)
+                client.assert_goes_on()
+        finally:
+            client.close()

@@ -35,6 +35,7 @@ IMAGE = "debian"
 GUEST_ADDRESS = "10.77.0.10/24"
 GATEWAY = "10.77.0.1/24"
 POOLS = {"oslo": "10.78.1.0/24", "lisbon": "10.78.2.0/24"}
+POOLS6 = {"oslo": "fd78:1::/112", "lisbon": "fd78:2::/112"}
 """Guests' addresses of each site, for the policy mptcp."""
 CONTROL_PORT = 7440
 CACHE = Path("/var/cache/haulier")
@@ -229,16 +230,17 @@ class Scenario:
         """The client reaches the guest at `site` from now on."""
         self.lab.route_guest("client", address.partition("/")[0], site)
 
-    def give_pools(self) -> None:
+    def give_pools(self, *, ipv6: bool = False) -> None:
         """Each site gets addresses for guests, which the client reaches there directly; it speaks MPTCP if it can."""
-        for site, pool in POOLS.items():
+        address = self.lab.address6 if ipv6 else self.lab.address
+        for site, pool in (POOLS6 if ipv6 else POOLS).items():
             at = self.sites[site]
             at.kill_agent()
             config = at.root / "site.toml"
             config.write_text(f"pool = {json.dumps(pool)}\n" + config.read_text())
             at.start_agent()
-            via = self.lab.address(site, f"client-{site}")
-            way = ["ip", "route", "replace", pool, "via", via, "src", self.lab.address("client")]
+            via = address(site, f"client-{site}")
+            way = ["ip", "route", "replace", pool, "via", via, "src", address("client")]
             self.lab.exec("client", way)
         # Linux accepts no announced address unless it is told to.
         self.lab.exec("client", ["ip", "mptcp", "limits", "set", "subflows", "8", "add_addr_accepted", "8"])
