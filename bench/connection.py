@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 PORT, MPTCP_PORT = 7100, 7101
@@ -289,49 +289,62 @@ def run(quick: bool) -> Any:
 
 # -- a picture of it
 
+COLOURS = ("#8250df", "#bc4c00", "#1f6feb", "#1a7f37", "#6e7781")
+WIDTH, PANEL, LEFT = 760, 200, 56
+FROM_S, TO_S = -3.0, 9.0
+
 
 def picture(result: dict[str, Any]) -> str:
-    """An SVG: a panel of throughput and one of echo for each row."""
+    """An SVG of two panels, throughput and echo, with a line for each row of the result."""
     rows = [row for row in result["rows"] if row.get("series")]
-    width, panel, left = 760, 110, 60
-    out = []
+    out: list[str] = []
     for number, row in enumerate(rows):
-        series, top = row["series"], number * (2 * panel + 70) + 40
-        at = series["at"]
-        x0, x1 = min(at), max(at)
-
-        def x(value: float, x0: float = x0, x1: float = x1) -> float:
-            return left + (value - x0) / (x1 - x0) * (width - left - 20)
-
-        out.append(f'<text x="{left}" y="{top - 12}" font-weight="bold">{row["policy"]}</text>')
-        for key, unit, where, colour, most in (
-            ("mbps", "Mbit/s", top, "#1f6feb", None),
-            ("echo_ms", "longest echo, ms", top + panel + 20, "#bc4c00", 1000.0),
-        ):
-            known = [value for value in series[key] if value is not None]
-            high = max(1.0, min(max(known), most or max(known)))
-            points = " ".join(
-                f"{x(t):.1f},{where + panel - min(value, high) / high * panel:.1f}"
-                for t, value in zip(at, series[key], strict=True)
-                if value is not None
-            )
-            out.append(f'<rect x="{left}" y="{where}" width="{width - left - 20}" height="{panel}" fill="#f6f8fa"/>')
-            out.append(
-                f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{where}" y2="{where + panel}" '
-                'stroke="#888" stroke-dasharray="3"/>'
-            )
-            out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.2"/>')
-            out.append(f'<text x="{left - 6}" y="{where + 10}" text-anchor="end">{high:.0f}</text>')
-            out.append(f'<text x="{left - 6}" y="{where + panel}" text-anchor="end">0</text>')
-            out.append(f'<text x="{left + 6}" y="{where + 12}" fill="{colour}">{unit}</text>')
-        low = top + 2 * panel + 34
-        out.append(f'<text x="{x(0):.1f}" y="{low}" text-anchor="middle">the guest runs at the new site</text>')
-        out.append(f'<text x="{x1 and x(x1):.1f}" y="{low}" text-anchor="end">{x1:.0f} s</text>')
-        out.append(f'<text x="{left}" y="{low}">{x0:.0f} s</text>')
-    height = len(rows) * (2 * panel + 70) + 30
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        x, y = LEFT + 10 + number % 3 * 230, 22 + number // 3 * 18
+        out.append(f'<rect x="{x}" y="{y - 9}" width="14" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        out.append(f'<text x="{x + 20}" y="{y}">{row["policy"]}</text>')
+    panels = (("mbps", "Mbit/s of the stream", 110.0, mean), ("echo_ms", "slowest echo, ms", 400.0, max))
+    for place, (key, title, high, of) in enumerate(panels):
+        top = 60 + place * (PANEL + 46)
+        out.append(f'<rect x="{LEFT}" y="{top}" width="{WIDTH - LEFT - 16}" height="{PANEL}" fill="#f6f8fa"/>')
+        out += [f'<text x="{LEFT}" y="{top - 6}" font-weight="bold">{title}</text>', *_scale(top, high)]
+        for number, row in enumerate(rows):
+            points = _points(row["series"], key, of)
+            line = " ".join(f"{_x(at):.1f},{top + PANEL - min(value, high) / high * PANEL:.1f}" for at, value in points)
+            colour = COLOURS[number % len(COLOURS)]
+            out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
+    height = 60 + 2 * (PANEL + 46)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
     head += 'font-family="sans-serif" font-size="11">'
     return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *out, "</svg>\n"])
+
+
+def _x(at: float) -> float:
+    return LEFT + (at - FROM_S) / (TO_S - FROM_S) * (WIDTH - LEFT - 16)
+
+
+def _points(series: dict[str, Any], key: str, of: Any) -> list[tuple[float, float]]:
+    """Three tenths of a second at a time; an echo that took long is as old as its answer, so some tenths have none."""
+    known = [
+        (at, value) for at, value in zip(series["at"], series[key], strict=True) if value is not None and at < TO_S
+    ]
+    return [
+        (at, of([value for other, value in known if at - 0.15 <= other <= at + 0.15]))
+        for at, _ in known
+        if at >= FROM_S
+    ]
+
+
+def _scale(top: int, high: float) -> list[str]:
+    out = []
+    for step in range(5):
+        value, y = high * step / 4, top + PANEL - PANEL * step / 4
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - 16}" y1="{y}" y2="{y}" stroke="#d0d7de" stroke-width="0.5"/>')
+        out.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:.0f}</text>')
+    for second in range(int(FROM_S), int(TO_S) + 1, 3):
+        label = "0: the guest runs at the new site" if second == 0 else f"{second} s"
+        out.append(f'<text x="{_x(second):.0f}" y="{top + PANEL + 16}" text-anchor="middle">{label}</text>')
+    dash = 'stroke="#57606a" stroke-dasharray="3"'
+    return [*out, f'<line x1="{_x(0):.0f}" x2="{_x(0):.0f}" y1="{top}" y2="{top + PANEL}" {dash}/>']
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["picture"]:

@@ -223,6 +223,13 @@ def test_the_tunnel_ahead_goes_when_the_guest_has_left(hosts: Hosts, inside: Ins
     assert [(t.role, t.leads) for t in clients.records(site).all()] == [("home", True)]
 
 
+def test_a_plan_says_what_stays_behind(hosts: Hosts, inside: Inside) -> None:
+    inside.plain = 2
+    assert any("2 connections" in text for text in readdressing.outlook(hosts.oslo.site, GUEST, OLD))
+    inside.dead = True
+    assert "did not answer" in readdressing.outlook(hosts.oslo.site, GUEST, OLD)[0]
+
+
 def test_only_vms_with_an_address_can_have_the_policy() -> None:
     for changes in ({"address": "", "gateway": ""}, {"site_address": "lisbon"}):
         with pytest.raises(UsageError):

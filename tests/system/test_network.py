@@ -30,6 +30,8 @@ from tests.system.test_containers import container_stage
 
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(400)]
 HOST = GUEST_ADDRESS.partition("/")[0]
+LATER = ("connect", "disk", "memory", "switchover", "token", "finish")
+"""Phases of a source, in order: one may be over before it is seen."""
 POOLS_AT = {site: Pool.parse(text) for site, text in POOLS.items()}
 POOLS6_AT = {site: Pool.parse(text) for site, text in POOLS6.items()}
 
@@ -165,6 +167,27 @@ def test_a_handoff_that_fails_leaves_no_tunnel_and_the_connection_as_it_was(runn
                 assert traces(running.scenario.lab, site) == []
     finally:
         client.close()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phase", ["connect", "memory", "switchover", "token"])
+def test_a_path_may_die_in_any_phase(running: Stage, phase: str) -> None:
+    """The first one, which the tunnel takes, too; it returns when the guest is there."""
+    client = OneConnection(running.scenario.lab)
+    first = running.scenario.lab.link(running.links()[0])
+    try:
+        handoff = running.begin("web1")
+        handoff.wait_phase(handoff.source, LATER[LATER.index(phase) :])
+        first.set(up=False)
+        try:
+            handoff.done()
+        finally:
+            first.set(up=True)
+        client.assert_goes_on()
+    finally:
+        client.close()
+    running.assert_right()
+    assert running.home("web1") == handoff.target
 
 
 @pytest.mark.full

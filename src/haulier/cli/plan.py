@@ -72,5 +72,6 @@ def _show(found: dict[str, Any]) -> None:
     rows += [
         ("link", f"{found['rate_bps'] / 1e6:.1f} Mbit/s, round trip {found['rtt_s'] * 1000:.0f} ms"),
         ("memory there to start from", found["memory_base"] or "none"),
+        *(("clients", text) for text in found.get("clients", ())),
     ]
     print_table(("", ""), rows)

@@ -24,7 +24,7 @@ from haulier.disks.rounds import DiskRounds
 from haulier.errors import Conflict, GuestError
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu
-from haulier.handoff import container_plan, forecast, foretold, retained, sampling
+from haulier.handoff import container_plan, forecast, foretold, readdressing, retained, sampling
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import GuestRow, Journal
 from haulier.handoff.messages import LEAVE_BYTES, Job, Offer, Options
@@ -112,6 +112,7 @@ def make_plan(
         "source": site.name,
         "target": to,
         "reasons": found.get("reasons", []),
+        "clients": readdressing.outlook(site, guest, spec.site_address) if spec.net == "mptcp" else [],
         "manifest_at_target": bool(found.get("manifest")),
         "memory_base": picture,
     }

@@ -54,6 +54,20 @@ def _agent(site: Site, guest: str, timeout: float = AGENT_S) -> GuestAgent:
     return GuestAgent(guest_paths(site, guest).qga_sock, name=guest, timeout=timeout)
 
 
+def outlook(site: Site, guest: str, address: str) -> list[str]:
+    """What a plan has to say of a guest's connections that are to move; sentences for people. Never fails."""
+    try:
+        with _agent(site, guest) as agent:
+            found, now = addressing.look(agent), addressing.sockets(agent)
+    except HaulierError as error:
+        return [f"clients keep the old address, by a tunnel, for the guest cannot be told of a new one: {error}"]
+    told = found.problems() + found.remarks()
+    plain = now.plain.get(address, 0)
+    if plain:
+        told.append(f"{plain} connections to {address} are plain TCP now: they keep it, by a tunnel, until they end")
+    return told
+
+
 # -- at the source ----------------------------------------------------------------------------------------------------
 
 
