@@ -26,6 +26,8 @@ class Site:
     runs: bool = False
     copy: bool = False
     """There is a stopped copy that could be run."""
+    pages: bool = False
+    """There is a stopped original that could give its memory."""
 
 
 Message = tuple[Event, int, int, int]  # kind, epoch, from, to
@@ -48,11 +50,13 @@ def carry_out(
             assert site.copy, "ran a copy that was not there"
             site = replace(site, runs=True, copy=False)
         elif action is Action.RESUME:
-            site = replace(site, runs=True)
+            site = replace(site, runs=True, pages=False)
         elif action is Action.DISCARD_COPY:
             site = replace(site, copy=False)
         elif action is Action.RETIRE:
-            site = replace(site, runs=False)
+            site = replace(site, runs=False, pages=False)
+        elif action is Action.END_COPY:
+            site = replace(site, runs=False, copy=False)
     return site, sent
 
 
@@ -68,6 +72,9 @@ def successors(world: World, top: int, *, calm: bool = False, crashes: bool = Tr
         if record.epoch != site.record.epoch and record.epoch:
             assert record.epoch not in used, f"epoch {record.epoch} owned twice"
             taken = used | {record.epoch}
+        needed = any(there.record.state is State.FILLING and there.peer == me and there.runs for there in sites)
+        if Action.RETIRE in actions and event is not Event.COPY_LOST and site.pages:
+            assert not needed, "threw memory away that is still needed"
         moved = replace(site, record=record)
         if event is Event.OFFER:
             moved = replace(moved, peer=peer)
@@ -80,13 +87,23 @@ def successors(world: World, top: int, *, calm: bool = False, crashes: bool = Tr
         state = site.record.state
         if state is State.OFFERED and (Event.READY, site.record.pending, site.peer, me) in soup:
             # The engine grants only with the guest stopped: stopping comes first.
-            yield from happen(me, Event.GRANT, 0, site.peer, replace(site, runs=False))
+            yield from happen(me, Event.GRANT, 0, site.peer, replace(site, runs=False, pages=True))
         if state is State.RECEIVING:
             yield from happen(me, Event.COMPLETE, 0, site.peer, replace(site, copy=True))
-        if not (state is State.READY and not site.copy):
+            yield from happen(me, Event.POISE, 0, site.peer, replace(site, copy=True))
+        if not (state in (State.READY, State.POISED) and not site.copy):
             yield from happen(me, Event.RETRY, 0, site.peer, site)
-        if state in (State.RECEIVING, State.READY) and not site.copy:
+        if state in (State.RECEIVING, State.READY, State.POISED) and not site.copy:
             yield from happen(me, Event.COPY_LOST, 0, site.peer, site)
+        if state is State.SERVING and not site.pages:
+            yield from happen(me, Event.COPY_LOST, 0, site.peer, site)
+        if state is State.FILLING and not site.runs:
+            if site.copy:  # the record was written, the copy not yet told
+                yield (*sites[:me], replace(site, runs=True, copy=False), *sites[me + 1 :]), soup, used
+            else:
+                yield from happen(me, Event.COPY_LOST, 0, site.peer, site)
+        if state is State.FILLING and site.runs and sites[site.peer].pages:
+            yield from happen(me, Event.FILLED, 0, site.peer, site)
         # What recovery does after a crash: an owner that does not run may be started again.
         if state is State.OWNER and not site.runs:
             yield (*sites[:me], replace(site, runs=True), *sites[me + 1 :]), soup, used
@@ -96,7 +113,7 @@ def successors(world: World, top: int, *, calm: bool = False, crashes: bool = Tr
             if to != me:
                 continue
             # A handoff's messages come from the site that this one deals with; others only get stock answers.
-            if kind is Event.TOKEN and state is State.READY and not site.copy and epoch == site.record.pending:
+            if kind is Event.TOKEN and state in (State.READY, State.POISED) and not site.copy and epoch == site.record.pending:
                 continue  # the edge looks for the copy first and reports COPY_LOST
             yield from happen(me, kind, epoch, sender, site)
         if calm:
@@ -105,10 +122,11 @@ def successors(world: World, top: int, *, calm: bool = False, crashes: bool = Tr
             for peer in range(len(sites)):
                 if peer != me:
                     yield from happen(me, Event.BEGIN, 0, peer, replace(site, peer=peer))
-        if state in (State.RECEIVING, State.READY):
+        if state in (State.RECEIVING, State.READY, State.POISED):
             yield from happen(me, Event.FAIL, 0, site.peer, site)
-        if crashes and (site.runs or site.copy):  # the host goes down
-            yield (*sites[:me], replace(site, runs=False, copy=False), *sites[me + 1 :]), soup, used
+        if crashes and (site.runs or site.copy or site.pages):  # the host goes down
+            down = replace(site, runs=False, copy=False, pages=False)
+            yield (*sites[:me], down, *sites[me + 1 :]), soup, used
 
 
 def check(world: World) -> None:
@@ -184,6 +202,30 @@ def test_a_refusal_of_a_taken_epoch_would_be_found(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(ownership._INDEX, (state, Event.TOKEN, ownership.When.TAKEN), row)
     with pytest.raises(AssertionError):
         explore(3, 4, crashes=False)
+
+
+def test_an_original_that_is_retired_too_early_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that says TOOK at once, as after pre-copy, loses the memory that it has not fetched."""
+    how = ownership.When.PENDING
+    actions = (Action.RUN_COPY, Action.SEND_TOOK)
+    row = Row(State.POISED, Event.TOKEN, how, State.FILLING, ownership.Epochs.TAKE, actions)
+    monkeypatch.setitem(ownership._INDEX, (State.POISED, Event.TOKEN, how), row)
+    with pytest.raises(AssertionError, match="still needed"):
+        explore(2, 3)
+
+
+def test_a_filling_guest_is_told_when_its_memory_is_lost() -> None:
+    serving = Record(State.SERVING, epoch=1, pending=2, last=2, taken=1)
+    away, actions = step(serving, Event.COPY_LOST)
+    assert away.state is State.AWAY and actions == (Action.SEND_GONE, Action.RETIRE)
+    filling = Record(State.FILLING, epoch=2, last=2, taken=2)
+    assert step(filling, Event.RETRY) == (filling, (Action.SEND_FILLING,))
+    assert step(away, Event.FILLING, 2) == (away, (Action.SEND_GONE,))
+    owner, actions = step(filling, Event.GONE, 2)
+    assert owner.state is State.OWNER and actions == (Action.END_COPY,)
+    assert step(owner, Event.GONE, 2) == (owner, ()), "late"
+    later = Record(State.FILLING, epoch=4, last=4, taken=4)
+    assert step(later, Event.GONE, 2) == (later, ()), "of an earlier stay"
 
 
 def test_the_table_has_one_row_for_each_case() -> None:

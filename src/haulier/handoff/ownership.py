@@ -16,6 +16,13 @@ that is told so owns the guest again, under a fresh epoch. So neither side ever 
 Why an epoch is never used twice: the owner alone hands out epochs, each above all it has seen, and the right to hand
 out the next one passes with the token (or comes back with the refusal).
 
+Post-copy of memory: the copy's disk is complete and durable, and a QEMU waits for device state (``POISED``). That is
+the vote; the token is as binding as ever. Whoever takes it owns the guest and runs it while its memory still comes from
+the source (``FILLING``), and the source, which is told so, keeps its stopped QEMU as a server of pages and nothing else
+(``SERVING``). ``TOOK`` says that nothing is needed of the source any more, and only then is the original retired. If
+the source's QEMU dies in that stage it says ``GONE``: what the guest had in memory is lost, and its disk, which is the
+target's, is as it was after its last write.
+
 Everything that decides lives in `TABLE`; `step` only looks things up in it. The table is explored exhaustively by
 ``tests/handoff/test_ownership.py``: every order of loss, duplication, delay, crash and restart, to a stated depth.
 This is a commit protocol in the manner of Gray's two-phase commit with presumed abort; what differs is that the
@@ -49,11 +56,19 @@ class State(enum.StrEnum):
     """The copy is complete and durable, and waits for the token."""
     REFUSED = "refused"
     """This epoch will never run here."""
+    POISED = "poised"
+    """As READY, but memory is still to come after the token."""
+    FILLING = "filling"
+    """May run here; its memory still comes from where it was."""
+    SERVING = "serving"
+    """The target runs the guest and fetches memory from the stopped QEMU here, which never runs again."""
 
 
-MAY_RUN = frozenset({State.OWNER, State.OFFERED})
+MAY_RUN = frozenset({State.OWNER, State.OFFERED, State.FILLING})
 """States in which this site, and no other, may run the guest."""
-UNDER_WAY = frozenset({State.OFFERED, State.GRANTED, State.RECEIVING, State.READY})
+UNDER_WAY = frozenset(
+    {State.OFFERED, State.GRANTED, State.RECEIVING, State.READY, State.POISED, State.FILLING, State.SERVING}
+)
 """States that a handoff has to lead out of again."""
 
 
@@ -64,12 +79,16 @@ class Event(enum.StrEnum):
     """The owner starts a handoff."""
     COMPLETE = "complete"
     """The target's copy is complete and durable, and not running."""
+    POISE = "poise"
+    """The target's disk is complete and durable, its QEMU waits for device state, and memory may follow after that."""
+    FILLED = "filled"
+    """All of the memory is here."""
     GRANT = "grant"
     """The source decides to pass the token (only with the guest stopped, and after READY)."""
     FAIL = "fail"
     """Cancelled, worker dead, link gone, anything wrong before the token."""
     COPY_LOST = "copy-lost"
-    """The target's stopped copy is gone (its QEMU or its host died)."""
+    """The QEMU that this site's state speaks of is gone (it, or its host, died)."""
     RETRY = "retry"
     """Restarted, or nothing heard for a while: say again what is open."""
 
@@ -79,9 +98,15 @@ class Event(enum.StrEnum):
     TOOK = "took"
     REFUSED = "refused"
     ABORT = "abort"
+    FILLING = "filling"
+    """The target runs the guest, and still needs the source's memory."""
+    GONE = "gone"
+    """The source's memory is lost."""
 
 
-MESSAGES = frozenset({Event.OFFER, Event.READY, Event.TOKEN, Event.TOOK, Event.REFUSED, Event.ABORT})
+MESSAGES = frozenset(
+    {Event.OFFER, Event.READY, Event.TOKEN, Event.TOOK, Event.REFUSED, Event.ABORT, Event.FILLING, Event.GONE}
+)
 
 
 class When(enum.StrEnum):
@@ -91,6 +116,8 @@ class When(enum.StrEnum):
     """It is the epoch that is under way here."""
     NEWER = "newer"
     """It is above every epoch that this site has seen."""
+    HELD = "held"
+    """It is the epoch under which this site owns the guest; where a state has no row for it, TAKEN's applies."""
     TAKEN = "taken"
     """Not above the highest epoch that this site ever took."""
     OLD = "old"
@@ -107,10 +134,14 @@ class Action(enum.StrEnum):
     SEND_TOOK = "send took"
     SEND_REFUSED = "send refused"
     SEND_ABORT = "send abort"
+    SEND_FILLING = "send filling"
+    SEND_GONE = "send gone"
     RUN_COPY = "run the copy"
     RESUME = "resume the original"
     DISCARD_COPY = "discard the copy"
     RETIRE = "retire the original"
+    END_COPY = "end the copy"
+    """It runs, or waits, without a memory that can ever be whole: its disk stays."""
 
 
 SENDS = {
@@ -120,6 +151,8 @@ SENDS = {
     Action.SEND_TOOK: Event.TOOK,
     Action.SEND_REFUSED: Event.REFUSED,
     Action.SEND_ABORT: Event.ABORT,
+    Action.SEND_FILLING: Event.FILLING,
+    Action.SEND_GONE: Event.GONE,
 }
 
 
@@ -184,6 +217,11 @@ TABLE: tuple[Row, ...] = (
     Row(S.GRANTED, E.REFUSED, W.PENDING, S.OWNER, N.RENEW, (A.RESUME,)),
     # Only one who took the token can offer anything above it: the offer stands for the lost TOOK.
     Row(S.GRANTED, E.OFFER, W.NEWER, S.RECEIVING, N.ADOPT, (A.RETIRE,)),
+    Row(S.GRANTED, E.FILLING, W.PENDING, S.SERVING),
+    Row(S.SERVING, E.RETRY, W.ANY, S.SERVING, N.KEEP, (A.SEND_TOKEN,)),
+    Row(S.SERVING, E.TOOK, W.PENDING, S.AWAY, N.LOSE, (A.RETIRE,)),
+    Row(S.SERVING, E.COPY_LOST, W.ANY, S.AWAY, N.LOSE, (A.SEND_GONE, A.RETIRE)),
+    Row(S.SERVING, E.OFFER, W.NEWER, S.RECEIVING, N.ADOPT, (A.RETIRE,)),
     # --- target -----------------------------------------------------------------------------------------------------
     Row(S.ABSENT, E.OFFER, W.NEWER, S.RECEIVING, N.ADOPT),
     Row(S.AWAY, E.OFFER, W.NEWER, S.RECEIVING, N.ADOPT),
@@ -200,6 +238,18 @@ TABLE: tuple[Row, ...] = (
     Row(S.READY, E.RETRY, W.ANY, S.READY, N.KEEP, (A.SEND_READY,)),
     Row(S.READY, E.FAIL, W.ANY, S.REFUSED, N.DROP, (A.DISCARD_COPY, A.SEND_REFUSED)),
     Row(S.READY, E.COPY_LOST, W.ANY, S.REFUSED, N.DROP, (A.DISCARD_COPY, A.SEND_REFUSED)),
+    Row(S.RECEIVING, E.POISE, W.ANY, S.POISED, N.KEEP, (A.SEND_READY,)),
+    Row(S.POISED, E.OFFER, W.NEWER, S.RECEIVING, N.ADOPT, (A.DISCARD_COPY,)),
+    Row(S.POISED, E.TOKEN, W.PENDING, S.FILLING, N.TAKE, (A.RUN_COPY, A.SEND_FILLING)),
+    Row(S.POISED, E.ABORT, W.PENDING, S.ABSENT, N.DROP, (A.DISCARD_COPY,)),
+    Row(S.POISED, E.RETRY, W.ANY, S.POISED, N.KEEP, (A.SEND_READY,)),
+    Row(S.POISED, E.FAIL, W.ANY, S.REFUSED, N.DROP, (A.DISCARD_COPY, A.SEND_REFUSED)),
+    Row(S.POISED, E.COPY_LOST, W.ANY, S.REFUSED, N.DROP, (A.DISCARD_COPY, A.SEND_REFUSED)),
+    Row(S.FILLING, E.FILLED, W.ANY, S.OWNER, N.KEEP, (A.SEND_TOOK,)),
+    Row(S.FILLING, E.RETRY, W.ANY, S.FILLING, N.KEEP, (A.SEND_FILLING,)),
+    Row(S.FILLING, E.TOKEN, W.HELD, S.FILLING, N.KEEP, (A.SEND_FILLING,)),
+    Row(S.FILLING, E.COPY_LOST, W.ANY, S.OWNER, N.KEEP, (A.END_COPY, A.SEND_TOOK)),
+    Row(S.FILLING, E.GONE, W.HELD, S.OWNER, N.KEEP, (A.END_COPY,)),
     # --- either, whatever the state ---------------------------------------------------------------------------------
     # A vote for an offer that is no longer on: that target must not wait for ever.
     *(Row(state, E.READY, W.OLD, state, N.KEEP, (A.SEND_ABORT,)) for state in S),
@@ -208,6 +258,8 @@ TABLE: tuple[Row, ...] = (
     *(Row(state, E.TOKEN, W.TAKEN, state, N.KEEP, (A.SEND_TOOK,)) for state in S),
     # A token for a copy that is not there any more goes back. Such an epoch can never be adopted again.
     *(Row(state, E.TOKEN, W.OLD, state, N.KEEP, (A.SEND_REFUSED,)) for state in S),
+    # Somebody waits for memory that is not here any more.
+    *(Row(state, E.FILLING, W.OLD, state, N.KEEP, (A.SEND_GONE,)) for state in S),
 )
 
 _INDEX = {(row.state, row.event, row.when): row for row in TABLE}
@@ -219,6 +271,8 @@ def when(record: Record, epoch: int) -> When:
         return When.NEWER
     if epoch == record.pending:
         return When.PENDING
+    if epoch and epoch == record.epoch:
+        return When.HELD
     return When.TAKEN if epoch <= record.taken else When.OLD
 
 
@@ -226,7 +280,10 @@ def find(record: Record, event: Event, epoch: int = 0) -> Row | None:
     """The row that applies, or None: then nothing happens (a late or repeated message)."""
     row = _INDEX.get((record.state, event, When.ANY))
     if row is None and event in MESSAGES:
-        row = _INDEX.get((record.state, event, when(record, epoch)))
+        how = when(record, epoch)
+        row = _INDEX.get((record.state, event, how))
+        if row is None and how is When.HELD:
+            row = _INDEX.get((record.state, event, When.TAKEN))
     return row
 
 
@@ -270,6 +327,12 @@ def must(record: Record, event: Event, epoch: int = 0) -> tuple[Record, tuple[Ac
 
 def reply_epoch(before: Record, after: Record, action: Action, epoch: int) -> int:
     """The epoch that a message sent by `action` names."""
-    if action in (Action.SEND_ABORT, Action.SEND_REFUSED, Action.SEND_TOOK):
-        return epoch or before.pending
+    if action in (
+        Action.SEND_ABORT,
+        Action.SEND_REFUSED,
+        Action.SEND_TOOK,
+        Action.SEND_FILLING,
+        Action.SEND_GONE,
+    ):
+        return epoch or before.pending or before.epoch
     return after.pending
