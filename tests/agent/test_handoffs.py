@@ -39,7 +39,16 @@ def test_unknown_guest_and_site(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"downtime_ms": 0}, {"downtime_ms": 1 << 40}, {"deadline_s": -1}, {"level": 99}, {"check": "yes"}, {"stall_s": 0}],
+    [
+        {"downtime_ms": 0},
+        {"downtime_ms": 1 << 40},
+        {"deadline_s": -1},
+        {"level": 99},
+        {"check": "yes"},
+        {"stall_s": 0},
+        {"allow": ["everything"]},
+        {"allow": ["post-copy"], "check": True},
+    ],
 )
 def test_options_out_of_bounds(fleet: Fleet, options: dict[str, Any]) -> None:
     own(fleet.at_oslo)
@@ -53,6 +62,8 @@ def test_options_out_of_bounds(fleet: Fleet, options: dict[str, Any]) -> None:
         ("away", {"owner": "lisbon"}, "is at site 'lisbon' already"),
         ("offered", {"handoff": "h1"}, "being handed over already"),
         ("granted", {"handoff": "h1"}, "being handed over already"),
+        ("serving", {"handoff": "h1"}, "being handed over already"),
+        ("filling", {"handoff": "h1"}, "being handed over already"),
         ("owner", {"wanted": "stopped"}, "only a running guest"),
         ("owner", {"wanted": "creating"}, "only a running guest"),
     ],
@@ -216,3 +227,39 @@ def test_a_token_that_comes_twice_is_answered_twice(fleet: Fleet) -> None:
 def test_messages_that_make_no_sense(fleet: Fleet, body: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         fleet.to_lisbon().post("/v1/peer/ownership", body)
+
+
+def filling(agent: Agent, **changes: Any) -> None:
+    agent.journal.advance("web1", "absent", "filling", **{"epoch": 2, "taken": 2, "handoff": "h1", **changes})
+    agent.journal.add_handoff(HandoffRow("h1", "web1", "target", "oslo", epoch=2))
+
+
+WANTED = {"guest": "web1", "handoff": "h1", "epoch": 2, "secret": "ab" * 32}
+
+
+def test_memory_that_nobody_waits_for_is_not_gone_on_with(fleet: Fleet) -> None:
+    filling(fleet.at_lisbon)
+    with pytest.raises(UnknownThing):
+        fleet.to_lisbon().resume({**WANTED, "handoff": "h2"})
+    for wrong in ({"epoch": 3}, {"guest": "web2"}):
+        with pytest.raises(Conflict, match="no such memory"):
+            fleet.to_lisbon().resume({**WANTED, **wrong})
+    for secret in (5, "", "ab" * 31, "xy" * 32):
+        with pytest.raises(UsageError):
+            fleet.to_lisbon().resume({**WANTED, "secret": secret})
+    fleet.at_lisbon.journal.advance("web1", "filling", "owner")
+    with pytest.raises(Conflict, match="no such memory"):
+        fleet.to_lisbon().resume(WANTED)
+
+
+def test_a_worker_that_still_waits_for_memory_is_told_and_the_source_asks_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filling(fleet.at_lisbon)
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(module.recovery, "worker_alive", lambda row: True)
+    monkeypatch.setattr(module.os, "kill", lambda pid, number: told.append((pid, number)))
+    fleet.at_lisbon.journal.update_handoff("h1", pid=4711)
+    with pytest.raises(Conflict, match="ask again"):
+        fleet.to_lisbon().resume(WANTED)
+    assert told == [(4711, recovery.LEFT_ALONE)]

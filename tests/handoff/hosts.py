@@ -39,6 +39,8 @@ class Host:
         self.peer = peer
         self.qemu: str | None = None
         """Its status; None = no process."""
+        self.migration = "none"
+        """What QEMU says of it."""
         self.stray = False
         """There is a QEMU that was not written down."""
         self.done: list[str] = []
@@ -111,6 +113,7 @@ class FakeQemu:
 
     def __init__(self, host: Host) -> None:
         self.host = host
+        self.spec = SPEC
         self.qmp = SimpleNamespace(mark=lambda: 0, wait_event=lambda *_, **__: SimpleNamespace(at=12.5))
 
     def status(self) -> str:
@@ -130,6 +133,12 @@ class FakeQemu:
     def kill(self) -> None:
         self.host.done.append("kill")
         self.host.qemu = None
+
+    def going_first(self) -> bool:
+        return self.host.migration.startswith("postcopy")
+
+    def query_migrate(self) -> dict[str, str]:
+        return {"status": self.host.migration}
 
     def close(self) -> None:
         pass

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from haulier.handoff.convergence import Reading
 from haulier.handoff.measures import (
     AUTO_CONVERGE,
+    GENTLE,
     HELD_BACK,
+    POST_COPY,
     REACH,
     ROUNDS,
     STEP_ROUNDS,
@@ -60,7 +62,26 @@ def test_one_that_outruns_the_link_is_refused_when_nothing_is_allowed() -> None:
     assert [measure.kind for measure in found] == [Kind.REFUSE]
     assert "16.0 s" in found[0].why and "300 ms" in found[0].why
     assert measures.taken[0]["what"] == "refuse"
-    assert "--allow auto-converge" in advice([]) and "--allow" not in advice([AUTO_CONVERGE])
+    assert "--allow auto-converge" in advice([]) and "--allow post-copy" in advice([AUTO_CONVERGE])
+    assert "--allow" not in advice([AUTO_CONVERGE, POST_COPY])
+
+
+def test_it_goes_before_its_memory_as_soon_as_rounds_are_in_vain_if_that_is_allowed() -> None:
+    found = drive(Measures([POST_COPY], 300), [20.0] * ROUNDS)
+    assert found[0].kind is Kind.POST_COPY and "3 rounds" in found[0].why
+    assert drive(Measures([POST_COPY], 300), [20.0, 12.0, 7.0, 4.0, 2.0, 0.5]) == []
+
+
+def test_it_is_slowed_a_little_before_it_goes_without_its_memory() -> None:
+    found = drive(Measures([AUTO_CONVERGE, POST_COPY], 300), [20.0] * 40)
+    kinds = [measure.kind for measure in found]
+    assert kinds[: GENTLE + 1] == [Kind.THROTTLE] * GENTLE + [Kind.POST_COPY]
+    assert [measure.percent for measure in found[:GENTLE]] == list(STEPS[:GENTLE])
+
+
+def test_one_that_will_be_late_goes_before_its_memory() -> None:
+    found = drive(Measures([POST_COPY], 300, deadline=30.0), [20.0, 17.0, 15.0, 14.0])
+    assert found[0].kind is Kind.POST_COPY and "are left" in found[0].why
 
 
 def test_what_is_allowed_comes_first_each_step_with_time_to_work_and_a_refusal_last() -> None:

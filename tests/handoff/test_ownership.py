@@ -113,7 +113,12 @@ def successors(world: World, top: int, *, calm: bool = False, crashes: bool = Tr
             if to != me:
                 continue
             # A handoff's messages come from the site that this one deals with; others only get stock answers.
-            if kind is Event.TOKEN and state in (State.READY, State.POISED) and not site.copy and epoch == site.record.pending:
+            if (
+                kind is Event.TOKEN
+                and state in (State.READY, State.POISED)
+                and not site.copy
+                and epoch == site.record.pending
+            ):
                 continue  # the edge looks for the copy first and reports COPY_LOST
             yield from happen(me, kind, epoch, sender, site)
         if calm:

@@ -225,6 +225,101 @@ def test_a_crash_between_the_token_and_the_first_instruction(hosts: Hosts, statu
     again(hosts, lisbon)
 
 
+# -- a guest that runs before its memory is whole -------------------------------------------------------------------
+
+
+def filling(hosts: Hosts) -> tuple[Host, Host]:
+    oslo, lisbon = hosts.both
+    oslo.record(State.SERVING, 3, 4, role="source")
+    lisbon.record(State.FILLING, 4, 0, role="target")
+    oslo.qemu, lisbon.qemu = "finish-migrate", "running"
+    oslo.migration = lisbon.migration = "postcopy-paused"
+    oslo.journal.advance(GUEST, "serving", "serving", owner="lisbon", wanted="")
+    lisbon.journal.advance(GUEST, "filling", "filling", owner="lisbon", wanted="running")
+    return oslo, lisbon
+
+
+@pytest.mark.parametrize("source", [State.GRANTED, State.SERVING])
+def test_memory_that_is_under_way_waits_for_new_workers(hosts: Hosts, source: State) -> None:
+    oslo, lisbon = filling(hosts)
+    oslo.journal.advance(GUEST, "serving", source.value)
+    for _ in range(2):
+        assert not hosts.recover(oslo)
+        assert not hosts.recover(lisbon)
+    assert (oslo.state, lisbon.state) == (State.SERVING, State.FILLING)
+    assert oslo.row.owner == "lisbon" and hosts.runners() == ["lisbon"]
+    assert "kill" not in oslo.done + lisbon.done and "resume" not in oslo.done
+    assert lisbon.row.manifest == f"guest/{GUEST}", "its disk is its own by now"
+
+
+def test_memory_that_had_all_come_frees_the_source(hosts: Hosts) -> None:
+    oslo, lisbon = filling(hosts)
+    lisbon.migration = "completed"
+    assert hosts.recover(lisbon)
+    assert (oslo.state, lisbon.state) == (State.AWAY, State.OWNER)
+    assert {host.handoff.outcome for host in hosts.both} == {"done"} and hosts.runners() == ["lisbon"]
+    assert_cleared(oslo, f"retained/{GUEST}")
+    again(hosts, lisbon)
+
+
+@pytest.mark.parametrize("first", ["source", "target"])
+def test_memory_that_died_with_the_source_is_lost_and_the_disk_is_not(hosts: Hosts, first: str) -> None:
+    oslo, lisbon = filling(hosts)
+    oslo.qemu = None
+    if first == "target":
+        assert not hosts.recover(lisbon)
+    assert hosts.recover(oslo)
+    assert (oslo.state, lisbon.state) == (State.AWAY, State.OWNER)
+    assert lisbon.qemu is None and lisbon.files() == ["overlay.qcow2"]
+    assert lisbon.row.manifest == f"guest/{GUEST}" and lisbon.row.wanted == "running"
+    for host in hosts.both:
+        assert host.handoff.outcome == "failed" and "memory was whole" in str(host.handoff.detail["error"])
+
+
+def test_memory_that_died_with_the_target_needs_nothing_any_more(hosts: Hosts) -> None:
+    oslo, lisbon = filling(hosts)
+    lisbon.qemu = None
+    assert hosts.recover(lisbon)
+    assert (oslo.state, lisbon.state) == (State.AWAY, State.OWNER)
+    assert_cleared(oslo, f"retained/{GUEST}")
+    assert lisbon.handoff.outcome == "failed" and "guest start" in str(lisbon.handoff.detail["error"])
+
+
+def test_a_loss_of_which_the_word_was_lost_is_told_again(hosts: Hosts) -> None:
+    oslo, lisbon = filling(hosts)
+    oslo.qemu, lisbon.reachable = None, False
+    assert hosts.recover(oslo)
+    assert oslo.state is State.AWAY and lisbon.state is State.FILLING
+    assert hosts.recover(lisbon)
+    assert lisbon.state is State.OWNER and lisbon.qemu is None and lisbon.handoff.outcome == "failed"
+
+
+@pytest.mark.parametrize("order", ["source first", "target first"])
+def test_a_target_that_died_before_device_state_was_there(hosts: Hosts, order: str) -> None:
+    oslo, lisbon = hosts.both
+    oslo.record(State.GRANTED, 3, 4, role="source")
+    lisbon.record(State.POISED, 0, 4, role="target")
+    oslo.qemu, oslo.migration, lisbon.qemu = "finish-migrate", "postcopy-paused", "inmigrate"
+    turns = [oslo, lisbon] if order == "source first" else [lisbon, oslo]
+    for host in turns:
+        if host.handoff.state != "ended":
+            assert hosts.recover(host)
+    assert (oslo.state, lisbon.state) == (State.OWNER, State.REFUSED)
+    assert oslo.qemu is None and oslo.files() == ["overlay.qcow2"], "it cannot run on there: only its disk is left"
+    assert_cleared(lisbon)
+
+
+def test_a_copy_that_has_its_device_state_takes_the_token_from_the_agents(hosts: Hosts) -> None:
+    oslo, lisbon = hosts.both
+    oslo.record(State.GRANTED, 3, 4, role="source")
+    lisbon.record(State.POISED, 0, 4, role="target")
+    oslo.qemu, oslo.migration = "finish-migrate", "postcopy-paused"
+    lisbon.qemu, lisbon.migration = "paused", "postcopy-paused"
+    assert not hosts.recover(lisbon)
+    assert not hosts.recover(oslo)
+    assert (oslo.state, lisbon.state) == (State.SERVING, State.FILLING) and hosts.runners() == ["lisbon"]
+
+
 # -- messages between agents ---------------------------------------------------------------------------------------
 
 

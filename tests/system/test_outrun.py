@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from haulier.errors import HandoffFailed, Unsupported
+from haulier.errors import HandoffFailed, UsageError
 from haulier.lab.scenario import Template, wan
 from tests.system.stage import Stage, stage
 
@@ -47,5 +47,5 @@ def test_slowed_when_that_is_allowed_and_it_arrives(standing: Stage) -> None:
 def test_what_cannot_be_had_is_refused_at_once(standing: Stage) -> None:
     source = standing.home()
     site, target = standing.site(source), standing.scenario.other(source).name
-    refused = site.haulier("handoff", "web1", "--to", target, "--allow", "post-copy", check=False)
-    assert refused.returncode == Unsupported.exit_code and "allow auto-converge" in refused.stderr
+    refused = site.haulier("handoff", "web1", "--to", target, "--allow", "post-copy", "--check", check=False)
+    assert refused.returncode == UsageError.exit_code and "leave out --check" in refused.stderr

@@ -203,6 +203,10 @@ class Client:
         """To the target of a handoff (an `Offer`); answers an `Accept`, or raises what stands against it there."""
         return self.post("/v1/peer/offers", dict(offer))
 
+    def resume(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """To the target of a post-copy whose workers died (a `Resumption`); answers an `Accept`."""
+        return self.post("/v1/peer/resumptions", dict(request))
+
     def measure(self) -> tuple[float, float]:
         """(bits per second towards the other site, round trip in seconds), by sending a little on one connection."""
         connection = self._connect(TIMEOUT_S)

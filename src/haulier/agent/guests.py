@@ -136,7 +136,7 @@ class Guests:
         }
 
     def _status(self, row: GuestRow) -> tuple[str, int, str]:
-        if row.state == State.AWAY:
+        if row.state in (State.AWAY, State.SERVING):
             return f"at {row.owner}", 0, ""
         if row.wanted in ("creating", "removing"):
             return row.wanted, 0, ""

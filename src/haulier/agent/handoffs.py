@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -19,13 +20,13 @@ import msgspec
 from haulier.agent import prefetching
 from haulier.agent.core import Core
 from haulier.agent.site import check_name, check_transport
-from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, Unsupported, UsageError
+from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, UsageError
 from haulier.handoff import recovery, spawning, worker
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import HandoffRow, new_handoff_id
-from haulier.handoff.measures import ALLOWABLE
-from haulier.handoff.messages import Job, Options
-from haulier.handoff.ownership import Event, State
+from haulier.handoff.measures import ALLOWABLE, POST_COPY
+from haulier.handoff.messages import Job, Options, Resumption
+from haulier.handoff.ownership import MESSAGES, Event, State
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +172,7 @@ class Handoffs:
             raise UsageError(
                 f"{message.event[:40]!r} is no message about ownership: run the same haulier there"
             ) from None
-        if event not in (Event.READY, Event.TOKEN, Event.TOOK, Event.REFUSED, Event.ABORT) or not (
-            0 < message.epoch < MAX_EPOCH
-        ):
+        if event not in MESSAGES - {Event.OFFER} or not 0 < message.epoch < MAX_EPOCH:
             raise UsageError(f"{event.value!r} with epoch {message.epoch} is no message between agents")
         if not self._party(message.guest, caller):
             log.warning("site %s sent %s about guest %s, in which it has no part", caller, event, message.guest)
@@ -181,6 +180,26 @@ class Handoffs:
         with self.core.alone(f"ownership of {message.guest}", "settling who owns it"):
             answers = recovery.handle(self.site, self.journal, message.guest, event, message.epoch, caller)
         return {"messages": [list(answer) for answer in answers]}
+
+    def resume_target(self, request: Resumption, caller: str) -> dict[str, Any]:
+        """New workers go on with a post-copy: starts this side's; an `Accept`. Conflict while it cannot be."""
+        check_name(request.guest, "guest")
+        if not re.fullmatch(r"[0-9a-f]{64}", request.secret):
+            raise UsageError("a session's secret is 64 hexadecimal digits")
+        with self.core.alone(request.guest, "going on with its post-copy"):
+            row = self.journal.handoff(request.handoff)
+            record = record_of(self.journal.find_guest(request.guest))
+            mine = row.peer == caller and row.role == "target" and row.guest == request.guest
+            if not mine or record.state is not State.FILLING or record.epoch != request.epoch:
+                raise Conflict(f"guest {request.guest!r} at site {self.site.name!r} waits for no such memory")
+            if recovery.worker_alive(row):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(row.pid, recovery.LEFT_ALONE)
+                raise Conflict(f"the worker of handoff {row.id} at site {self.site.name!r} is just ending: ask again")
+            recovery.settle_filling(self.site, self.journal, row)
+            accept, process = spawning.accept_resumption(self.site, self.journal, row, request.secret)
+            self.core.children.append(process)
+        return dict(msgspec.to_builtins(accept))
 
     def _party(self, guest: str, caller: str) -> bool:
         """A site may speak of a guest only if it was ever the other side of a handoff of it."""
@@ -240,6 +259,8 @@ class Handoffs:
                     return
                 done = recovery.recover(self.site, self.journal, row, self._messenger)
                 self._note_cancel(row.id)
+                if not done and record_of(self.journal.find_guest(row.guest)).state is State.SERVING:
+                    self.core.children.append(spawning.resume_source(self.site, self.journal, row))
             log.info("handoff %s of guest %s: %s", row.id, row.guest, "settled" if done else "not settled yet")
         except Conflict as error:
             log.info("handoff %s: %s", row.id, error)
@@ -275,10 +296,13 @@ def _check_options(options: Options) -> None:
     if not 10 <= options.downtime_ms <= 60_000:
         raise UsageError(f"a downtime of {options.downtime_ms} ms cannot be aimed for: give 10 to 60000")
     for word in options.allow:
-        if word == "post-copy":
-            raise Unsupported("post-copy of a guest's memory is not there yet: allow auto-converge")
         if word not in ALLOWABLE:
             raise UsageError(f"{word[:40]!r} cannot be allowed: give {', '.join(ALLOWABLE)}")
+    if POST_COPY in options.allow and options.check:
+        raise UsageError(
+            "with --allow post-copy the guest may run before its memory is whole, so that there is nothing to compare: "
+            "leave out --check"
+        )
     if options.keep_fresh_s:
         raise UsageError("only a prefetch is kept fresh: 'haulier prefetch' begins one")
     if not 0 <= options.deadline_s < 1e7 or not 0 < options.stall_s < 1e7 or not -50 <= options.level <= 19:

@@ -21,13 +21,14 @@ from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.containers.preflight import differences
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, NotTrusted, UnknownThing, Unsupported, UsageError
-from haulier.guests.accel import probe, qemu_info, qemu_version
+from haulier.guests.accel import postcopy_missing, probe, qemu_info, qemu_version
 from haulier.guests.golden import IMAGE_PREFIX
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import memory_reasons, refuse_reasons
 from haulier.guests.tap import BRIDGE, exists
 from haulier.handoff import readdressing, residence, retained, spawning
 from haulier.handoff.custody import record_of
+from haulier.handoff.measures import POST_COPY
 from haulier.handoff.messages import Accept, Offer
 from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, Event, State, find
 from haulier.handoff.shared import grown
@@ -203,6 +204,8 @@ def reasons(core: Core, cache: Cache, offer: Offer, here: Found) -> list[tuple[t
         found += [(Unsupported, text) for text in differences(offer.host)]
     else:
         found += _qemu_reasons(offer, spec)
+    if POST_COPY in offer.options.allow and (why := postcopy_missing()):
+        found.append((Unsupported, f"post-copy is not possible there ({why}): do not allow it"))
     for text in memory_reasons(spec, core.site.ram_dir):
         found.append((NoRoom, f"{text} (stop another guest there)"))
     need = here.missing_bytes + spec.memory_bytes + _SLACK

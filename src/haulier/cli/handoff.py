@@ -55,7 +55,9 @@ def handoff(
         bool, Parameter(negative="", help="Compare all memory before the guest runs there (longer downtime).")
     ] = False,
     deadline: Annotated[str, Parameter(help="Give up after so long: 2m, 90s, or seconds; 0: never.")] = "0",
-    allow: Annotated[str, Parameter(help="What a guest that outruns the link may suffer: auto-converge.")] = "",
+    allow: Annotated[
+        str, Parameter(help="What a guest that outruns the link may suffer: auto-converge, post-copy.")
+    ] = "",
     level: Annotated[int, Parameter(help="zstd level for memory; 0: by the link's rate.")] = 0,
     disk: Annotated[
         str, Parameter(help="full, or on-demand: data at rest stays here and follows when it is read.")

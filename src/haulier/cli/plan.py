@@ -69,6 +69,7 @@ def _show(found: dict[str, Any]) -> None:
         rows.append(("mode", f"zstd level {found['mode']['level']}; the {found['limit']} is the limit"))
         if not found["converges"]:
             rows.append(("converges", "no: the guest dirties memory faster than the link carries it"))
+            rows.append(("", "what could be allowed: --allow auto-converge slows it, --allow post-copy sends it first"))
     rows += [
         ("link", f"{found['rate_bps'] / 1e6:.1f} Mbit/s, round trip {found['rtt_s'] * 1000:.0f} ms"),
         ("memory there to start from", found["memory_base"] or "none"),

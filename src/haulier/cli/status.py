@@ -106,6 +106,8 @@ def _one(facts: dict[str, object], explain: bool = False) -> None:
     if not layers and isinstance(state, dict):
         layers = state.get("layers")
     rows += layer_rows(layers or {})
+    if isinstance(report, dict) and report.get("post_copy"):
+        rows += post_copy_rows(report["post_copy"])
     if isinstance(report, dict):
         made, came = report.get("forecast"), report.get("came_true")
         if made and came:
@@ -120,6 +122,16 @@ def _one(facts: dict[str, object], explain: bool = False) -> None:
         for phase in report.get("phases", []):
             rows.append((f"phase {phase.get('name')}", f"{phase.get('seconds')} s, {phase.get('wire_bytes')} bytes"))
     print_table(("", ""), rows)
+
+
+def post_copy_rows(told: dict[str, Any]) -> list[tuple[str, object]]:
+    """What a guest that ran before its memory was whole asked for, and how long it waited."""
+    text = f"the guest asked for {told['requested_pages']} pages, {told['pushed_pages']} went before the others"
+    if told.get("worst_wait_ms") is not None:
+        text += f", a page took {told['mean_wait_ms']:.0f} ms, the slowest {told['worst_wait_ms']:.0f} ms"
+    if told.get("seconds") is not None:
+        text += f"; whole {told['seconds']:.1f} s after it ran there"
+    return [("post-copy", text + ("; new workers went on with it" if told.get("resumed") else ""))]
 
 
 def path_rows(report: object, state: object) -> list[tuple[str, object]]:

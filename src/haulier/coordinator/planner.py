@@ -126,7 +126,7 @@ def _coming(index: ChunkIndex, fleet: Fleet) -> dict[str, Bits]:
     found: dict[str, Bits] = {}
     for site, guests in fleet.guests.items():
         for name, (entry, _) in guests.items():
-            if entry.state not in (State.RECEIVING, State.READY):
+            if entry.state not in (State.RECEIVING, State.READY, State.POISED):
                 continue
             for names in index.names.values():
                 bits = index.manifests.get(names.get(entry.manifest) or names.get(f"{GUEST}{name}") or b"")

@@ -77,6 +77,15 @@ class QemuInfo:
         )
 
 
+def postcopy_missing() -> str:
+    """Why this host cannot be the target of post-copy; "" if it can, as far as can be seen without trying."""
+    if os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
+        return ""
+    if not Path("/proc/sys/vm/unprivileged_userfaultfd").exists():
+        return "its kernel has no userfaultfd"
+    return "" if os.geteuid() == 0 else "it needs root, or /dev/userfaultfd"
+
+
 def qemu_binary() -> str:
     """Path of the QEMU to use: $HAULIER_QEMU, else `qemu-system-x86_64` on the path. Raises `Unsupported`."""
     wanted = os.environ.get("HAULIER_QEMU", BINARY)

@@ -89,8 +89,12 @@ def command_line(
     incoming: bool = False,
     nic: str | None = None,
     disk: bool = True,
+    rescue: bool = False,
 ) -> list[str]:
-    """Arguments that start `spec`. `nic` is the name of a tap to plug in from the start; `disk=False` leaves it out."""
+    """Arguments that start `spec`. `nic` is the name of a tap to plug in from the start; `disk=False` leaves it out.
+
+    `rescue` adds a monitor for `haulier.guests.rescue`.
+    """
     out = [binary, "-name", f"guest={spec.name},debug-threads=on", "-nodefaults", "-no-user-config"]
     out += ["-display", "none", "-uuid", spec.uuid, "-msg", "timestamp=on"]
     out += ["-machine", f"{spec.machine},memory-backend={RAM_ID},usb=off"]
@@ -98,7 +102,7 @@ def command_line(
     out += ["-accel", accel.option, "-cpu", f"{spec.cpu},enforce"]
     out += ["-smp", f"{spec.vcpus},sockets=1,cores={spec.vcpus},threads=1"]
     out += ["-rtc", "base=utc", "-boot", "strict=on"]
-    out += _sockets(paths) + _devices(spec)
+    out += _sockets(paths, rescue) + _devices(spec)
     if disk:
         for node in block_devices(paths):
             out += ["-blockdev", json.dumps(node)]
@@ -121,9 +125,10 @@ def _escape(path: object) -> str:
     return str(path).replace(",", ",,")
 
 
-def _sockets(paths: GuestPaths) -> list[str]:
+def _sockets(paths: GuestPaths, rescue: bool) -> list[str]:
     out: list[str] = []
-    for name, path in (("agent", paths.qmp_sock), ("worker", paths.handoff_sock)):
+    monitors = [("agent", paths.qmp_sock), ("worker", paths.handoff_sock)]
+    for name, path in [*monitors, ("rescue", paths.rescue_sock)] if rescue else monitors:
         out += ["-chardev", f"socket,id={name},path={_escape(path)},server=on,wait=off"]
         out += ["-mon", f"chardev={name},mode=control"]
     out += ["-chardev", f"file,id=serial,path={_escape(paths.serial_log)},append=on"]

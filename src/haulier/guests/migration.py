@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from haulier.guests.qmp import Event, Qmp
 
 _FD_NAME: Final = "migration"
-_UNDER_WAY: Final = frozenset({"setup", "active", "pre-switchover", "device", "wait-unplug", "postcopy-active"})
+_UNDER_WAY: Final = frozenset({"setup", "active", "pre-switchover", "device", "wait-unplug"})
 _POLL_S: Final = 0.005
 
 
@@ -47,11 +47,14 @@ class Migration:
         """Start sending to `uri`."""
         self.qmp.execute("migrate", {"uri": uri})
 
-    def migrate_fd(self, fd: int) -> None:
-        """Start sending into a file descriptor (one end of a socket pair); the caller's descriptor stays open."""
+    def migrate_fd(self, fd: int, *, resume: bool = False) -> None:
+        """Start sending into a file descriptor (one end of a socket pair); the caller's descriptor stays open.
+
+        `resume`: a post-copy that was paused goes on, once its target listens again (`haulier.guests.rescue`).
+        """
         self.qmp.execute_fd("getfd", {"fdname": _FD_NAME}, fd)
         try:
-            self.qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+            self.qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"} | ({"resume": True} if resume else {}))
         except GuestError:
             try:
                 self.qmp.execute("closefd", {"fdname": _FD_NAME})
@@ -82,6 +85,32 @@ class Migration:
     def migrate_continue(self) -> None:
         """Leave pre-switchover: the disks are at the target."""
         self.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    def start_postcopy(self) -> None:
+        """Let the guest go before the rest of its memory: it stops, and pre-switchover follows.
+
+        Needs the capability `postcopy_ram`, at both sides from the start. After `migrate_continue` this QEMU can never
+        run its guest again.
+        """
+        self.qmp.execute("migrate-start-postcopy")
+
+    def pause_postcopy(self) -> None:
+        """Make QEMU give up the connection over which post-copy goes; nothing if there is none."""
+        try:
+            self.qmp.execute_oob("migrate-pause")
+        except GuestError as error:
+            if "postcopy" not in str(error).lower():
+                raise
+
+    def going_first(self) -> bool:
+        """At a source: post-copy has begun, so that the guest can never run here again."""
+        found = self.query_migrate()
+        status = str(found.get("status", "none"))
+        if status == "device" and found.get("error-desc"):
+            # It broke as device state was to be sent: only with this capability QEMU then stays as it is.
+            known = {each["capability"]: each["state"] for each in self.qmp.execute("query-migrate-capabilities")}
+            return bool(known.get("postcopy-ram"))
+        return status.startswith("postcopy")
 
     def migrate_cancel(self) -> None:
         """Give up sending; the guest runs on here by itself. No error if nothing is under way."""

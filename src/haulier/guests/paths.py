@@ -35,6 +35,16 @@ class GuestPaths:
         return self.root / "handoff.sock"
 
     @property
+    def rescue_sock(self) -> Path:
+        """QMP for what goes on with a post-copy that was cut, and ..."""
+        return self.root / "resc.sock"
+
+    @property
+    def rescue_ctl(self) -> Path:
+        """... where it can be asked to (`haulier.guests.rescue`)."""
+        return self.root / "resc.ctl"
+
+    @property
     def qga_sock(self) -> Path:
         """The guest agent's channel."""
         return self.root / "qga.sock"
@@ -103,5 +113,6 @@ class GuestPaths:
 
     def clear_sockets(self) -> None:
         """Remove what a QEMU that is gone left behind; the disk export's sockets are not its own and stay."""
-        for path in (self.qmp_sock, self.handoff_sock, self.qga_sock, self.mig_sock, self.rounds_sock, self.pid_file):
+        mine = (self.qmp_sock, self.handoff_sock, self.qga_sock, self.mig_sock, self.rounds_sock, self.pid_file)
+        for path in (*mine, self.rescue_sock, self.rescue_ctl):
             path.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from haulier.guests.migration import Migration
 from haulier.guests.model import GuestSpec
 from haulier.guests.paths import GuestPaths
 from haulier.guests.process import ProcessId
-from haulier.guests.qmp import Qmp
+from haulier.guests.qmp import CONNECT_S, Qmp
 from haulier.guests.tap import exists
 from haulier.units import MIB
 
@@ -48,6 +48,8 @@ class Qemu(Migration):
         self.process = process
         self.record = record
         self._worker = worker
+        self.patience_s = CONNECT_S
+        """How long this QEMU may take to answer a new connection: one that waits for a page of its memory does not."""
         self._qmp: Qmp | None = None
 
     # -- made ----------------------------------------------------------------------------------------------------
@@ -64,12 +66,14 @@ class Qemu(Migration):
         netns: str | None = None,
         disk: bool = True,
         worker: bool = False,
+        rescue: bool = False,
     ) -> Qemu:
         """Start a QEMU that outlives this process; it is connected when this returns.
 
         `incoming` makes a target: it waits for `migrate-incoming` and stays stopped (-S) after it. `nic` is the
         name of an existing tap. The disk export must answer at `paths.nbd_sock` within 20 s, and `paths.overlay`
         must exist (`create_overlay`). `worker` chooses the QMP socket that this handle uses.
+        `rescue`: it may come to run before its memory is whole (`haulier.guests.rescue`).
 
         Raises `Conflict` if this guest's QEMU runs already, `NoRoom` if its memory does not fit into the tmpfs,
         `GuestError` with QEMU's own words if it does not start.
@@ -83,7 +87,7 @@ class Qemu(Migration):
         paths.clear_sockets()
         paths.ram.unlink(missing_ok=True)
         _check_room(spec, paths)
-        command = command_line(qemu_binary(), spec, paths, accel, incoming=incoming, nic=nic, disk=disk)
+        command = command_line(qemu_binary(), spec, paths, accel, incoming=incoming, nic=nic, disk=disk, rescue=rescue)
         if netns is not None:
             command = ["nsenter", f"--net=/run/netns/{netns}", "--", *command]
         _launch(spec, paths, command)
@@ -139,7 +143,8 @@ class Qemu(Migration):
         if self._qmp is None or self._qmp.gone:
             if self._qmp is not None:
                 self._qmp.close()
-            self._qmp = Qmp(self.paths.handoff_sock if self._worker else self.paths.qmp_sock)
+            path = self.paths.handoff_sock if self._worker else self.paths.qmp_sock
+            self._qmp = Qmp(path, timeout=self.patience_s)
         return self._qmp
 
     def alive(self) -> bool:

@@ -100,8 +100,8 @@ class _Connection:
         _WATCHERS.add(self._watcher)
         self._watcher.add_done_callback(_WATCHERS.discard)
 
-    async def execute(self, command: str, args: dict[str, Any] | None) -> Any:
-        return await self._client.execute(command, args)
+    async def execute(self, command: str, args: dict[str, Any] | None, oob: bool = False) -> Any:
+        return await self._client.execute(command, args, oob)
 
     async def execute_fd(self, command: str, args: dict[str, Any] | None, fd: int) -> Any:
         # QEMU gives a descriptor to the next command that wants one: no second one may slip in between.
@@ -175,6 +175,10 @@ class Qmp:
     def execute(self, command: str, args: dict[str, Any] | None = None, timeout: float = 30) -> Any:
         """QEMU's answer to one command. Raises `GuestError` with QEMU's own words, or when it does not answer."""
         return self._run(self._connection.execute(command, args), timeout, command)
+
+    def execute_oob(self, command: str, args: dict[str, Any] | None = None, timeout: float = 30) -> Any:
+        """Like `execute`, past whatever QEMU's main loop waits for (only some commands can)."""
+        return self._run(self._connection.execute(command, args, True), timeout, command)
 
     def execute_fd(self, command: str, args: dict[str, Any] | None, fd: int, timeout: float = 30) -> Any:
         """Like `execute`, with a file descriptor passed along (SCM_RIGHTS). The caller's descriptor stays open."""

@@ -79,6 +79,15 @@ class Window:
     """What is encoded now is, or may be, what the stopped guest waits for."""
 
 
+def serving_window(rate_bps: float, rtt_s: float) -> Window:
+    """While a guest runs at the target and waits for pages: whatever is on its way already stands before them.
+
+    So no more than keeps the link busy: a round trip and 30 ms of link.
+    """
+    wire = max(32_768, int(max(rate_bps, MIN_RATE_BPS) / 8 * max(0.05, 1.1 * rtt_s + 0.03)))
+    return Window(wire, max(256 << 10, 4 * wire), wire // 2, rate_bps, True)
+
+
 def window(rate_bps: float, rtt_s: float, ending: bool, first_pass: bool = False) -> Window:
     """Bounds for unacknowledged bytes: about 150 ms of link near the end, 300 ms before, and never below 1.5 RTT.
 
@@ -128,6 +137,11 @@ class Reading:
     """Raw bytes of memory that a byte on the wire stood for lately, of pages that were dirtied again."""
 
 
+def quiet(seconds: float, wire_bytes: int, rate_bps: float) -> bool:
+    """A disk round that took and sent so little that the next one may be the last."""
+    return wire_bytes <= max(16_384, rate_bps / 8 * 0.08) or seconds < 0.12
+
+
 class Gate:
     """Holds the memory switchover back until the disk is nearly clean too.
 
@@ -172,7 +186,7 @@ class Gate:
     def round_done(self, now: float, seconds: float, wire_bytes: int, rate_bps: float) -> None:
         """A disk round was acknowledged."""
         self._round_ended = now
-        self._small = wire_bytes <= max(16_384, rate_bps / 8 * 0.08) or seconds < 0.12
+        self._small = quiet(seconds, wire_bytes, rate_bps)
 
     def step(self, reading: Reading) -> Step:
         """What to do now; the caller does it and reports a disk round with `round_done`."""

@@ -3,8 +3,9 @@
 Each round is looked at when QEMU begins it: how much is left, and how long the link needs for that. A guest outruns the
 link when over several rounds that has not become less, and is more than even the most patient gate would switch over
 with. Or when, as things go, it will not be there by the deadline. Then comes what the operator allows, the mildest
-first: the guest is slowed step by step (QEMU's auto-converge, held back until then); and where nothing is allowed, or
-nothing has helped, the handoff is refused, and the guest runs on where it is.
+first: the guest is slowed step by step (QEMU's auto-converge, held back until then), or goes before the rest of its
+memory (post-copy; where both are allowed, after the first two steps); and where nothing is allowed, or nothing has
+helped, the handoff is refused, and the guest runs on where it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any, Final
 from haulier.handoff.convergence import MIN_RATE_BPS, MOST_RATIO, Reading
 
 AUTO_CONVERGE: Final = "auto-converge"
-ALLOWABLE: Final = (AUTO_CONVERGE,)
+POST_COPY: Final = "post-copy"
+ALLOWABLE: Final = (AUTO_CONVERGE, POST_COPY)
 ROUNDS: Final = 5
 """Without progress over so many the guest counts as one that outruns the link."""
 PROGRESS: Final = 0.8
@@ -30,6 +32,10 @@ STEP_S: Final = 5.0
 """Seconds that a step is given at least."""
 STEPS: Final = (30, 60, 80, 95)
 """Per cent of its time that the guest is held, one step after another."""
+GENTLE: Final = 2
+"""Steps that are tried first where post-copy is allowed too: the guest need not crawl."""
+EARLY_ROUNDS: Final = 3
+"""As ROUNDS, where post-copy may follow at once: every further round is sent in vain."""
 STEP_ROUNDS: Final = 3
 """Rounds that a step is given; QEMU takes two to follow."""
 HELD_BACK: Final = {
@@ -50,6 +56,7 @@ class Kind(enum.StrEnum):
     """What is to be done."""
 
     THROTTLE = "slow the guest"
+    POST_COPY = "send the rest of its memory after it"
     REFUSE = "refuse"
 
 
@@ -129,7 +136,7 @@ class Measures:
         return measure
 
     def _outrun(self) -> str:
-        span = STEP_ROUNDS + 1 if self._step else ROUNDS
+        span = STEP_ROUNDS + 1 if self._step else EARLY_ROUNDS if self._allow == {POST_COPY} else ROUNDS
         recent = list(self._rounds)[-span:]
         needs = [need for _, _, need in recent]
         # A guest that is being slowed is not left to hover: the sooner it is through, the less it loses.
@@ -151,13 +158,17 @@ class Measures:
         return f"as things go it would be there {when}, and {max(0.0, self._deadline - reading.now):.0f} s are left"
 
     def _next(self, why: str) -> Measure:
-        if AUTO_CONVERGE in self._allow and self._step < len(STEPS):
+        steps = STEPS[:GENTLE] if POST_COPY in self._allow else STEPS
+        if AUTO_CONVERGE in self._allow and self._step < len(steps):
             self._step += 1
-            return Measure(Kind.THROTTLE, STEPS[self._step - 1], why)
+            return Measure(Kind.THROTTLE, steps[self._step - 1], why)
+        if POST_COPY in self._allow:
+            return Measure(Kind.POST_COPY, 0, why)
         return Measure(Kind.REFUSE, 0, why)
 
 
 def advice(allow: Collection[str]) -> str:
     """What the operator could do about a refusal."""
     more = "" if AUTO_CONVERGE in allow else "allow its being slowed (--allow auto-converge), "
+    more += "" if POST_COPY in allow else "allow it to go before its memory (--allow post-copy), "
     return f"{more}ask for a longer downtime, hand it over when it writes less, or use a faster link"

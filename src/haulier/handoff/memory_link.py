@@ -23,6 +23,7 @@ from haulier.errors import Corrupt, HaulierError, PeerError
 from haulier.handoff.adapting import Adapting
 from haulier.handoff.convergence import Window
 from haulier.handoff.messages import Channel
+from haulier.handoff.page_requests import PostCopyPump, Waits
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, TargetProxy, WireBatch
 
@@ -81,6 +82,7 @@ class MemoryPump:
         self._ahead_over = False
         self._qemus: socket.socket | None = None
         self._kept: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
+        self.post_copy: PostCopyPump | None = None
         carrier.on(Channel.RETURN_PATH, self._returned)
         carrier.on(Channel.DELIVERED, self._delivered)
         self._thread = threading.Thread(target=self._run, name="memory-pump", daemon=True)
@@ -107,7 +109,19 @@ class MemoryPump:
         if self._ahead is not None:
             self._ahead.close()
 
+    def serve(self, block: str) -> None:
+        """Before memory begins: it may end by post-copy, in which the target asks for pages (`post_copy` tells)."""
+        self.proxy.count()
+        self.post_copy = PostCopyPump(self.proxy, self._stream, block)
+
     def _returned(self, data: bytes) -> None:
+        if self.post_copy is not None:
+            try:
+                self.post_copy.returned(data)
+            except Corrupt as error:
+                self.error = error
+                self.hang_up()
+            return
         try:
             self._stream.sendall(data)
         except OSError:
@@ -231,6 +245,8 @@ class MemoryPump:
                     self._send(batch)
                 if self.proxy.device_state and not self.device_state_at:
                     self.device_state_at = time.time()
+                if self.post_copy is not None and self.proxy.parser.packaged:
+                    self.post_copy.push()
         except (OSError, HaulierError) as error:
             if not self._closing:
                 self.error = error
@@ -253,8 +269,10 @@ class MemorySink:
         self._carrier = carrier
         self._failed = failed
         self._closing = False
-        self._pieces: queue.Queue[bytes | None] = queue.Queue(PIECES)
+        self._pieces: queue.Queue[tuple[bytes, NDArray[np.int64]] | None] = queue.Queue(PIECES)
         self._given = 0
+        self.waits = Waits()
+        """What the guest waited for, once it runs before its memory is whole."""
         self._threads = [
             threading.Thread(target=self._return_path, name="return-path", daemon=True),
             threading.Thread(target=self._give, name="memory-sink", daemon=True),
@@ -282,7 +300,7 @@ class MemorySink:
             for piece in self.proxy.feed(data):
                 while not self._closing:
                     try:
-                        self._pieces.put(piece, timeout=0.2)
+                        self._pieces.put((piece, self.proxy.came), timeout=0.2)
                         break
                     except queue.Full:
                         continue
@@ -293,9 +311,11 @@ class MemorySink:
     def _give(self) -> None:
         """Beside the decoder: QEMU takes what was decoded while the next batch is being decoded."""
         try:
-            while (piece := self._pieces.get()) is not None and not self._closing:
+            while (found := self._pieces.get()) is not None and not self._closing:
+                piece, pages = found
                 self._stream.sendall(piece)
                 self._given += len(piece)
+                self.waits.came(time.monotonic(), pages)
                 self._carrier.send(Channel.DELIVERED, _U64.pack(self._given), urgent=True)
         except (OSError, HaulierError) as error:
             if not self._closing:
@@ -305,6 +325,8 @@ class MemorySink:
         try:
             while data := self._stream.recv(65536):
                 self._carrier.send(Channel.RETURN_PATH, data, urgent=True)
+                if self.proxy.mirror is not None:
+                    self.waits.said(time.monotonic(), data, self.proxy.mirror)
         except (OSError, PeerError) as error:
             if not self._closing:
                 self._fail(error)

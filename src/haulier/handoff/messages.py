@@ -108,6 +108,16 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
     """The address that the guest will have there, of the site's pool, with the policy mptcp."""
 
 
+class Resumption(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Source site to target agent: new workers go on with a post-copy of which both have lost theirs."""
+
+    guest: str
+    handoff: str
+    epoch: int
+    secret: str
+    """Of the new session."""
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """job.json: what a worker needs to know when it starts."""
 
@@ -269,6 +279,31 @@ class Arrived(Message, frozen=True, tag="arrived"):
     """... when QEMU had loaded device state, by the target's clock."""
 
 
+class GoFirst(Message, frozen=True, tag="go-first"):
+    """S>T: the guest will run there before its memory is whole: vote as soon as its disk is."""
+
+
+class Poised(Message, frozen=True, tag="poised"):
+    """T>S: the disk is durable, QEMU waits for device state; goes with the vote READY."""
+
+    epoch: int
+    manifest: bytes
+    """Digest of the committed manifest."""
+    durable_at: float = 0.0
+
+
+class Filled(Message, frozen=True, tag="filled"):
+    """T>S: all of the memory is there; goes with TOOK. What the guest had to wait for meanwhile, in milliseconds."""
+
+    raw_bytes: int
+    stream_digest: bytes
+    requests: int = 0
+    worst_ms: float = 0.0
+    mean_ms: float = 0.0
+    loaded_at: float = 0.0
+    """When device state was, by the target's clock."""
+
+
 class Own(Message, frozen=True, tag="own"):
     """Either way: a message of the ownership table."""
 
@@ -312,6 +347,9 @@ AnyMessage = (
     | Prepared
     | Clock
     | Arrived
+    | GoFirst
+    | Poised
+    | Filled
     | Own
     | Running
     | Finish

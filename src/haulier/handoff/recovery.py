@@ -21,7 +21,7 @@ from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
-from haulier.errors import HaulierError, PeerError
+from haulier.errors import GuestError, HaulierError, PeerError
 from haulier.guests.model import GuestSpec
 from haulier.handoff import attempts, clients, retained
 from haulier.handoff.custody import Happened, happen, record_of
@@ -34,11 +34,13 @@ from haulier.handoff.residence import (
     copy_alive,
     copy_manifest,
     discard_copy,
+    end_copy,
     guest_paths,
     images_dir,
     incoming_name,
     lease_of,
     manifest_name,
+    memory_lost,
     pin_name,
     resume_original,
     retire,
@@ -47,6 +49,8 @@ from haulier.handoff.residence import (
 )
 
 log = logging.getLogger(__name__)
+PATIENCE_S = 2.0
+"""For a QEMU that may be waiting for a page of its memory."""
 LEFT_ALONE = signal.SIGUSR1
 """Tells a worker that the other site's worker is gone, so that it need not wait until its session gives up."""
 
@@ -104,12 +108,20 @@ def _recover_source(
     site: Site, journal: Journal, row: HandoffRow, state: State, messenger: Callable[[str], Messenger]
 ) -> bool:
     epoch = journal.guest(row.guest).pending
-    if state is State.GRANTED:
+    if state in (State.GRANTED, State.SERVING):
         answers = _ask(messenger, row, Event.TOKEN, epoch)
         for event, answered in answers:
             _carry_out(site, journal, row, happen(journal, row.guest, event, answered, changes=_owner(row, event)))
         state = record_of(journal.guest(row.guest)).state
-        if state is State.GRANTED:
+        if state is State.SERVING and not _runs(site, row.guest):
+            lost = happen(journal, row.guest, Event.COPY_LOST)
+            for event, named in lost.messages():
+                _ask(messenger, row, event, named)
+            _carry_out(site, journal, row, lost)
+            _note_lost(journal, row)
+            _end(site, journal, row, "failed", keep=False)
+            return True
+        if state in (State.GRANTED, State.SERVING):
             return False
         _end(site, journal, row, "done" if state is State.AWAY else "failed")
         return True
@@ -144,7 +156,10 @@ def _recover_target(
         _carry_out(site, journal, row, happened)
         for event, named in happened.messages():
             _ask(messenger, row, event, named)
-    elif state is State.READY:
+    elif state is State.FILLING:
+        if not _fill(site, journal, row, messenger):
+            return False
+    elif state in (State.READY, State.POISED):
         if not copy_alive(site, row.guest):
             happened = happen(journal, row.guest, Event.COPY_LOST)
             _carry_out(site, journal, row, happened)
@@ -153,17 +168,71 @@ def _recover_target(
         else:
             for event, answered in _ask(messenger, row, Event.READY, epoch):
                 handle(site, journal, row.guest, event, answered)
-            if record_of(journal.guest(row.guest)).state is State.READY:
+            if record_of(journal.guest(row.guest)).state in (State.READY, State.POISED, State.FILLING):
                 return False
     state = record_of(journal.guest(row.guest)).state
     if state is State.OWNER:
         settle_arrival(site, journal, row)
-        _end(site, journal, row, "done")
+        lost = bool(journal.handoff(row.id).detail.get("code"))
+        _end(site, journal, row, "failed" if lost else "done", keep=False)
     else:
         # Whoever wrote the step down may have died before the copy was gone, and throwing away twice does no harm.
         discard_copy(site, row.guest, row.id)
         _end(site, journal, row, "failed")
     return True
+
+
+def _fill(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[str], Messenger]) -> bool:
+    """The guest runs here before its memory is whole, and its worker is dead. False: the source starts new ones."""
+    if not _runs(site, row.guest):
+        happened = happen(journal, row.guest, Event.COPY_LOST)
+        _note_lost(journal, row)
+    elif _filled(site, row.guest):
+        happened = happen(journal, row.guest, Event.FILLED)
+    else:
+        settle_filling(site, journal, row)
+        happened = happen(journal, row.guest, Event.RETRY)
+    _carry_out(site, journal, row, happened)
+    for event, named in happened.messages():
+        for answer, answered in _ask(messenger, row, event, named):
+            told = happen(journal, row.guest, answer, answered)
+            if Action.END_COPY in told.actions:
+                _note_lost(journal, row)
+            _carry_out(site, journal, row, told)
+    return record_of(journal.guest(row.guest)).state is not State.FILLING
+
+
+def _runs(site: Site, guest: str) -> bool:
+    qemu = adopt(site, guest)
+    if qemu is not None:
+        qemu.close()
+    return qemu is not None
+
+
+def _filled(site: Site, guest: str) -> bool:
+    """All of the memory came before the worker died."""
+    qemu = adopt(site, guest, worker=True)
+    if qemu is None:
+        return False
+    qemu.patience_s = PATIENCE_S
+    try:
+        return qemu.query_migrate().get("status") == "completed"
+    except GuestError:
+        return False  # its main loop may wait for a page
+    finally:
+        qemu.close()
+
+
+def settle_filling(site: Site, journal: Journal, row: HandoffRow) -> None:
+    """As `settle_arrival`, if it was not done: the QEMU of a guest that runs and lacks memory may not answer."""
+    if journal.guest(row.guest).manifest != manifest_name(row.guest):
+        settle_arrival(site, journal, row)
+
+
+def _note_lost(journal: Journal, row: HandoffRow) -> None:
+    detail = journal.handoff(row.id).detail
+    error = {"error": memory_lost(row.guest), "code": GuestError.exit_code}
+    journal.update_handoff(row.id, detail={**detail, **error})
 
 
 def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
@@ -187,7 +256,7 @@ def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
     with ChunkStore(site.store) as store:
         if incoming in store.manifest_names(incoming):
             copy_manifest(store, incoming, name)
-            journal.advance(row.guest, "owner", "owner", manifest=name)
+            journal.advance(row.guest, guest.state, guest.state, manifest=name)
             # An export that has died is started with the journal's name; one that lives may hold the incoming one.
             with contextlib.suppress(HaulierError, OSError):
                 DiskExport.attach(guest_paths(site, row.guest).nbd_ctl).swap(name)
@@ -216,7 +285,7 @@ def handle(
             return []
         return [(e.value, n) for e, n in Happened(record, then, actions, row, epoch).messages()]
     told: list[tuple[str, int]] = []
-    if record.state is State.READY and event is Event.TOKEN and not copy_alive(site, guest):
+    if record.state in (State.READY, State.POISED) and event is Event.TOKEN and not copy_alive(site, guest):
         lost = happen(journal, guest, Event.COPY_LOST)
         _carry_out(site, journal, handoff, lost)
         told += [(e.value, n) for e, n in lost.messages()]
@@ -224,7 +293,11 @@ def handle(
     _carry_out(site, journal, handoff, happened)
     if handoff is not None and handoff.state != "ended" and happened.after != record:
         after = happened.after.state
-        if after is State.OWNER and handoff.role == "target":
+        if Action.END_COPY in happened.actions:
+            _note_lost(journal, handoff)
+            settle_arrival(site, journal, handoff)
+            _end(site, journal, handoff, "failed", keep=False)
+        elif after is State.OWNER and handoff.role == "target":
             settle_arrival(site, journal, handoff)
             _end(site, journal, handoff, "done")
         elif after in {State.ABSENT, State.REFUSED, State.OWNER}:
@@ -235,7 +308,7 @@ def handle(
 
 
 def _owner(row: HandoffRow | None, event: Event, site: Site | None = None) -> dict[str, str]:
-    if event is Event.TOOK and row is not None:
+    if event in (Event.TOOK, Event.FILLING) and row is not None:
         return {"owner": row.peer, "wanted": ""}
     if event is Event.TOKEN and site is not None:
         return {"owner": site.name, "wanted": "running"}
@@ -251,6 +324,8 @@ def _carry_out(site: Site, journal: Journal, row: HandoffRow | None, happened: H
             resume_original(site, guest)
         elif action is Action.DISCARD_COPY:
             discard_copy(site, guest, handoff)
+        elif action is Action.END_COPY:
+            end_copy(site, guest)
         elif action is Action.RETIRE:
             _retire(site, journal, guest, handoff)
         elif action is Action.RUN_COPY and row is not None:
@@ -301,10 +376,10 @@ def _keep_attempt(site: Site, journal: Journal, row: HandoffRow) -> None:
         attempts.keep(site, meta, site.mirror(row.id), base)
 
 
-def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str) -> None:
+def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str, *, keep: bool = True) -> None:
     # What a worker that was killed was just writing.
     (site.handoff_root(row.id) / "status.new").unlink(missing_ok=True)
-    if outcome == "failed":
+    if outcome == "failed" and keep:
         _keep_attempt(site, journal, row)
     site.mirror(row.id).unlink(missing_ok=True)
     shutil.rmtree(images_dir(site, row.id), ignore_errors=True)

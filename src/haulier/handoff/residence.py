@@ -7,6 +7,7 @@ here may be repeated: each step looks at what is there first.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -26,6 +27,8 @@ from haulier.guests.qemu import GuestPaths, Qemu
 from haulier.guests.tap import delete_tap, tap_name
 from haulier.handoff import attempts
 from haulier.handoff.journal import GuestRow
+
+log = logging.getLogger(__name__)
 
 
 def guest_paths(site: Site, guest: str) -> GuestPaths:
@@ -92,11 +95,27 @@ def resume_original(site: Site, guest: str) -> bool:
     if qemu is None:
         return False
     try:
-        qemu.resume_source()
+        if not run_on(qemu):
+            return False
         clean_up(qemu.qmp)
     finally:
         qemu.close()
     return True
+
+
+def run_on(qemu: Qemu) -> bool:
+    """Makes the owner's guest run on. False where post-copy had begun: what it had in memory is lost, its disk is not.
+
+    Its QEMU is ended then; the guest can be booted again with `haulier guest start`.
+    """
+    if not qemu.going_first():
+        qemu.resume_source()
+        return True
+    log.error(
+        "guest %s cannot run on here, its post-copy had begun: its memory is lost, its disk is not", qemu.spec.name
+    )
+    qemu.kill()
+    return False
 
 
 def copy_alive(site: Site, guest: str) -> bool:
@@ -122,6 +141,21 @@ def run_copy(site: Site, qemu: Qemu) -> float:
         return time.time()
     qemu.cont()
     return qemu.qmp.wait_event("RESUME", timeout=10, since=mark).at
+
+
+def end_copy(site: Site, guest: str) -> None:
+    """Ends the QEMU of a guest whose memory can never be whole. Its disk stays, and so does all else."""
+    qemu = adopt(site, guest, worker=True)
+    if qemu is not None:
+        qemu.kill()
+
+
+def memory_lost(guest: str) -> str:
+    """What to say of a guest that ran before its memory was whole, when the rest was lost."""
+    return (
+        f"guest {guest!r} ran here before its memory was whole, and the rest of it is lost with the QEMU that had it: "
+        f"its disk is right, as after a power cut; boot it with 'haulier guest start {guest}'"
+    )
 
 
 def discard_copy(site: Site, guest: str, handoff: str) -> None:

@@ -34,6 +34,7 @@ from haulier.handoff.figures import by_layer, times
 from haulier.handoff.journal import Journal
 from haulier.handoff.messages import (
     Accept,
+    AnyMessage,
     Arrived,
     Base,
     BaseReady,
@@ -398,22 +399,30 @@ class SourceHandoff(ABC):
         self._check()
         self._token.grant(self._control)
         self._marks["token"] = time.time()
+        self._granted()
         clients.left(self.site, self.job.guest)
+        self._token.settle(self._control, self._runs, self._hears)
+
+    def _granted(self) -> None:
+        """The token is on its way: what is still to be done here for the guest there."""
         self.progress.phase("token", "the guest is the target's")
-        self._token.settle(self._control, self._runs)
+
+    def _hears(self, message: AnyMessage) -> None:  # noqa: B027 - most kinds hear nothing then
+        """What else the target's worker says until it has taken the guest."""
 
     def _runs(self, at: float) -> None:
         """The target's worker said when the guest ran there, seconds of this host's clock."""
         self._marks["running"] = at
 
     def _say_finish(self, places: bytes = b"") -> str:
-        """Lets the target's worker end; the id of the picture of memory that both keep."""
+        """Lets the target's worker end; the id of the picture of memory that both keep, "" for none."""
         assert self._control is not None
         if "running" not in self._marks:
             with contextlib.suppress(HaulierError):
                 self._runs(self._control.wait(Running, 3).at - self._control.clock_offset)
         self._observe()
-        name = retained.memory_id(self.spec.uuid, self._epoch, self._arrived.stream_digest)
+        digest = self._arrived.stream_digest
+        name = retained.memory_id(self.spec.uuid, self._epoch, digest) if digest else ""
         with contextlib.suppress(PeerError):
             self._control.send(Finish(name, places))
         self.progress.phase("finish", "clearing away")
@@ -429,7 +438,8 @@ class SourceHandoff(ABC):
             epoch=self._epoch,
             manifest=self._sender.manifest.digest.hex(),
         )
-        retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
+        if picture:
+            retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
         if places is not None:
             retained.keep_places(self.site, self.spec.name, places)
         retire(self.site, self.spec.name, self.job.handoff)

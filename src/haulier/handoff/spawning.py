@@ -30,6 +30,9 @@ LISTEN_S = 20.0
 WARM_S = 2.0
 PREFETCH_SOURCE = "prefetch-source"
 PREFETCH_TARGET = "prefetch-target"
+RESUME_SOURCE = "resume-source"
+RESUME_TARGET = "resume-target"
+"""Roles of workers, never of records: they go on with a post-copy after the first workers' death."""
 PREFETCH = (PREFETCH_SOURCE, PREFETCH_TARGET)
 """Roles of a prefetch: it is recorded, shown and cancelled like a handoff, and owns nothing."""
 
@@ -200,6 +203,36 @@ def _start_target(
         images=job.images,
     )
     return answer, process
+
+
+def resume_source(site: Site, journal: Journal, row: HandoffRow) -> subprocess.Popen[bytes]:
+    """A worker that goes on with a post-copy of which the workers have died."""
+    options = _first_job(site, row).options
+    job = Job(handoff=row.id, role=RESUME_SOURCE, guest=row.guest, peer=row.peer, options=options)
+    return spawn(site, journal, job)
+
+
+def accept_resumption(
+    site: Site, journal: Journal, row: HandoffRow, secret: str
+) -> tuple[Accept, subprocess.Popen[bytes]]:
+    """The target's side of it: a worker that listens for the source's new one."""
+    first = _first_job(site, row)
+    if first.offer is None:
+        raise Corrupt(f"job.json of handoff {row.id} holds no offer: it cannot be gone on with")
+    offer = msgspec.structs.replace(first.offer, secret=secret)
+    # The port that stands there is the old worker's.
+    (site.handoff_root(row.id) / "status.json").unlink(missing_ok=True)
+    process = spawn(site, journal, msgspec.structs.replace(first, role=RESUME_TARGET, offer=offer))
+    port = _await_port(site, row.id, process)
+    return Accept(port=port, bulk=site.reachable(), manifest=True, golden=False, memory_base=""), process
+
+
+def _first_job(site: Site, row: HandoffRow) -> Job:
+    path = site.handoff_root(row.id) / "job.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Job)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise Corrupt(f"{path} makes no sense ({error}): the handoff cannot be gone on with") from None
 
 
 def accept_prefetch(

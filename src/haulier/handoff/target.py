@@ -19,6 +19,7 @@ from haulier.disks.export import DiskExport
 from haulier.disks.heat import unpack
 from haulier.disks.transfer import DiskReceiver
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
+from haulier.guests import rescue
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu, create_overlay
 from haulier.guests.tap import BRIDGE, create_tap, tap_name
@@ -29,6 +30,7 @@ from haulier.handoff.control import Control, failure
 from haulier.handoff.custody import Happened, happen
 from haulier.handoff.footprint import footprint
 from haulier.handoff.journal import Journal
+from haulier.handoff.measures import POST_COPY
 from haulier.handoff.memory_link import MemorySink
 from haulier.handoff.messages import (
     Arrived,
@@ -36,27 +38,32 @@ from haulier.handoff.messages import (
     BaseReady,
     Channel,
     Compare,
+    Filled,
     Finish,
     GiveUp,
+    GoFirst,
     Heat,
     Job,
     MemoryReady,
     Own,
+    Poised,
     PrepareMemory,
     Running,
     Status,
     Stretch,
     Stretched,
 )
-from haulier.handoff.ownership import Action, Event
+from haulier.handoff.ownership import Action, Event, State
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import (
     copy_manifest,
     discard_copy,
+    end_copy,
     guest_paths,
     incoming_name,
     lease_of,
     manifest_name,
+    memory_lost,
     run_copy,
     spec_of,
 )
@@ -115,6 +122,10 @@ class TargetHandoff:
         self._loaded_at = 0.0
         self._durable_at = 0.0
         self._voted = False
+        self._goes_first = False
+        self._filling = False
+        """The guest runs, and its memory is not whole."""
+        self._device_at = 0.0
         self._running = False
         self._tunnels: set[str] = set()
         """Ends that this handoff has made here."""
@@ -147,14 +158,9 @@ class TargetHandoff:
             # come before their channel is listened to wait in the session.
             self.progress.status.port = session.port
             self.progress.phase("connect")
-            self._store.add_lease(lease_of(self.job.handoff))
-            session.on(Channel.PROBE, lambda data: None)
-            if self.job.manifest:
-                self._prepare_early(session, grown(self._store.load_manifest(self.job.manifest), self.spec.disk_size))
-            else:
-                session.on(Channel.DISK, self._disk)
+            self._ready(session)
             self.control.wait_connected(CONNECT_S)
-            self.progress.phase("receive")
+            self.progress.phase("post-copy" if self._filling else "receive")
             self._work(session)
         except Undecided as error:
             log.warning("%s", error)
@@ -165,6 +171,15 @@ class TargetHandoff:
         finally:
             self._close(session)
         return self.outcome
+
+    def _ready(self, session: Session) -> None:
+        """Listens; what can be made before the source is here is made."""
+        self._store.add_lease(lease_of(self.job.handoff))
+        session.on(Channel.PROBE, lambda data: None)
+        if self.job.manifest:
+            self._prepare_early(session, grown(self._store.load_manifest(self.job.manifest), self.spec.disk_size))
+        else:
+            session.on(Channel.DISK, self._disk)
 
     def _prepare_early(self, session: Session, manifest: Manifest) -> None:
         """All that can be made here without a word of the source, because the base's manifest is here."""
@@ -185,6 +200,10 @@ class TargetHandoff:
             try:
                 news = self.control.next(0.1)
             except PeerError as error:
+                if self._filling:
+                    raise Undecided(
+                        f"the rest of memory does not come ({error}): the agents start new workers"
+                    ) from error
                 if self._running:
                     return  # the guest runs here; the source will learn it from the agent
                 if self._voted:
@@ -194,6 +213,7 @@ class TargetHandoff:
                 raise news
             if isinstance(news, str):
                 self._maybe_arrived()
+                self._maybe_filled()
             elif isinstance(news, Base):
                 self._adopt_base(news)
             elif isinstance(news, Heat):
@@ -204,6 +224,9 @@ class TargetHandoff:
                 self.control.send(self._compare_with().compare(news))
             elif isinstance(news, GiveUp):
                 self.control.send(self._compare_with().give_up(news))
+            elif isinstance(news, GoFirst):
+                self._goes_first = True
+                self._maybe_arrived()
             elif isinstance(news, Stretch):
                 self.control.send(self._stretch(news))
             elif isinstance(news, Own):
@@ -214,7 +237,7 @@ class TargetHandoff:
                 return
             elif news is not None:
                 raise HandoffFailed(f"site {self.job.peer!r}: {getattr(news, 'text', news)}")
-            if self._running:
+            if self._running and not self._filling:
                 # The source may be gone for good: what it still has to say is only useful, not needed.
                 quiet_since = quiet_since or time.monotonic()
                 if self.left_alone.is_set() or time.monotonic() - quiet_since > 60:
@@ -235,6 +258,8 @@ class TargetHandoff:
         if self.left_alone.is_set() and not self._running:
             text = f"the worker at site {self.job.peer!r} is gone"
             raise Undecided(f"{text}: the agents settle it") if self._voted else HandoffFailed(text)
+        if self.left_alone.is_set() and self._filling:
+            raise Undecided(f"the worker at site {self.job.peer!r} is gone: the agents start new ones")
 
     def _observe(self, session: Session) -> None:
         sent, received = session.wire_bytes()
@@ -355,9 +380,18 @@ class TargetHandoff:
         if spec.address:
             tap = tap_name(spec.name)
             create_tap(tap)
-        qemu = self._qemu = Qemu.start(spec, paths, incoming=True, nic=tap, worker=True)
+        early = POST_COPY in self.offer.options.allow
+        qemu = self._qemu = Qemu.start(spec, paths, incoming=True, nic=tap, worker=True, rescue=early)
+        if early:
+            self._rescue = rescue.start(paths.rescue_sock, paths.rescue_ctl)
         self._mark = qemu.qmp.mark()
-        qemu.set_capabilities(events=True, late_block_activate=True, pause_before_switchover=True, return_path=True)
+        qemu.set_capabilities(
+            events=True,
+            late_block_activate=True,
+            pause_before_switchover=True,
+            return_path=True,
+            postcopy_ram=early,
+        )
         qemu.prepare_incoming(f"unix:{paths.mig_sock}")
 
     def _make_proxy(self, picture: str) -> TargetProxy:
@@ -393,15 +427,20 @@ class TargetHandoff:
         try:
             self._qemu.wait_migration({"completed"}, timeout=1e7, since=self._mark)
         except GuestError as error:
-            if not self._voted:
+            if not self._voted or self._filling:
                 self.control.tell(error)
             return
         self._loaded_at = time.time()
         self.control.tell("loaded")
 
     def _maybe_arrived(self) -> None:
-        """Votes once memory is loaded and the final manifest is durable here."""
-        if self._voted or not self._loaded_at or self._receiver is None or not self._receiver.final:
+        """Votes once memory is loaded (unless it is to follow the guest) and the final manifest is durable here."""
+        if self._voted or self._receiver is None or not self._receiver.final:
+            return
+        if self._goes_first:
+            self._poise()
+            return
+        if not self._loaded_at:
             return
         assert self._qemu is not None and self._sink is not None
         if self._qemu.status() != "paused":
@@ -429,6 +468,36 @@ class TargetHandoff:
         self._send(happened)
         self.progress.phase("ready")
 
+    def _poise(self) -> None:
+        """Votes with the disk alone: the token, and device state behind it, may come."""
+        assert self._receiver is not None
+        self._voted = True
+        happened = happen(self.journal, self.spec.name, Event.POISE, decided=True, handoff=self.job.handoff)
+        self.control.send(Poised(happened.after.pending, self._receiver.manifest.digest, self._durable_at))
+        self._send(happened)
+        self.progress.phase("ready")
+
+    def _maybe_filled(self) -> None:
+        """Says that nothing is needed of the source any more once all of the memory is here."""
+        if not self._filling or not self._loaded_at or self._sink is None:
+            return
+        self._filling = False
+        self.outcome = "done"
+        proxy, waits = self._sink.proxy, self._sink.waits
+        happened = happen(self.journal, self.spec.name, Event.FILLED, decided=True, handoff=self.job.handoff)
+        self.control.send(
+            Filled(
+                proxy.raw_bytes,
+                proxy.digest(),
+                waits.requests,
+                waits.worst_s * 1000,
+                waits.mean_s * 1000,
+                self._device_at,
+            )
+        )
+        self._send(happened)
+        self.progress.phase("running")
+
     # -- ownership -------------------------------------------------------------------------------------------------
 
     def _send(self, happened: Happened) -> None:
@@ -448,6 +517,10 @@ class TargetHandoff:
         for action in happened.actions:
             if action is Action.RUN_COPY:
                 clients.coming(self.site, self.spec.name)
+                self._filling = happened.after.state is State.FILLING
+                if self._filling and not self._device_state():
+                    self._lost()
+                    return True
                 self._run()
             elif action is Action.DISCARD_COPY:
                 self._discard()
@@ -455,6 +528,7 @@ class TargetHandoff:
         self._send(happened)
         if Action.RUN_COPY in happened.actions:
             self._settle()
+            self._maybe_filled()
         return False
 
     def _run(self) -> None:
@@ -464,16 +538,42 @@ class TargetHandoff:
         self.outcome = "done"
         self.control.send(Running(at))
 
+    def _device_state(self) -> bool:
+        """Waits until QEMU has the guest's device state; False if it, or the link, is gone before."""
+        assert self._qemu is not None
+        while self._qemu.alive():
+            with contextlib.suppress(GuestError):
+                if self._qemu.status() == "paused":
+                    self._device_at = time.time()
+                    return True
+            if self.control.session.error is not None and self._sink is not None:
+                self._sink.close()  # then QEMU gives up as well
+            time.sleep(0.003)
+        return False
+
+    def _lost(self) -> None:
+        """QEMU is gone before memory was whole: what the guest had in it is lost, its disk is here and right."""
+        self._filling, self._running = False, True
+        log.error("%s", memory_lost(self.spec.name))
+        self.journal.update_handoff(self.job.handoff, detail={"error": memory_lost(self.spec.name)})
+        if self._receiver is not None:
+            self._settle()
+        happened = happen(self.journal, self.spec.name, Event.COPY_LOST, decided=True, handoff=self.job.handoff)
+        end_copy(self.site, self.spec.name)
+        self._send(happened)
+        self.outcome = "failed"
+
     def _settle(self) -> None:
         """All that need not be done before the guest runs, most urgent first."""
         self._moved()
-        self.progress.phase("running")
+        self.progress.phase("post-copy" if self._filling else "running")
         self._footprint = footprint(self.site.mirror(self.job.handoff))
         # The guest's manifest gets its lasting name only now; until here the incoming one pinned the chunks.
         name = manifest_name(self.spec.name)
         assert self._receiver is not None
         copy_manifest(self._store, incoming_name(self.job.handoff), name)
-        self.journal.advance(self.spec.name, "owner", "owner", manifest=name)
+        state = self.journal.guest(self.spec.name).state
+        self.journal.advance(self.spec.name, state, state, manifest=name)
         with self._lock:
             if self._export is not None:
                 if self._heat:
@@ -506,6 +606,12 @@ class TargetHandoff:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _fail(self, error: BaseException) -> None:
+        if self._filling:
+            if self._qemu is None or not self._qemu.alive():
+                self._lost()
+            else:
+                self.outcome = "undecided"
+            return
         if self._running:
             return
         with contextlib.suppress(HaulierError):

@@ -12,8 +12,8 @@ from haulier.errors import HandoffFailed, HaulierError, PeerError
 from haulier.handoff.control import Control
 from haulier.handoff.custody import Happened, happen
 from haulier.handoff.journal import Journal
-from haulier.handoff.messages import Job, Own, Running
-from haulier.handoff.ownership import Action, Event
+from haulier.handoff.messages import AnyMessage, Job, Own, Running
+from haulier.handoff.ownership import Action, Event, State
 
 RESTART_S = 5.0
 """How long an agent may take to start again."""
@@ -37,6 +37,8 @@ class Token:
         """The epoch that the guest gets with the target's taking it; 0 before `begin`."""
         self.granted = False
         self.refused = False
+        self.serving = False
+        """The target runs the guest, and still needs the memory here."""
 
     @property
     def passed(self) -> bool:
@@ -57,10 +59,18 @@ class Token:
         self.granted = True
         _send(control, happened)
 
-    def settle(self, control: Control, running: Callable[[float], None]) -> None:
+    def take_up(self, epoch: int) -> None:
+        """The token was granted by an earlier worker of this handoff, and the target runs the guest."""
+        self.epoch, self.granted, self.serving = epoch, True, True
+
+    def settle(
+        self, control: Control, running: Callable[[float], None], other: Callable[[AnyMessage], None] = lambda _: None
+    ) -> None:
         """Waits until the target has taken it, whatever of the two is still heard; `running`: when its guest ran.
 
-        HandoffFailed when it refused, or when nobody there is heard for so long that the agents have to go on asking.
+        HandoffFailed when it refused, or when nobody there is heard for so long that the agents have to go on asking:
+        at once if the target still needs the memory here, for then new workers have to be started. `other` takes what
+        else the target's worker says.
         """
         job = self._job
         while True:
@@ -71,6 +81,11 @@ class Token:
                 if news is None and self._left_alone.is_set():
                     raise PeerError("its worker is gone")
             except HaulierError as error:
+                if self.serving:
+                    raise HandoffFailed(
+                        f"the rest of the memory of {job.guest!r}, which runs at site {job.peer!r}, does not get "
+                        f"through ({error}); the agents start workers that go on with it"
+                    ) from error
                 if not self._ask_agent(control):
                     raise HandoffFailed(
                         f"the token for {job.guest!r} is on its way to site {job.peer!r}, which is not heard "
@@ -81,8 +96,11 @@ class Token:
                 _send(control, happen(self._journal, job.guest, Event.RETRY))
             elif isinstance(news, Running):
                 running(news.at - control.clock_offset)
-            elif isinstance(news, Own) and self._settled(control, Event(news.event), news.epoch):
-                return
+            elif isinstance(news, Own):
+                if self._settled(control, Event(news.event), news.epoch):
+                    return
+            elif not isinstance(news, str):
+                other(news)
 
     def call_off(self, control: Control | None) -> None:
         """The handoff failed before the grant: durable, and told to the worker there, if there is one."""
@@ -107,8 +125,9 @@ class Token:
 
     def _settled(self, control: Control, event: Event, epoch: int) -> bool:
         job = self._job
-        changes = {"owner": job.peer, "wanted": ""} if event is Event.TOOK else None
+        changes = {"owner": job.peer, "wanted": ""} if event in (Event.TOOK, Event.FILLING) else None
         happened = happen(self._journal, job.guest, event, epoch, changes=changes)
+        self.serving = happened.after.state is State.SERVING
         _send(control, happened)
         if Action.RETIRE in happened.actions:
             return True

@@ -16,9 +16,10 @@ from haulier.disks.heat import hot_chunks, pack
 from haulier.disks.rounds import DiskRounds, Round
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError
+from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
 from haulier.guests.qmp import Event as QmpEvent
-from haulier.handoff import agreeing, attempts, foretold, retained
+from haulier.handoff import agreeing, attempts, foretold, retained, served
 from haulier.handoff.adapting import Adapting, profile_of
 from haulier.handoff.check import differing, memory_digests
 from haulier.handoff.convergence import (
@@ -28,22 +29,29 @@ from haulier.handoff.convergence import (
     RecentRatio,
     Step,
     Window,
+    quiet,
+    serving_window,
     switchover_bandwidth,
 )
 from haulier.handoff.footprint import footprint
 from haulier.handoff.journal import Journal
-from haulier.handoff.measures import AUTO_CONVERGE, HELD_BACK, Kind, Measure, Measures, advice, throttled
+from haulier.handoff.measures import AUTO_CONVERGE, HELD_BACK, POST_COPY, Kind, Measure, Measures, advice, throttled
 from haulier.handoff.memory_link import MemoryPump
 from haulier.handoff.messages import (
     LEAVE_BYTES,
     Accept,
+    AnyMessage,
     Arrived,
     Channel,
+    Failed,
+    Filled,
+    GoFirst,
     Heat,
     Job,
+    Poised,
     PrepareMemory,
 )
-from haulier.handoff.residence import guest_paths, incoming_name, pin_name
+from haulier.handoff.residence import guest_paths, incoming_name, pin_name, run_on
 from haulier.handoff.source import DISK_CHUNK_WIRE, Peer, SourceHandoff
 from haulier.memory.base import MemoryBase
 from haulier.units import CHUNK, PAGE
@@ -85,6 +93,9 @@ class VmSource(SourceHandoff):
         self._adapting: Adapting | None = None
         self._measures: Measures | None = None
         self._stop_event: QmpEvent | None = None
+        self._goes_first = False
+        """The guest runs at the target before its memory is whole."""
+        self._filled: Filled | None = None
 
     def _adopt(self) -> None:
         self.qemu = Qemu.adopt(self.paths, worker=True)
@@ -99,12 +110,17 @@ class VmSource(SourceHandoff):
             if isinstance(error, HaulierError):
                 raise error
             raise GuestError(f"the memory of guest {self.job.guest!r} broke off ({error}): see its qemu.log") from error
+        if self._token.serving and self._pump is not None and self._pump.ended.is_set():
+            # QEMU closes its stream when all is sent and the target has said so; what else it may be, it says.
+            served.check_whole(self.qemu, self._mark)
 
     def _observe(self) -> None:
         super()._observe()
         if self._adapting is not None:
             status = self.progress.status
             status.mode, status.why = f"zstd level {self._adapting.level}", self._adapting.choice.reason
+        if self._token.serving and self._pump is not None:
+            served.observe(self.qemu, self.progress, self._pump)
 
     def _preflight(self) -> None:
         self.progress.phase("offer", "looking whether the guest can go")
@@ -228,7 +244,10 @@ class VmSource(SourceHandoff):
             late_block_activate=False,
             mapped_ram=False,
             auto_converge=AUTO_CONVERGE in self.job.options.allow,
+            postcopy_ram=POST_COPY in self.job.options.allow,
         )
+        if POST_COPY in self.job.options.allow:
+            self._pump.serve(RAM_ID)
         if AUTO_CONVERGE in self.job.options.allow:
             qemu.set_parameters(**HELD_BACK)
         qemu.set_parameters(
@@ -245,6 +264,8 @@ class VmSource(SourceHandoff):
         self._pump.start()
 
     def _window(self, first_pass: bool = False) -> Window:
+        if self._token.granted and self._goes_first and self._session is not None:
+            return serving_window(self._rate or 10e6, self._session.rtt_s())
         return super()._window(first_pass or (self._pump is not None and self._pump.first_pass))
 
     def _stopped(self) -> bool:
@@ -290,7 +311,9 @@ class VmSource(SourceHandoff):
             if reading.rounds >= 2:
                 self._pump.first_pass_over()
             self._note(reading, gate.is_open)
-            self._take(measures.note(reading))
+            if self._take(measures.note(reading)):
+                self._start_postcopy()
+                break
             self.progress.status.downtime_ms = round(measures.outlook(reading).downtime_s * 1000, 1)
             self.progress.left(0, self._memory_left())
             step = gate.step(reading)
@@ -313,15 +336,18 @@ class VmSource(SourceHandoff):
         left = options.deadline_s - (time.time() - self._marks["begin"]) if options.deadline_s else 0.0
         return Measures(options.allow, options.downtime_ms, time.monotonic() + left if options.deadline_s else 0.0)
 
-    def _take(self, measure: Measure | None) -> None:
-        """Does what has to be done about a guest that outruns the link."""
+    def _take(self, measure: Measure | None) -> bool:
+        """Does what has to be done about a guest that outruns the link. True if it goes before its memory."""
         if measure is None:
-            return
+            return False
         log.info("%s (%d %%): %s", measure.kind, measure.percent, measure.why)
         if measure.kind is Kind.THROTTLE:
             self.progress.status.message = f"slowing the guest by {measure.percent} %: {measure.why}"
             self.qemu.set_parameters(**throttled(measure.percent))
-            return
+            return False
+        if measure.kind is Kind.POST_COPY:
+            self.progress.status.message = f"the guest goes before its memory: {measure.why}"
+            return True
         raise HandoffFailed(
             f"guest {self.job.guest!r} dirties its memory faster than the link to {self.job.peer!r} carries it "
             f"({measure.why}); it runs on at {self.site.name!r}: {advice(self.job.options.allow)}"
@@ -346,21 +372,43 @@ class VmSource(SourceHandoff):
             }
             self._timeline.append(point)
 
+    def _start_postcopy(self) -> None:
+        """Stops the guest for a switchover after which memory goes on, once disk and queues are small."""
+        assert self._rounds is not None and self._session is not None and self._pump is not None
+        for _ in range(4):
+            if self._stopped():
+                break
+            entry = self._send_round(self._rounds.next())
+            if quiet(entry["seconds"], entry["wire_bytes"], self._rate):
+                break
+        # What is queued now is downtime.
+        self._ending = True
+        self._pump.first_pass_over()
+        self._session.wait_below(self._window().wire // 2, Channel.MEMORY, timeout=1.0)
+        if self._stopped():
+            return  # it has converged after all
+        try:
+            self.qemu.start_postcopy()
+        except GuestError:
+            if not self._stopped():
+                raise
+            return
+        self._goes_first = True
+        while not self._stopped():
+            self._check()
+            with contextlib.suppress(GuestError):
+                self.qemu.qmp.wait_event("STOP", timeout=0.2, since=self._mark)
+
     # -- switchover ------------------------------------------------------------------------------------------------
 
     def _switch_over(self) -> None:
         """The last disk round, device state, and the target's word that everything is there."""
-        assert self._control is not None and self._rounds is not None and self._stop_event is not None
-        self.progress.phase("switchover", "the guest is stopped")
-        self._ending = True
-        self._marks["stop"] = self._stop_event.at
-        self.qemu.wait_migration({"pre-switchover"}, 30, since=self._mark)
-        self._marks["pre-switchover"] = time.time()
-        self._send_round(self._rounds.final(), last=True)
-        self._rounds.stop()
-        self._marks["disk-sent"] = time.time()
+        self._last_disk()
+        if self._goes_first:
+            self._await_poised()
+            return
+        assert self._control is not None and self._sender is not None
         self.qemu.migrate_continue()
-        assert self._sender is not None
         self._sender.wait_committed()
         memory = b""
         if self.job.options.check:
@@ -373,6 +421,56 @@ class VmSource(SourceHandoff):
             self._marks["device-state"] = self._pump.device_state_at
         self._sent_completely()
         self._compare(arrived, memory)
+
+    def _last_disk(self) -> None:
+        assert self._control is not None and self._rounds is not None and self._stop_event is not None
+        self.progress.phase("switchover", "the guest is stopped")
+        self._ending = True
+        self._marks["stop"] = self._stop_event.at
+        self.qemu.wait_migration({"pre-switchover"}, 30, since=self._mark)
+        self._marks["pre-switchover"] = time.time()
+        if self._goes_first:
+            self._control.send(GoFirst())
+        self._send_round(self._rounds.final(), last=True)
+        self._rounds.stop()
+        self._marks["disk-sent"] = time.time()
+
+    def _await_poised(self) -> None:
+        """The target's vote where memory is to follow the token: its disk is durable, its QEMU waits.
+
+        QEMU's post-copy cannot be taken back once device state is sent, not even while the target has not run: so the
+        token goes first, and device state right behind it.
+        """
+        assert self._control is not None and self._sender is not None
+        self._sender.wait_committed()
+        poised = self._control.wait(Poised, 60)
+        self._marks["arrived"] = time.time()
+        self._marks["disk-durable"] = poised.durable_at - self._control.clock_offset
+        if poised.epoch != self._epoch:
+            raise Corrupt(f"site {self.job.peer!r} votes for epoch {poised.epoch}, not {self._epoch}: try again")
+        if poised.manifest != self._sender.manifest.digest:
+            raise Corrupt(f"the disk arrived wrong at site {self.job.peer!r}: nothing was lost here; try again")
+        # Before the token: whoever goes on with it after this worker's death has to know it.
+        assert self._pump is not None
+        served.remember(self.journal, self.job.handoff, self._pump.proxy)
+
+    def _granted(self) -> None:
+        if not self._goes_first:
+            super()._granted()
+            return
+        self.qemu.migrate_continue()
+        self.progress.phase("post-copy", "the guest is the target's; the rest of its memory follows")
+
+    def _runs(self, at: float) -> None:
+        super()._runs(at)
+        if self._goes_first:
+            served.note(self.journal, self.job.handoff, marks=self._marks)
+
+    def _hears(self, message: AnyMessage) -> None:
+        if isinstance(message, Filled):
+            self._filled = message
+        elif isinstance(message, Failed):
+            log.warning("site %s: %s", self.job.peer, message.text)
 
     def _sent_completely(self) -> None:
         self.qemu.wait_migration({"completed"}, 30, since=self._mark)
@@ -403,17 +501,35 @@ class VmSource(SourceHandoff):
         """The guest runs at the target: keeps what serves the way back, clears away the rest, writes the report."""
         assert self._pump is not None and self._sender is not None and self._session is not None
         done = time.time()
+        if self._goes_first:
+            self._sent_after_it()
         name = self._say_finish()
         self._store.save_manifest(incoming_name(self.job.handoff), self._sender.manifest, partial=True)
         proxy = self._pump.proxy
         self.report.update(self._figures(done))
         self.report.update(foretold.told(self._forecast, self.report))
-        foretold.remember(self.site, self.report, self.spec.memory_bytes)
+        if not self._goes_first:
+            foretold.remember(self.site, self.report, self.spec.memory_bytes)
         self._pump.close()
         proxy.keep()
         proxy.close()
         self.qemu.close()
         self._left(name)
+
+    def _sent_after_it(self) -> None:
+        """What the report says of post-copy; nothing that the target did not say it has is kept for the way back."""
+        assert self._pump is not None and self._control is not None
+        filled, pump = self._filled, self._pump
+        self._marks["whole"] = time.time()
+        if filled is not None:
+            self._marks["memory-loaded"] = filled.loaded_at - self._control.clock_offset
+        pump.ended.wait(10)
+        whole = filled is not None and filled.raw_bytes == pump.raw and filled.stream_digest == pump.proxy.finish()
+        digest = filled.stream_digest if whole and filled is not None else b""
+        self._arrived = Arrived(self._epoch, pump.raw, digest, b"")
+        if pump.device_state_at:
+            self._marks["device-state"] = pump.device_state_at
+        self.report["post_copy"] = served.figures(pump, filled, self._marks)
 
     def _figures(self, done: float) -> dict[str, Any]:
         assert self._pump is not None and self._sender is not None
@@ -449,7 +565,7 @@ class VmSource(SourceHandoff):
             with contextlib.suppress(HaulierError):
                 self._rounds.abort()
         if self.qemu.alive():
-            self.qemu.resume_source()
+            run_on(self.qemu)
 
     def _drain(self) -> None:
         if self._session is not None and self._pump is not None:

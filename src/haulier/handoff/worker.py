@@ -28,14 +28,23 @@ from haulier.handoff.container_source import ContainerSource
 from haulier.handoff.container_target import ContainerTarget
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import Journal
-from haulier.handoff.messages import Accept, Job, Offer
+from haulier.handoff.messages import Accept, Job, Offer, Resumption
 from haulier.handoff.ownership import State
 from haulier.handoff.prefetch import PrefetchSource, PrefetchTarget
 from haulier.handoff.progress import write_report
 from haulier.handoff.recovery import LEFT_ALONE
 from haulier.handoff.residence import spec_of
+from haulier.handoff.resuming import ResumeSource, ResumeTarget
 from haulier.handoff.source import SourceHandoff
-from haulier.handoff.spawning import PREFETCH_SOURCE, PREFETCH_TARGET, accept, spawn, start_source
+from haulier.handoff.spawning import (
+    PREFETCH_SOURCE,
+    PREFETCH_TARGET,
+    RESUME_SOURCE,
+    RESUME_TARGET,
+    accept,
+    spawn,
+    start_source,
+)
 from haulier.handoff.target import TargetHandoff
 from haulier.handoff.vm_source import VmSource
 
@@ -56,6 +65,10 @@ class AgentPeer:
     def prefetch(self, offer: Offer) -> Accept:
         """As `offer`, for a prefetch."""
         return self._accept(self._client.post("/v1/peer/prefetches", msgspec.to_builtins(offer)))
+
+    def resume(self, request: Resumption) -> Accept:
+        """New workers are to go on with a post-copy."""
+        return self._accept(self._client.resume(msgspec.to_builtins(request)))
 
     def _accept(self, answer: dict[str, Any]) -> Accept:
         try:
@@ -115,9 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
             return _run_target(TargetHandoff(site, journal, job, cancelled, waiting))
         if waiting is not None:
             waiting.communicate()
-        if job.role in ("source", PREFETCH_SOURCE):
+        if job.role in ("source", PREFETCH_SOURCE, RESUME_SOURCE):
             return _run_source(site, journal, job, cancelled)
-        kind = PrefetchTarget if job.role == PREFETCH_TARGET else ContainerTarget
+        kind: type[TargetHandoff] = PrefetchTarget if job.role == PREFETCH_TARGET else ContainerTarget
+        if job.role == RESUME_TARGET:
+            kind = ResumeTarget
         return _run_target(kind(site, journal, job, cancelled))
 
 
@@ -134,7 +149,12 @@ def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Eve
         kind = PrefetchSource
     elif spec_of(journal.guest(job.guest)).container is not None:
         kind = ContainerSource
-    handoff = kind(site, journal, job, peer_of(site, journal, job.peer), cancelled)
+    peer = peer_of(site, journal, job.peer)
+    handoff: SourceHandoff | ResumeSource
+    if job.role == RESUME_SOURCE:
+        handoff = ResumeSource(site, journal, job, peer)
+    else:
+        handoff = kind(site, journal, job, peer, cancelled)
     signal.signal(LEFT_ALONE, lambda *_: handoff.left_alone.set())
     directory = site.handoff_root(job.handoff)
     try:
@@ -144,7 +164,8 @@ def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Eve
         code = error.exit_code if isinstance(error, HaulierError) else HandoffFailed.exit_code
         outcome = "cancelled" if isinstance(error, Cancelled) else "failed"
         text = str(error) if isinstance(error, HaulierError) else f"{type(error).__name__}: {error}"
-        undecided = job.role == "source" and record_of(journal.guest(job.guest)).state is State.GRANTED
+        state = record_of(journal.guest(job.guest)).state
+        undecided = job.role in ("source", RESUME_SOURCE) and state in (State.GRANTED, State.SERVING)
         report = {**handoff.report, **_heading(job, site), "outcome": "undecided" if undecided else outcome}
         report |= {"error": text, "code": code}
         write_report(directory, report)

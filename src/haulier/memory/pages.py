@@ -87,6 +87,8 @@ class PageEncoder:
         self.mirror = mirror
         self.finder = finder
         self.elsewhere = elsewhere
+        self.counted: NDArray[np.uint8] | None = None
+        """How often each page was sent (255: that or more), where somebody wants to know."""
         self._pages = np.empty((256, PAGE), np.uint8)
         self._old = np.empty((256, PAGE), np.uint8)
 
@@ -121,6 +123,8 @@ class PageEncoder:
         paged_rows = np.frombuffer(paged_flags, np.bool_)
         kinds, blocks, bases, masks, words = self._kinds(gidx[paged_rows], pages)
         _apply(self.mirror, gidx, paged_rows, kinds, pages)
+        if self.counted is not None:
+            self.counted[gidx] = np.minimum(self.counted[gidx], 254) + 1
         raw = b"".join(raws)
         columns: list[Column] = [
             varint.encode_few(ops),
@@ -238,7 +242,8 @@ class Decoded:
     """A batch rebuilt, not yet applied to the mirror."""
 
     raw: bytes
-    _gidx: NDArray[np.int64] = field(repr=False)
+    gidx: NDArray[np.int64] = field(repr=False)
+    """Of all records, in their order."""
     _paged_rows: NDArray[np.bool_] = field(repr=False)
     _kinds: NDArray[np.uint8] = field(repr=False)
     _pages: NDArray[np.uint8] = field(repr=False)
@@ -289,9 +294,9 @@ class PageDecoder:
 
     def apply(self, batch: Decoded) -> None:
         """Bring the mirror to where it is after the batch; each batch once, in order."""
-        _apply(self.mirror, batch._gidx, batch._paged_rows, batch._kinds, batch._pages)
+        _apply(self.mirror, batch.gidx, batch._paged_rows, batch._kinds, batch._pages)
         if self.touched is not None:
-            self.touched[batch._gidx] = True
+            self.touched[batch.gidx] = True
 
     def _pages(
         self, gidx: NDArray[np.int64], kinds: NDArray[np.uint8], columns: dict[str, memoryview]

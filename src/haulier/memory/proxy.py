@@ -173,6 +173,7 @@ class SourceProxy:
         self._encoder: PageEncoder | None = None
         self._named: dict[str, int] = {}
         self._sequence = 0
+        self._count = False
         self._digest = blake3()
         self._tokens: list[Token] = []
         self._token_bytes = 0
@@ -201,6 +202,23 @@ class SourceProxy:
         """The mirror that the stream most probably asks for, made before there is a stream; None without a base."""
         self._early = _early_mirror(self._mirror_path, self._base)
         return self._early
+
+    def count(self) -> None:
+        """From now on it is counted how often each page is sent (`often`): a byte a page."""
+        self._count = True
+        if self._encoder is not None and self.mirror is not None and self._encoder.counted is None:
+            self._encoder.counted = np.zeros(self.mirror.pages, np.uint8)
+
+    def often(self, block: str, least: int = 3) -> NDArray[np.int64]:
+        """Pages of that block that were sent so often, by their numbers in the block, the most often sent first."""
+        counted = self._encoder.counted if self._encoder is not None else None
+        if counted is None or self.mirror is None or block not in self.mirror.first:
+            return np.zeros(0, np.int64)
+        first = self.mirror.first[block]
+        mine = counted[first : first + self.mirror.blocks[block] // PAGE]
+        found = np.flatnonzero(mine >= least)
+        order: NDArray[np.int64] = found[np.argsort(-mine[found].astype(np.int64), kind="stable")]
+        return order
 
     @property
     def device_state(self) -> bool:
@@ -333,6 +351,8 @@ class SourceProxy:
         self.mirror = _mirror_of(blocks, self._early, self._mirror_path, self._base)
         elsewhere = BasePages(self._base) if self._elsewhere and self._base is not None else None
         self._encoder = PageEncoder(self.mirror, self.finder, elsewhere)
+        if self._count:
+            self.count()
         table = encode_table(blocks)
         batch = self._batch(TABLE, 0, len(table), bytes(16), table)
         self._count_wire(len(batch.data), {"meta": len(table)})
@@ -386,6 +406,8 @@ class TargetProxy:
         self.raw_bytes = 0
         self.wire_bytes = 0
         self.mirror: Mirror | None = None
+        self.came: NDArray[np.int64] = np.zeros(0, np.int64)
+        """Pages in what `feed` gave last, by their index in the mirror."""
         self._mirror_path = mirror_path
         self._base = base
         self.reader = reader
@@ -460,6 +482,7 @@ class TargetProxy:
             return b""
         if kind not in (OPAQUE, PAGES, AHEAD):
             raise Corrupt(f"batch {sequence} is of an unknown kind {kind}")
+        self.came = self.came[:0]
         plain = self._decompressor.decompress(contents, plain_length)
         if len(plain) != plain_length:
             raise Corrupt(f"batch {sequence} holds {len(plain)} bytes, not the {plain_length} announced")
@@ -473,7 +496,10 @@ class TargetProxy:
         if xxhash.xxh3_128_digest(batch.raw) != checksum:
             raise Corrupt(f"batch {sequence} rebuilds to other bytes; do both sites hold the same base?")
         self._decoder.apply(batch)
-        return b"" if kind == AHEAD else batch.raw
+        if kind == AHEAD:
+            return b""
+        self.came = batch.gidx
+        return batch.raw
 
     def _begin(self, table: bytes, raw_length: int, plain_length: int) -> None:
         if self._decoder is not None or raw_length or plain_length != len(table):

@@ -86,12 +86,15 @@ Message = Shut | Pong | Request | Received | ResumeAck | SwitchoverAck
 
 
 class ReturnPathParser:
-    """Bytes in, messages out. `blocks`: idstr to bytes of each RAM block; may be filled later, by the same mapping."""
+    """Bytes in, messages out. `blocks`: idstr to bytes of each RAM block; to be set before the first that names one.
+
+    `block` is the one that a request names that names none: the last that was.
+    """
 
     def __init__(self, blocks: Mapping[str, int]) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
+        self.block: str | None = None
         self._buffer = b""
-        self._block: str | None = None
         self._bitmap: str | None = None
         self._skip = 0
         self._ones = 0
@@ -103,6 +106,11 @@ class ReturnPathParser:
         while self._step(out):
             pass
         return out
+
+    @property
+    def idle(self) -> bool:
+        """The last message has come to its end."""
+        return not self._buffer and self._bitmap is None
 
     def _step(self, out: list[Message]) -> bool:
         if self._bitmap is not None:
@@ -134,14 +142,14 @@ class ReturnPathParser:
         elif kind in (REQ_PAGES, REQ_PAGES_ID):
             start, length = _REQUEST.unpack_from(body)
             if kind == REQ_PAGES_ID:
-                self._block = self._name(body[_REQUEST.size :])
-            if self._block is None:
+                self.block = self._name(body[_REQUEST.size :])
+            if self.block is None:
                 raise Corrupt("the return path asks for pages before it has named a RAM block")
             if start % PAGE or length % PAGE or not 0 < length <= MAX_REQUEST:
                 raise Corrupt(f"the return path asks for {length} bytes at {start:#x}, which are no pages")
-            if start + length > self._blocks[self._block]:
-                raise Corrupt(f"the return path asks for {start:#x}, beyond the end of RAM block {self._block!r}")
-            out.append(Request(self._block, start, length))
+            if start + length > self.blocks[self.block]:
+                raise Corrupt(f"the return path asks for {start:#x}, beyond the end of RAM block {self.block!r}")
+            out.append(Request(self.block, start, length))
         elif kind == RECV_BITMAP:
             self._bitmap, self._skip = self._name(body), 0
         elif kind == RESUME_ACK:
@@ -155,7 +163,7 @@ class ReturnPathParser:
         if len(data) != 1 + data[0]:
             raise Corrupt("the return path names a RAM block of another length than it says")
         name = q.name_of(data[1:], "RAM block")
-        if name not in self._blocks:
+        if name not in self.blocks:
             raise Corrupt(f"the return path speaks of RAM block {name!r}, which the guest does not have")
         return name
 
@@ -165,7 +173,7 @@ class ReturnPathParser:
             if len(buffer) < 8:
                 return False
             (size,) = struct.unpack_from(">Q", buffer)
-            if size != -(-self._blocks[block] // PAGE // 64) * 8:
+            if size != -(-self.blocks[block] // PAGE // 64) * 8:
                 raise Corrupt(f"the bitmap of RAM block {block!r} has {size} bytes, which do not fit it")
             self._skip, self._ones = size + 8, 0
             self._buffer = buffer[8:]
@@ -179,7 +187,7 @@ class ReturnPathParser:
             return False
         if struct.unpack_from(">Q", buffer) != (_ENDING,):
             raise Corrupt(f"the bitmap of RAM block {block!r} ends in another way than QEMU's")
-        out.append(Received(block, min(self._ones, self._blocks[block] // PAGE)))
+        out.append(Received(block, min(self._ones, self.blocks[block] // PAGE)))
         self._buffer, self._bitmap, self._skip = buffer[8:], None, 0
         return True
 

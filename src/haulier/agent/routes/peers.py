@@ -8,6 +8,7 @@ from haulier.agent import offers
 from haulier.agent.handoffs import OwnershipMessage
 from haulier.agent.routes import Access, Call, Route
 from haulier.agent.tunnels import RoutedMessage
+from haulier.handoff.messages import Resumption
 
 if TYPE_CHECKING:
     from haulier.agent.server import Agent
@@ -38,6 +39,10 @@ def ownership(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.handoffs.ownership(call.read(OwnershipMessage), call.site)
 
 
+def resumption(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.handoffs.resume_target(call.read(Resumption), call.site)
+
+
 def routed(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.tunnels.routed(call.read(RoutedMessage), call.site)
 
@@ -50,4 +55,5 @@ TABLE = (
     Route("POST", "/v1/peer/probe", Access.SITE, probe),
     Route("POST", "/v1/peer/lacking", Access.SITE, lacking),
     Route("POST", "/v1/peer/ownership", Access.SITE, ownership),
+    Route("POST", "/v1/peer/resumptions", Access.SITE, resumption),
 )
