@@ -117,8 +117,8 @@ class FakeQemu:
         self.qmp = SimpleNamespace(mark=lambda: 0, wait_event=lambda *_, **__: SimpleNamespace(at=12.5))
 
     def status(self) -> str:
-        if self.host.qemu is None:
-            raise GuestError("QEMU has gone")
+        if self.host.qemu is None or self.host.qemu == "waits for a page":
+            raise GuestError("QEMU does not answer")
         return self.host.qemu
 
     def cont(self) -> None:

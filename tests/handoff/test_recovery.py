@@ -252,6 +252,17 @@ def test_memory_that_is_under_way_waits_for_new_workers(hosts: Hosts, source: St
     assert lisbon.row.manifest == f"guest/{GUEST}", "its disk is its own by now"
 
 
+@pytest.mark.parametrize("status", ["paused", "running", "waits for a page"])
+def test_a_crash_before_all_was_settled_is_made_good_although_qemu_may_not_answer(hosts: Hosts, status: str) -> None:
+    _, lisbon = filling(hosts)
+    lisbon.qemu = status
+    assert not hosts.recover(lisbon)
+    assert lisbon.done == [*(["cont"] if status == "paused" else []), f"export guest/{GUEST}"]
+    assert lisbon.row.manifest == f"guest/{GUEST}" and lisbon.leases() == []
+    assert not hosts.recover(lisbon)
+    assert lisbon.done.count("cont") == (status == "paused")
+
+
 def test_memory_that_had_all_come_frees_the_source(hosts: Hosts) -> None:
     oslo, lisbon = filling(hosts)
     lisbon.migration = "completed"

@@ -224,9 +224,26 @@ def _filled(site: Site, guest: str) -> bool:
 
 
 def settle_filling(site: Site, journal: Journal, row: HandoffRow) -> None:
-    """As `settle_arrival`, if it was not done: the QEMU of a guest that runs and lacks memory may not answer."""
-    if journal.guest(row.guest).manifest != manifest_name(row.guest):
-        settle_arrival(site, journal, row)
+    """As `settle_arrival`, if that was not done, of a guest whose memory is not whole.
+
+    Its QEMU may not answer, because it waits for a page; but then the guest runs.
+    """
+    guest = journal.guest(row.guest)
+    if guest.manifest == manifest_name(row.guest):
+        return
+    qemu = adopt(site, row.guest, worker=True)
+    if qemu is not None:
+        qemu.patience_s = PATIENCE_S
+        try:
+            if qemu.status() == "paused":
+                clients.coming(site, row.guest)
+                run_copy(site, qemu)
+        except GuestError as error:
+            log.info("guest %s does not say whether it runs: %s", row.guest, error)
+        finally:
+            qemu.close()
+        clients.arrived(site, journal, spec_of(guest), row.peer)
+    _name_disk(site, journal, row)
 
 
 def _note_lost(journal: Journal, row: HandoffRow) -> None:
@@ -252,6 +269,11 @@ def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
         clients.coming(site, row.guest)
         container.cont()
         clients.arrived(site, journal, spec_of(guest), row.peer)
+    _name_disk(site, journal, row)
+
+
+def _name_disk(site: Site, journal: Journal, row: HandoffRow) -> None:
+    guest = journal.guest(row.guest)
     name, incoming = manifest_name(row.guest), incoming_name(row.id)
     with ChunkStore(site.store) as store:
         if incoming in store.manifest_names(incoming):
