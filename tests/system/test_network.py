@@ -351,6 +351,7 @@ def test_an_mptcp_connection_moves_to_an_address_of_the_new_site_and_no_tunnel_s
             mobile.assert_right()
             new = mobile.site(to)
             wait_for(lambda new=new: address_at(new) in POOLS_AT[new.name], 30, "its address of the new site")
+            handoff.settled()
             for site in ("oslo", "lisbon"):
                 assert_no_trace(mobile, site)
             # What it had of the old site is gone there, too; the connection goes on without either.
@@ -376,6 +377,7 @@ def test_a_plain_connection_keeps_its_address_until_it_ends(mobile: Stage) -> No
         plain.close()
         wait_for(lambda: not tunnels(mobile.site("lisbon")), 90, "no tunnel when nobody needs it")
         mptcp.assert_goes_on()
+        handoff.settled()
         mobile.begin("web1").done()
         mptcp.assert_goes_on()
     finally:
@@ -412,7 +414,9 @@ def test_one_mptcp_connection_outlives_twenty_moves(mobile: Stage) -> None:
     client = OneConnection(mobile.scenario.lab, address_at(mobile.site("oslo")), MPTCP_PORT, mptcp=True)
     try:
         for number in range(20):
-            mobile.begin("web1", "--join", "ahead" if number % 2 else "after").done()
+            handoff = mobile.begin("web1", "--join", "ahead" if number % 2 else "after")
+            handoff.done()
+            handoff.settled()
             at = mobile.site(mobile.home("web1"))
             wait_for(lambda at=at: address_at(at) in POOLS_AT[at.name], 30, f"move {number}: its new address")
             client.assert_goes_on()
@@ -430,8 +434,10 @@ def test_an_mptcp_connection_moves_between_ipv6_addresses(made: Template) -> Non
         client = OneConnection(standing.scenario.lab, address_at(standing.site("oslo")), MPTCP_PORT, mptcp=True)
         try:
             for to, join in (("lisbon", "ahead"), ("oslo", "after")):
-                standing.begin("web1", "--join", join).done()
+                handoff = standing.begin("web1", "--join", join)
+                handoff.done()
                 client.assert_goes_on()
+                handoff.settled()
                 at = standing.site(to)
                 wait_for(lambda at=at: address_at(at) in POOLS6_AT[at.name], 30, "its address of the new site")
                 for site in ("oslo", "lisbon"):
