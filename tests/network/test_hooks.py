@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from haulier.agent.site import Site
+from haulier.handoff import clients
 from haulier.handoff.clients import call_moved_hook
+from haulier.network import iproute
 from tests.docs.pages import ROOT
 from tests.handoff.hosts import SPEC
 
@@ -72,6 +74,17 @@ def test_dns_points_the_name_to_the_new_site(site: Site, tmp_path: Path, monkeyp
         "update add web1.example.net. 5 A 203.0.113.20",
         "send",
     ]
+
+
+def test_dns_points_the_name_to_the_guests_address_of_the_new_site(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iproute, "run", lambda words, given=None: "")
+    object.__setattr__(site, "pool", "fd78::21-fd78::21")
+    site.root.mkdir()
+    assert clients.leases(site).take("web1") == "fd78::21"
+    assert call(site, "dns", monkeypatch, NSUPDATE=stand_in(tmp_path), DNS_ZONE="example.net")
+    assert "update add web1.example.net. 5 AAAA fd78::21" in told(tmp_path)
 
 
 @pytest.mark.parametrize("hook", ["bird", "ovn", "dns"])

@@ -38,7 +38,7 @@ class Addresses:
     def __init__(self, core: Core) -> None:
         self.core = core
         self.site = core.site
-        self.leases = readdressing.leases(core.site)
+        self.leases = clients.leases(core.site)
         self.dhcp = Dhcp(core.site.root / "dhcp", BRIDGE)
         self._again: dict[str, float] = {}
         self._led = False

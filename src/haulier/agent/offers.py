@@ -26,7 +26,7 @@ from haulier.guests.golden import IMAGE_PREFIX
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import memory_reasons, refuse_reasons
 from haulier.guests.tap import BRIDGE, exists
-from haulier.handoff import readdressing, residence, retained, spawning
+from haulier.handoff import clients, residence, retained, spawning
 from haulier.handoff.custody import record_of
 from haulier.handoff.measures import POST_COPY
 from haulier.handoff.messages import Accept, Offer
@@ -149,7 +149,7 @@ def _address_for(core: Core, spec: GuestSpec) -> str:
     """The address that the guest will have here, where its clients move to one; without it they join later."""
     if spec.net == "mptcp":
         with contextlib.suppress(HaulierError):
-            return readdressing.leases(core.site).take(spec.name)
+            return clients.leases(core.site).take(spec.name)
     return ""
 
 

@@ -27,6 +27,7 @@ from haulier.guests.tap import BRIDGE
 from haulier.handoff.journal import Journal
 from haulier.handoff.messages import Stretch
 from haulier.network import announce, tunnel
+from haulier.network.pool import Leases
 from haulier.network.tunnel import Records, Tunnel
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> Hooked:
     address = spec.address.partition("/")[0]
     command = [site.moved_hook, spec.name, address, source, site.name]
     facts = {"GUEST": spec.name, "ADDRESS": address, "MAC": spec.mac, "OLD_SITE": source, "NEW_SITE": site.name}
+    facts["SITE_ADDRESS"] = leases(site).of(spec.name)
     with contextlib.suppress(HaulierError):
         facts["NEW_SITE_ADDRESSES"] = " ".join(site.reachable())
     environment = {**os.environ, **{f"HAULIER_{name}": value for name, value in facts.items()}}
@@ -64,6 +66,11 @@ def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> Hooked:
 def records(site: Site) -> Records:
     """The tunnels of a site."""
     return Records(site.root / "tunnels")
+
+
+def leases(site: Site) -> Leases:
+    """The addresses that a site has for guests, with the policy `mptcp`."""
+    return Leases(site.root / "addresses", site.pool, BRIDGE)
 
 
 # -- at the source --------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from haulier.handoff.messages import Job, Stretch, Stretched
 from haulier.handoff.ownership import State
 from haulier.handoff.residence import guest_paths, spec_of
 from haulier.network import announce, tunnel
-from haulier.network.pool import Leases
 from haulier.network.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -43,11 +42,6 @@ AGENT_S: Final = 10.0
 JOIN_S: Final = 3.0
 """Clients that have not joined the new address by then do not accept it, or are far away."""
 POLL_S: Final = 0.02
-
-
-def leases(site: Site) -> Leases:
-    """The addresses that a site has for guests."""
-    return Leases(site.root / "addresses", site.pool, BRIDGE)
 
 
 def _agent(site: Site, guest: str, timeout: float = AGENT_S) -> GuestAgent:
@@ -198,7 +192,7 @@ def receive_ahead(site: Site, guest: str, mac: str, source: str, news: Stretch) 
                 local=news.home,
                 remote=news.away,
                 mac=mac,
-                address=leases(site).take(guest),
+                address=clients.leases(site).take(guest),
                 bridge=BRIDGE,
                 ahead=True,
             )
@@ -219,7 +213,7 @@ def settle(site: Site, journal: Journal, guest: str) -> dict[str, Any]:
     began = time.monotonic()
     row = journal.guest(guest)
     spec = spec_of(row)
-    address = leases(site).take(guest)
+    address = clients.leases(site).take(guest)
     old = _old_address(site, spec, address)
     announce.announce(spec.mac, address, BRIDGE)
     left = 0
@@ -244,7 +238,7 @@ def settle(site: Site, journal: Journal, guest: str) -> dict[str, Any]:
 
 def settled(site: Site, spec: GuestSpec) -> bool:
     """A guest that runs here has its address of this site, and no tunnel for another one."""
-    address = leases(site).of(spec.name)
+    address = clients.leases(site).of(spec.name)
     return bool(address) and spec.site_address == address and not _old_address(site, spec, address)
 
 
@@ -295,4 +289,4 @@ def end(site: Site, journal: Journal, guest: str) -> None:
     spec = spec_of(journal.guest(guest))
     if spec.site_address:
         forget(site, guest, spec.mac, spec.site_address)
-    leases(site).drop(guest)
+    clients.leases(site).drop(guest)
