@@ -344,6 +344,9 @@ def targets(setting: str, rows: Sequence[Row], mine: Row) -> list[Target]:
         (NO_SHARE_FULL, 127.0),
         (INCREMENTAL + MODES["default"], 15.0),
     ]
+    if not setting.startswith("10 Mbps"):
+        total = {way: total.get(way) for way in (BACK, AHEAD)}
+        rows = []
     made = [
         Target.at_least(f"{setting}: times the speed of {way}", value, least)
         for way, least in wanted

@@ -43,6 +43,8 @@ MEANING = {
     Kind.CALCULATED: "replayed or simulated here",
     Kind.PUBLISHED: "theirs: a paper's figure, on its authors' machines",
 }
+SHOWN = 40
+"""Rows of a table that are not folded away."""
 MISSING = (Kind.NOT_BUILT, Kind.NOT_RUN)
 
 
@@ -90,7 +92,7 @@ def _experiment(one: Experiment) -> str:
     parts = [f'<h2 id="{escape(one.name)}">{escape(one.title)}</h2>', f"<p>{escape(one.question)}</p>"]
     parts += [_targets(one.targets)] if one.targets else []
     parts += [plots.bars(picture) for picture in one.bars]
-    parts += [rows(one.rows)] if one.rows else []
+    parts += [_folded(rows(one.rows), len(one.rows))] if one.rows else []
     if one.notes:
         parts.append(f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in one.notes)}</ul>")
     if one.handoffs:
@@ -128,6 +130,10 @@ def rows(found: Sequence[Row]) -> str:
             f"<td>{escape(row.note)}</td></tr>"
         )
     return f"<table>{''.join(lines)}</table>"
+
+
+def _folded(table: str, count: int) -> str:
+    return table if count <= SHOWN else f"<details><summary>all {count} rows</summary>{table}</details>"
 
 
 def _checks(checks: Sequence[Check]) -> str:

@@ -87,8 +87,6 @@ def finished(found: Experiment) -> Experiment:
 
 def _bars(mean: dict[str, float]) -> list[tuple[str, float | None, Kind]]:
     theirs = [
-        (f"paper: {row.way.removeprefix('paper: ')}", row.get("fixed regret"), Kind.PUBLISHED)
-        for row in published.STATIC_MODES
-        if row.get("fixed regret") is not None
+        (row.way, row.get("regret"), Kind.PUBLISHED) for row in published.STATIC_MODES if row.get("regret") is not None
     ]
     return [*((way, value, Kind.CALCULATED) for way, value in mean.items()), *theirs]
