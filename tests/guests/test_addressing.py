@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import itertools
-from typing import Any
+import os
+import subprocess
+from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
 from haulier.errors import GuestError, Unsupported
 from haulier.guests import addressing
 from haulier.guests.agent import Finished
+from tests.support.waiting import wait_for
 
 # As Debian 12's guest prints them (iproute2 6.1, kernel 6.1).
 LISTENERS = """enabled 1
@@ -90,3 +96,71 @@ def test_the_nic_is_found_by_its_mac_and_its_name_is_not_trusted() -> None:
 def test_a_guest_that_is_not_able_is_refused() -> None:
     with pytest.raises(Unsupported, match=r"no MPTCP.*ip mptcp"):
         addressing.check(Agent("enabled 0\n"))  # type: ignore[arg-type]
+
+
+class Shell:
+    """Runs what is armed with the shell itself, a pipe in place of the kernel's events, an `ip` that takes notes."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.path = tmp_path
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.events: list[IO[str]] = []
+        program = tmp_path / "ip"
+        program.write_text(f"#!/bin/sh\ncat >>{tmp_path}/done\n")
+        program.chmod(0o755)
+
+    def execute(self, command: str, args: dict[str, Any]) -> Any:
+        script = args["arg"][1].replace("PATH=", f"PATH={self.path}:", 1).replace("/run/", f"{self.path}/")
+        fifo = self.path / f"events-{len(self.started)}"
+        os.mkfifo(fifo)
+        script = script.replace('timeout 900 ip -o monitor link dev "$0"', f"cat {fifo}", 1)
+        process = subprocess.Popen([args["path"], "-c", script, *args["arg"][2:]], stdin=subprocess.PIPE)
+        assert process.stdin is not None
+        process.stdin.write(base64.b64decode(args["input-data"]))
+        process.stdin.close()
+        self.started.append(process)
+        self.events.append(fifo.open("w"))
+        return {"pid": process.pid}
+
+    def run(self, command: list[str], timeout: float = 0) -> Finished:
+        (self.path / "haulier-arrival").unlink(missing_ok=True)
+        return Finished(0, b"", b"")
+
+    def happens(self, watcher: int, event: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.events[watcher].write(f"2: eth0: <BROADCAST,UP> mtu 1500 event {event}\n")
+            self.events[watcher].flush()
+
+    def ends(self, watcher: int) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.events[watcher].close()
+        assert self.started[watcher].wait(20) in (0, 1)
+
+    def done(self) -> str:
+        for number in range(len(self.started)):
+            self.ends(number)
+        file = self.path / "done"
+        return file.read_text() if file.exists() else ""
+
+
+def test_what_is_armed_is_run_once_on_arrival_and_on_nothing_else(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    addressing.arm(shell, "eth0", ["addr replace 10.78.2.21/32 dev eth0", "mptcp limits set subflows 8"])  # type: ignore[arg-type]
+    shell.happens(0, "FEATURE CHANGE")
+    shell.happens(0, "NOTIFY PEERS")
+    shell.happens(0, "NOTIFY PEERS")
+    assert shell.done() == "addr replace 10.78.2.21/32 dev eth0\nmptcp limits set subflows 8\n"
+
+
+def test_what_was_armed_before_or_disarmed_is_not_run(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    addressing.arm(shell, "eth0", ["first"])  # type: ignore[arg-type]
+    file = tmp_path / "haulier-arrival"
+    first = wait_for(lambda: file.read_text() if file.exists() else "", 10, "the first one")
+    addressing.arm(shell, "eth0", ["second"])  # type: ignore[arg-type]
+    wait_for(lambda: file.read_text() not in ("", first), 10, "the second one")
+    shell.happens(0, "NOTIFY PEERS")
+    shell.ends(0)
+    addressing.disarm(shell)  # type: ignore[arg-type]
+    shell.happens(1, "NOTIFY PEERS")
+    assert shell.done() == ""

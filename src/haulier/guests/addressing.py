@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import ipaddress
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -27,16 +28,20 @@ _BATCH: Final = _PATH + "exec ip -force -batch -"
 _SOCKETS: Final = _PATH + "exec ss -HtniO state established"
 _MARK: Final = "-- sockets"
 _BOTH: Final = f"{_PATH}ip -force -batch -; echo '{_MARK}'; exec ss -HtniO state established"
+_ARMED: Final = "/run/haulier-arrival"
 _ARRIVED: Final = (
     _PATH
-    + """
+    + f"""
 lines=$(cat)
+echo "$1" >{_ARMED}
 timeout 900 ip -o monitor link dev "$0" | while read -r event; do
-    case $event in *NOTIFY*PEERS*) printf '%s\\n' "$lines"; break ;; esac
-done | ip -force -batch -"""
+    case $event in *NOTIFY*PEERS*) ;; *) continue ;; esac
+    read -r armed <{_ARMED} && [ "$armed" = "$1" ] && printf '%s\\n' "$lines"
+    break
+done 2>/dev/null | ip -force -batch -"""
 )
 """Waits for what a NIC's driver says when its guest has come to another host (QEMU has it announce itself); the batch
-of `ip` is there by then, and only reads on."""
+of `ip` is there by then, and only reads on. Nothing is run that was armed before something else, or disarmed."""
 _LOOK: Final = (
     _PATH
     + """
@@ -215,10 +220,16 @@ def change(agent: GuestAgent, lines: Sequence[str]) -> tuple[str, str, Connectio
 def arm(agent: GuestAgent, nic: str, lines: Sequence[str]) -> None:
     """These lines of `ip` are run the moment the guest has arrived somewhere, before its agent can be asked.
 
-    Left alone where it never does: after a quarter of an hour, or with the lines of the next time, they do no harm.
+    Only the last ones that were armed, within a quarter of an hour, and once.
     """
     data = base64.b64encode(("\n".join(lines) + "\n").encode()).decode()
-    agent.execute("guest-exec", {"path": "/bin/sh", "arg": ["-c", _ARRIVED, nic], "input-data": data})
+    words = ["-c", _ARRIVED, nic, secrets.token_hex(8)]
+    agent.execute("guest-exec", {"path": "/bin/sh", "arg": words, "input-data": data})
+
+
+def disarm(agent: GuestAgent) -> None:
+    """Nothing is run when the guest arrives somewhere."""
+    agent.run(["/bin/rm", "-f", _ARMED], timeout=_STEP_S)
 
 
 def look(agent: GuestAgent) -> Ability:

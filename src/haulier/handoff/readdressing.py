@@ -157,6 +157,8 @@ def _router(address: str, mac: str) -> str:
 
 def called_off(site: Site, guest: str) -> None:
     """The handoff came to nothing: the guest gives up the address that it was to have. Never fails."""
+    with contextlib.suppress(HaulierError), _agent(site, guest, 5.0) as agent:
+        addressing.disarm(agent)
     found = clients.records(site).find(guest, "away")
     if found is not None and found.ahead:
         forget(site, guest, found.mac, found.address)
