@@ -14,13 +14,13 @@ import pytest
 
 from haulier.containers.bundle import config, criu_options
 from haulier.containers.convergence import LEAST_S, MOST_ROUNDS, Round, Rounds
-from haulier.containers.memory import FRAME, Places, areas_of, picture_pages, read_processes
+from haulier.containers.memory import FRAME, Places, Reserve, areas_of, picture_pages, read_processes
 from haulier.containers.model import ContainerSpec, ImageConfig, parse_user
 from haulier.containers.preflight import differences, explain, host_facts, scan
 from haulier.errors import Corrupt, NoRoom, Unsupported, UsageError
 from haulier.memory.picture import PICTURE, PictureSource
 from haulier.memory.proxy import TargetProxy
-from haulier.units import PAGE
+from haulier.units import MIB, PAGE
 from tests.support.waiting import wait_for
 
 CHILD = """
@@ -221,3 +221,17 @@ def test_the_runtime_gets_what_the_spec_says() -> None:
     assert wrapped["process"]["args"][-2:] == ["prog", "--x"] and wrapped["process"]["args"][0] == "/bin/sh"
     assert "leave-stopped" in criu_options(restoring=True) and "leave-stopped" not in criu_options(restoring=False)
     assert picture_pages(64) == picture_pages(1) and picture_pages(4096) == 4 * 4096 * 256
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+def test_a_reserve_has_its_memory_at_once_and_gives_it_back() -> None:
+    before = resident()
+    reserve = Reserve(64 * MIB)
+    assert resident() - before > 60 * MIB
+    reserve.release()
+    reserve.release()
+    assert resident() - before < 32 * MIB
