@@ -30,11 +30,11 @@ from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.containers.importing import layers_of  # noqa: E402
 from haulier.containers.layers import layer_id, make_layers, regions  # noqa: E402
 from haulier.containers.model import ContainerSpec  # noqa: E402
-from haulier.errors import HaulierError  # noqa: E402
+from haulier.errors import GuestError, HaulierError  # noqa: E402
 from haulier.lab import seed_method  # noqa: E402
 from haulier.lab.container_clients import Download, Talk  # noqa: E402
 from haulier.lab.containers import container_template  # noqa: E402
-from haulier.lab.scenario import GUEST_ADDRESS, Scenario, scenario, wan  # noqa: E402
+from haulier.lab.scenario import GUEST_ADDRESS, LabSite, Scenario, scenario, wan  # noqa: E402
 
 HOST = GUEST_ADDRESS.partition("/")[0]
 RTT_S = 0.04
@@ -128,15 +128,22 @@ def running(lab: Scenario, app: str, name: str) -> Iterator[Any]:
 
 def forget_layer(lab: Scenario, kept: tuple[str, ...]) -> None:
     """The target has the images `kept` and nothing else."""
-    for image in lab.lisbon.facts("image", "list")["images"]:
-        if image["name"] not in kept:
-            lab.lisbon.haulier("image", "remove", image["name"])
+    # What is on top of another goes first.
+    while gone := [name for name in images_at(lab.lisbon) if name not in kept]:
+        for name in gone:
+            lab.lisbon.haulier("image", "remove", name, check=False)
+        if set(gone) <= set(images_at(lab.lisbon)):
+            raise GuestError(f"images stay at the target: {', '.join(gone)}")
     lab.lisbon.haulier("gc", timeout=300)
     layers = lab.lisbon.site.layers
     names = {name for image in kept for name in layers_of_image(lab, image)}
     for path in layers.iterdir() if layers.exists() else ():
         if path.name not in names:
             shutil.rmtree(path)
+
+
+def images_at(site: LabSite) -> list[str]:
+    return [image["name"] for image in site.facts("image", "list")["images"]]
 
 
 def unpack_layers(lab: Scenario) -> None:

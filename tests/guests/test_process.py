@@ -9,7 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from haulier.guests.process import ProcessId, holding, started_as
+import psutil
+import pytest
+
+from haulier.guests.process import ProcessId, holding, hurry, started_as
 from tests.support.waiting import wait_for
 
 
@@ -106,3 +109,21 @@ def test_strays_are_found_by_the_file_that_they_hold(tmp_path: Path) -> None:
         for child in children:
             child.kill()
             child.communicate()
+
+
+@pytest.mark.root
+def test_what_a_guest_waits_for_goes_before_others() -> None:
+    child = subprocess.Popen(["sh", "-c", "sleep 1000 & exec sleep 1000"], start_new_session=True)
+    try:
+        before = os.getpriority(os.PRIO_PROCESS, child.pid)
+        wait_for(lambda: len(psutil.Process(child.pid).children()) == 1, 10)
+        (other,) = psutil.Process(child.pid).children()
+        hurry(child.pid)
+        assert os.getpriority(os.PRIO_PROCESS, child.pid) < before == os.getpriority(os.PRIO_PROCESS, other.pid)
+        hurry(child.pid, group=True)
+        assert os.getpriority(os.PRIO_PROCESS, other.pid) < before
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    hurry(child.pid)
+    hurry(child.pid, group=True)

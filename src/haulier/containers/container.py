@@ -170,6 +170,8 @@ class Container:
 
     def finish_restore(self, begun: Restoring) -> None:
         """Restores its processes; they stay stopped, and unplugged. GuestError says what CRIU said."""
+        # The processes themselves are restored with the priorities that they had.
+        begun.hurry()
         said = begun.finish()
         if said:
             criu = last_error(self.paths.log_dir / "restore.log", 3)

@@ -19,6 +19,7 @@ from typing import Final
 from haulier.containers.criu import find_criu, last_error
 from haulier.containers.protobuf import field, fields
 from haulier.errors import GuestError
+from haulier.guests.process import hurry
 
 STEP_S: Final = 60.0
 LOG: Final = "dump.log"
@@ -98,6 +99,7 @@ class Dumping:
     def finish(self, lock: Callable[[], None] = lambda: None) -> None:
         """Lets it begin, and waits for its end; `lock` is called when all processes stand still."""
         self.ready()
+        hurry(self._process.pid)
         self._go_on()
         try:
             while (said := self._heard()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from typing import Any, Final
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S: Final = 0.005
+_URGENT: Final = -10
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,19 @@ class ProcessId:
         """SIGKILL and wait; True when it is gone."""
         self.signal(signal.SIGKILL)
         return self.wait_gone(timeout)
+
+
+def hurry(pid: int, *, group: bool = False) -> None:
+    """Has a process with all its threads, or all processes of a group, go before others: a guest waits for them.
+
+    Nothing happens where the host does not allow that.
+    """
+    with contextlib.suppress(OSError):
+        if group:
+            os.setpriority(os.PRIO_PGRP, pid, _URGENT)
+            return
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            os.setpriority(os.PRIO_PROCESS, int(task.name), _URGENT)
 
 
 def holding(program: str, beginning: str) -> list[ProcessId]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import threading
 import time
@@ -35,6 +36,7 @@ from haulier.containers.tree import Tree
 from haulier.containers.upper import UpperRounds, load_signatures, mapped_for_writing
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Corrupt, GuestError, HandoffFailed, PeerError, Unsupported
+from haulier.guests.process import hurry
 from haulier.handoff import foretold, retained
 from haulier.handoff.messages import Accept, Arrived, Channel, Prepared, PrepareMemory
 from haulier.handoff.residence import container_paths, images_dir, incoming_name
@@ -319,6 +321,7 @@ class ContainerSource(SourceHandoff):
         with ArrivingPages(folder, expected) as arriving:
             dumping = self._dumping = self.container.begin_dump(folder)
             dumping.ready()
+            hurry(os.getpid())
             self._marks["stop"] = time.time()
             self._frozen = True
             self.container.freeze()

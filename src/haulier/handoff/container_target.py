@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import shutil
 import threading
@@ -28,6 +29,7 @@ from haulier.containers.restoring import Restoring
 from haulier.containers.tree import Tree
 from haulier.containers.upper import save_signatures
 from haulier.errors import Corrupt, HaulierError
+from haulier.guests.process import hurry
 from haulier.handoff import retained
 from haulier.handoff.custody import happen
 from haulier.handoff.messages import Arrived, Channel, Finish, MemoryReady, Prepared, PrepareMemory, Running
@@ -192,6 +194,8 @@ class ContainerTarget(TargetHandoff):
         containers.mount(self.container_paths, self._lower)
         # CRIU starts while the dump is still being written at the source.
         self._restoring = container.begin_restore(self._images)
+        # Not before: LXC's monitor, which lives as long as the container, would have it too.
+        hurry(os.getpid())
         save_signatures(self.container_paths.signatures, self.container_paths.upper)
         with self._changed:
             self._changed.wait_for(self._dump_is_here)
