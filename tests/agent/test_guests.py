@@ -15,6 +15,7 @@ from haulier.chunks.manifest import Manifest
 from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.guests import launch
 from haulier.handoff import residence
+from haulier.network import tunnel
 from tests.agent.conftest import Fleet
 
 CHUNK = 65536
@@ -84,10 +85,27 @@ def test_a_duplicate(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]
     assert len(booted) == 1
 
 
+def test_auto_gives_each_guest_an_address_of_its_own(
+    fleet: Fleet, image: Manifest, booted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "length_of", lambda bridge, address: 24)
+    monkeypatch.setattr(module, "create_tap", lambda name: None)
+    with pytest.raises(UsageError, match="guest_addresses"):
+        run(fleet.client, address="auto")
+    object.__setattr__(fleet.at_oslo.site, "guest_addresses", "10.77.0.100-10.77.0.101")
+    given = {run(fleet.client, name, address="auto")["address"] for name in ("web1", "web2")}
+    assert given == {"10.77.0.100/24", "10.77.0.101/24"}
+    assert {call["spec"].gateway for call in booted} == {"10.77.0.1"}
+    with pytest.raises(NoRoom, match="enlarge"):
+        run(fleet.client, "web3", address="auto")
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "why"),
     [
         ({"name": "../x"}, UsageError, "bad guest name"),
+        ({"address": "10.77.0.10/24", "net": "mptcp"}, UsageError, "no addresses for guests"),
+        ({"address": "10.77.0.10/24", "net": "mptcp", "agent": False}, UsageError, "set by its agent"),
         ({"name": ""}, UsageError, "bad guest name"),
         ({"image": "nix"}, UnknownThing, "no image 'nix'"),
         ({"image": "../x"}, UsageError, "bad image name"),
