@@ -43,9 +43,9 @@ class Migration:
         """At a target (`incoming=True`): listen at `uri` ("unix:PATH", "file:PATH"). Set capabilities first."""
         self.qmp.execute("migrate-incoming", {"uri": uri})
 
-    def migrate_uri(self, uri: str) -> None:
-        """Start sending to `uri`."""
-        self.qmp.execute("migrate", {"uri": uri})
+    def migrate_uri(self, uri: str, *, resume: bool = False) -> None:
+        """Start sending to `uri`; `resume`: as `migrate_fd`."""
+        self.qmp.execute("migrate", {"uri": uri} | ({"resume": True} if resume else {}))
 
     def migrate_fd(self, fd: int, *, resume: bool = False) -> None:
         """Start sending into a file descriptor (one end of a socket pair); the caller's descriptor stays open.

@@ -74,6 +74,11 @@ class GuestPaths:
         return self.root / "mig.sock"
 
     @property
+    def out_sock(self) -> Path:
+        """Where a worker takes the stream of a source QEMU that may need two connections."""
+        return self.root / "out.sock"
+
+    @property
     def serial_log(self) -> Path:
         return self.root / "serial.log"
 
@@ -114,5 +119,5 @@ class GuestPaths:
     def clear_sockets(self) -> None:
         """Remove what a QEMU that is gone left behind; the disk export's sockets are not its own and stay."""
         mine = (self.qmp_sock, self.handoff_sock, self.qga_sock, self.mig_sock, self.rounds_sock, self.pid_file)
-        for path in (*mine, self.rescue_sock, self.rescue_ctl):
+        for path in (*mine, self.rescue_sock, self.rescue_ctl, self.out_sock):
             path.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from haulier.handoff.adapting import Adapting
 from haulier.handoff.convergence import Window
 from haulier.handoff.messages import Channel
 from haulier.handoff.page_requests import PostCopyPump, Waits
+from haulier.handoff.urgent import UrgentPump, UrgentSink
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, TargetProxy, WireBatch
 
@@ -83,6 +84,7 @@ class MemoryPump:
         self._qemus: socket.socket | None = None
         self._kept: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
         self.post_copy: PostCopyPump | None = None
+        self._urgent: UrgentPump | None = None
         carrier.on(Channel.RETURN_PATH, self._returned)
         carrier.on(Channel.DELIVERED, self._delivered)
         self._thread = threading.Thread(target=self._run, name="memory-pump", daemon=True)
@@ -106,11 +108,17 @@ class MemoryPump:
         if self._thread.is_alive():
             self._thread.join(10)
         self._stream.close()
+        if self._urgent is not None:
+            self._urgent.close()
         if self._ahead is not None:
             self._ahead.close()
 
-    def serve(self, block: str) -> None:
-        """Before memory begins: it may end by post-copy, in which the target asks for pages (`post_copy` tells)."""
+    def serve(self, block: str, urgent: UrgentPump) -> None:
+        """Before memory begins: it may end by post-copy, in which the target asks for pages (`post_copy` tells).
+
+        `urgent` carries those, and is closed with the pump.
+        """
+        self._urgent = urgent
         self.proxy.count()
         self.post_copy = PostCopyPump(self.proxy, self._stream, block)
 
@@ -261,8 +269,14 @@ class MemorySink:
     """Target side: connects to the incoming QEMU at once. `error` says what went wrong, if anything did."""
 
     def __init__(
-        self, stream: socket.socket, proxy: TargetProxy, carrier: Carrier, failed: Callable[[Exception], None]
+        self,
+        stream: socket.socket,
+        proxy: TargetProxy,
+        carrier: Carrier,
+        failed: Callable[[Exception], None],
+        connect: Callable[[], socket.socket] | None = None,
     ) -> None:
+        """`connect` makes QEMU's second connection, for urgent pages, where post-copy may come."""
         self.proxy = proxy
         self.error: Exception | None = None
         self._stream = stream
@@ -279,7 +293,19 @@ class MemorySink:
         ]
         for thread in self._threads:
             thread.start()
+        self._urgent = None
+        if connect is not None:
+            self._urgent = UrgentSink(connect, carrier, self._overtaken)
+            self._urgent.on_failure(self._fail_open)
         carrier.on(Channel.MEMORY, self._batch)
+
+    def _overtaken(self, data: bytes) -> None:
+        if self.proxy.mirror is not None:
+            self.waits.urgent(time.monotonic(), data, self.proxy.mirror)
+
+    def _fail_open(self, error: Exception) -> None:
+        if not self._closing:
+            self._fail(error)
 
     def close(self) -> None:
         self._closing = True
@@ -292,6 +318,8 @@ class MemorySink:
         for thread in self._threads:
             thread.join(10)
         self._stream.close()
+        if self._urgent is not None:
+            self._urgent.close()
 
     def _batch(self, data: bytes) -> None:
         if self.error is not None or self._closing:

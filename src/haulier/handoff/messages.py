@@ -29,6 +29,8 @@ class Channel(enum.IntEnum):
     """Random bytes that measure the link when the disk gave no occasion to."""
     CHECKPOINT = 6
     """Of a container: the files of its final dump (docs/formats/checkpoints.md)."""
+    URGENT = 7
+    """Pages that the guest waits for at the target (`haulier.handoff.urgent`)."""
     DELIVERED = 4
     """Raw bytes that the target QEMU has taken so far (8 bytes, big endian)."""
 

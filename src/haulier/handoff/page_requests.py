@@ -11,11 +11,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from haulier.errors import Corrupt
+from haulier.errors import Corrupt, HaulierError
 from haulier.memory import sparse
 from haulier.memory.mirror import Mirror
 from haulier.memory.proxy import SourceProxy
 from haulier.memory.returnpath import Received, Request, ReturnPathParser, request
+from haulier.memory.stream import Pages, StreamParser, Zeros
 from haulier.units import PAGE
 
 log = logging.getLogger(__name__)
@@ -87,9 +88,12 @@ class Waits:
     def __init__(self) -> None:
         self.requests = 0
         self.answered = 0
+        self.overtook = 0
+        """Pages that came on the connection for urgent ones."""
         self.worst_s = 0.0
         self.total_s = 0.0
         self._parser: ReturnPathParser | None = ReturnPathParser({})
+        self._records: StreamParser | None = None
         self._lock = threading.Lock()
         self._open: dict[int, float] = {}
 
@@ -112,6 +116,22 @@ class Waits:
                 self.requests += message.length // PAGE
                 for page in range(first, first + message.length // PAGE):
                     self._open.setdefault(page, now)
+
+    def urgent(self, now: float, data: bytes, mirror: Mirror) -> None:
+        """QEMU has been given these bytes on its connection for urgent pages."""
+        if self._records is None:
+            self._records = StreamParser(blocks=mirror.blocks, bare=True)
+        if self._records.error is not None:
+            return
+        try:
+            tokens = self._records.feed(data)
+        except HaulierError as error:
+            log.warning("urgent pages are not counted any more: %s", error)
+            return
+        for token in tokens:
+            if isinstance(token, Pages | Zeros):
+                self.overtook += len(token.addresses)
+                self.came(now, token.addresses.view(np.int64) // PAGE + mirror.first[token.block])
 
     def came(self, now: float, pages: NDArray[np.int64]) -> None:
         """QEMU has been given these pages, by their index in the mirror."""

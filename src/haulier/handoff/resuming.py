@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import socket
 import subprocess
 import threading
 import time
@@ -43,6 +42,7 @@ from haulier.handoff.residence import guest_paths, memory_lost, retire
 from haulier.handoff.source import CONNECT_S
 from haulier.handoff.target import OTHER_MEMORY, TargetHandoff
 from haulier.handoff.token import OwnPeer, Token
+from haulier.handoff.urgent import UrgentPump
 from haulier.memory.proxy import SourceProxy, TargetProxy
 from haulier.session import Session
 
@@ -125,15 +125,13 @@ class ResumeSource:
         self._control.wait(MemoryReady, 90)
         self._paused()
         proxy = SourceProxy(self.site.mirror(job.handoff), level=LEVEL, clock=time.thread_time, broken=broken)
-        ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._pump = MemoryPump(ours, proxy, self._session, self._window)
-        self._pump.serve(RAM_ID)
-        self._pump.first_pass_over()
         self._mark = self._qemu.qmp.mark()
-        try:
-            self._qemu.migrate_fd(qemus.fileno(), resume=True)
-        finally:
-            qemus.close()
+        out = self._qemu.paths.out_sock
+        urgent = UrgentPump(out, self._session)
+        self._qemu.migrate_uri(f"unix:{out}", resume=True)
+        self._pump = MemoryPump(urgent.stream(), proxy, self._session, self._window)
+        self._pump.serve(RAM_ID, urgent)
+        self._pump.first_pass_over()
         self._pump.start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._token.settle(self._control, self._runs, self._hears)
@@ -226,9 +224,7 @@ class ResumeTarget(TargetHandoff):
         self._qemu.patience_s = PATIENCE_S
         self._listen_again()
         proxy = TargetProxy(self.site.mirror(self.job.handoff), max_memory=self.spec.memory_bytes + OTHER_MEMORY)
-        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stream.connect(str(self.paths.mig_sock))
-        self._sink = MemorySink(stream, proxy, session, self.control.tell)
+        self._sink = MemorySink(self._to_qemu(), proxy, session, self.control.tell, self._to_qemu)
         threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
         self.control.send(MemoryReady())
 

@@ -391,6 +391,7 @@ class TargetHandoff:
             pause_before_switchover=True,
             return_path=True,
             postcopy_ram=early,
+            postcopy_preempt=early,
         )
         qemu.prepare_incoming(f"unix:{paths.mig_sock}")
 
@@ -406,11 +407,17 @@ class TargetHandoff:
 
     def _receive_memory(self, proxy: TargetProxy) -> None:
         proxy.reader = self._space
-        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stream.connect(str(self.paths.mig_sock))
-        self._sink = MemorySink(stream, proxy, self.control.session, self.control.tell)
+        early = POST_COPY in self.offer.options.allow
+        self._sink = MemorySink(
+            self._to_qemu(), proxy, self.control.session, self.control.tell, self._to_qemu if early else None
+        )
         threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
         self.control.send(MemoryReady())
+
+    def _to_qemu(self) -> socket.socket:
+        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stream.connect(str(self.paths.mig_sock))
+        return stream
 
     def _has_mirror(self) -> bool:
         return self._sink is not None and self._sink.proxy.mirror is not None

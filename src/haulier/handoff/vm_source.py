@@ -53,6 +53,7 @@ from haulier.handoff.messages import (
 )
 from haulier.handoff.residence import guest_paths, incoming_name, pin_name, run_on
 from haulier.handoff.source import DISK_CHUNK_WIRE, Peer, SourceHandoff
+from haulier.handoff.urgent import UrgentPump
 from haulier.memory.base import MemoryBase
 from haulier.units import CHUNK, PAGE
 from haulier.without import ORDER, without
@@ -232,10 +233,8 @@ class VmSource(SourceHandoff):
         if not self.job.options.level:
             self._adapting = Adapting(profile_of(self.site), self._rate or 10e6, self.site.cpu_cap)
         proxy.set_level(self._adapting.level if self._adapting is not None else self.job.options.level)
-        ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._pump = MemoryPump(ours, proxy, self._session, self._window, made.ahead, self._adapting)
-        self._pump.widen(qemus)
         qemu = self.qemu
+        early = POST_COPY in self.job.options.allow
         # Capabilities stay set from whatever this QEMU did before, so those that must be off are named too.
         qemu.set_capabilities(
             events=True,
@@ -244,10 +243,9 @@ class VmSource(SourceHandoff):
             late_block_activate=False,
             mapped_ram=False,
             auto_converge=AUTO_CONVERGE in self.job.options.allow,
-            postcopy_ram=POST_COPY in self.job.options.allow,
+            postcopy_ram=early,
+            postcopy_preempt=early,
         )
-        if POST_COPY in self.job.options.allow:
-            self._pump.serve(RAM_ID)
         if AUTO_CONVERGE in self.job.options.allow:
             qemu.set_parameters(**HELD_BACK)
         qemu.set_parameters(
@@ -257,10 +255,22 @@ class VmSource(SourceHandoff):
         )
         self._mark = qemu.qmp.mark()
         self._marks["memory"] = time.time()
-        try:
-            qemu.migrate_fd(qemus.fileno())
-        finally:
-            qemus.close()
+        urgent: UrgentPump | None = None
+        if early:
+            urgent = UrgentPump(self.paths.out_sock, self._session)
+            qemu.migrate_uri(f"unix:{self.paths.out_sock}")
+            ours = urgent.stream()
+        else:
+            ours, qemus = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._pump = MemoryPump(ours, proxy, self._session, self._window, made.ahead, self._adapting)
+        if urgent is not None:
+            self._pump.serve(RAM_ID, urgent)
+        else:
+            self._pump.widen(qemus)
+            try:
+                qemu.migrate_fd(qemus.fileno())
+            finally:
+                qemus.close()
         self._pump.start()
 
     def _window(self, first_pass: bool = False) -> Window:

@@ -120,12 +120,18 @@ class StreamParser:
     """
 
     def __init__(
-        self, token_bytes: int = TOKEN, *, blocks: Mapping[str, int] | None = None, ids: Collection[int] = ()
+        self,
+        token_bytes: int = TOKEN,
+        *,
+        blocks: Mapping[str, int] | None = None,
+        ids: Collection[int] = (),
+        bare: bool = False,
     ) -> None:
         """`token_bytes`: no token stands for more bytes of the stream than this, or one record if that is more.
 
         `blocks` and `ids`, as an earlier parser learned them: the stream is one of post-copy that broke and goes on.
-        It has no beginning of its own, and its first record names its block.
+        It has no beginning of its own, and its first record names its block. `bare`: it is the connection for urgent
+        pages, which has nothing but records.
         """
         self.blocks: dict[str, int] = {}
         self.machine: str | None = None
@@ -155,11 +161,12 @@ class StreamParser:
         self._sizes: dict[str, int] = {}
         self._package_left = 0
         self.packaged = False
+        self._bare = bare
         if blocks is not None:
             self._name_blocks(dict(blocks))
             self._names = dict.fromkeys(ids, "ram")
             self.device_state = self.postcopy = self.packaged = True
-            self._step = self._top
+            self._step = self._records if bare else self._top
 
     @property
     def ids(self) -> list[int]:
@@ -335,6 +342,8 @@ class StreamParser:
             elif flags == q.EOS:
                 self._at += 8
                 self.sections += 1
+                if self._bare:
+                    continue
                 self._ended = self._ended or self._section == q.END
                 self._mark(out, _SECTIONS[self._section])
                 self._step = self._footer
