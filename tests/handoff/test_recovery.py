@@ -317,6 +317,7 @@ def test_a_target_that_died_before_device_state_was_there(hosts: Hosts, order: s
             assert hosts.recover(host)
     assert (oslo.state, lisbon.state) == (State.OWNER, State.REFUSED)
     assert oslo.qemu is None and oslo.files() == ["overlay.qcow2"], "it cannot run on there: only its disk is left"
+    assert "guest start" in str(oslo.handoff.detail["error"])
     assert_cleared(lisbon)
 
 

@@ -96,7 +96,7 @@ def test_a_refusal_gives_it_back(sites: Sites) -> None:
     # The target lost everything, and so what it had voted for.
     sites.take(Event.COPY_LOST, 0)
     sites.answer(Event.TOKEN, 4)
-    with pytest.raises(HandoffFailed, match=r"site 'lisbon' refused the token; guest 'web1' runs on at 'oslo'"):
+    with pytest.raises(HandoffFailed, match=r"site 'lisbon' refused the token; guest 'web1' belongs to 'oslo' again"):
         sites.token.settle(sites.pair.a, lambda _: None)
     assert sites.token.granted and not sites.token.passed
     assert sites.states()[0] is State.OWNER and sites.states()[1] is not State.OWNER

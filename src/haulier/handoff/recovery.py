@@ -343,7 +343,9 @@ def _carry_out(site: Site, journal: Journal, row: HandoffRow | None, happened: H
     handoff = row.id if row is not None else happened.row.handoff
     for action in happened.actions:
         if action is Action.RESUME:
-            resume_original(site, guest)
+            if not resume_original(site, guest) and row is not None:
+                text = f"guest {guest!r} does not run here any more: boot it with 'haulier guest start {guest}'"
+                journal.update_handoff(row.id, detail={**journal.handoff(row.id).detail, "error": text})
         elif action is Action.DISCARD_COPY:
             discard_copy(site, guest, handoff)
         elif action is Action.END_COPY:

@@ -133,7 +133,9 @@ class Token:
             return True
         if Action.RESUME in happened.actions:
             self.refused = True
-            raise HandoffFailed(f"site {job.peer!r} refused the token; guest {job.guest!r} runs on at {self._here!r}")
+            raise HandoffFailed(
+                f"site {job.peer!r} refused the token; guest {job.guest!r} belongs to {self._here!r} again"
+            )
         return False
 
     def _ask_agent(self, control: Control) -> bool:

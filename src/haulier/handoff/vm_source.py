@@ -97,6 +97,19 @@ class VmSource(SourceHandoff):
         self._goes_first = False
         """The guest runs at the target before its memory is whole."""
         self._filled: Filled | None = None
+        self._lost = False
+
+    def run(self) -> dict[str, Any]:
+        """As every source's; one whose post-copy had begun when the target refused it says what became of the guest."""
+        try:
+            return super().run()
+        except HandoffFailed as error:
+            if not self._lost:
+                raise
+            raise HandoffFailed(
+                f"{error}: but its post-copy had begun, and what it had in memory is lost; its disk at "
+                f"{self.site.name!r} is right: boot it with 'haulier guest start {self.job.guest}'"
+            ) from error
 
     def _adopt(self) -> None:
         self.qemu = Qemu.adopt(self.paths, worker=True)
@@ -575,7 +588,7 @@ class VmSource(SourceHandoff):
             with contextlib.suppress(HaulierError):
                 self._rounds.abort()
         if self.qemu.alive():
-            run_on(self.qemu)
+            self._lost = not run_on(self.qemu)
 
     def _drain(self) -> None:
         if self._session is not None and self._pump is not None:
