@@ -155,6 +155,18 @@ def test_post_copy_that_broke_goes_on_without_a_beginning() -> None:
         StreamParser(blocks={"ram0": 64 * PAGE, "rom": 4 * PAGE}, ids=[4]).feed(writer.data)
 
 
+def test_a_connection_for_urgent_pages_has_nothing_but_records() -> None:
+    writer = Writer(footers=False)
+    for page in (3, 9, 4):
+        writer.page("ram0", page, page_of(page), named=True)
+    writer.eos().page("rom", 1, page_of(0), named=True).eos()
+    parser = StreamParser(blocks={"ram0": 64 * PAGE, "rom": 4 * PAGE}, bare=True)
+    tokens = [token for at in range(0, len(writer.data), 999) for token in parser.feed(writer.data[at : at + 999])]
+    assert rebuild_all(tokens) == writer.data and memory_of(tokens) == writer.memory
+    with pytest.raises(Corrupt):
+        parser.feed(b"\x02\0\0\0\1 is a section")
+
+
 @pytest.mark.parametrize(
     ("number", "data"),
     [
