@@ -91,6 +91,8 @@ def technique(way: str, cell: dict[str, Any]) -> Experiment:
     found = new()
     figures = {
         "total s": cell.get("total s"),
+        "whole s": cell.get("whole s"),
+        "longest wait for a page ms": cell.get("page ms"),
         "downtime ms": cell.get("downtime ms"),
         "first answer ms": cell.get("first answer ms"),
         "MB": cell.get("MB"),
@@ -131,6 +133,7 @@ def finished(found: Experiment) -> Experiment:
     if "post-copy" not in ALLOWABLE:
         missing.append(Row("haulier, post-copy", OUTRUN, Kind.NOT_BUILT, {}))
     found.rows = rows + missing
+    found.notes.append("'total': until it runs at the target; 'whole': until all of its memory is there, by post-copy")
     found.notes.append("'work lost' is the share of the guest's usual work that it did not get done meanwhile")
     found.notes.append(f"a technique that was given up (stock after {GIVE_UP_S:g} s) has the time after which that was")
     return found
