@@ -326,12 +326,11 @@ def finished(found: Experiment) -> Experiment:
         if mine is None:
             continue
         found.targets += targets(setting, rows, mine)
-        bars = [(row.way, row.get("total s"), row.kind) for row in rows]
-        if setting.startswith("10 Mbps"):
-            theirs = [row for row in published.LIVE_MIGRATION if row.setting == published.SETTING]
-            bars += [(row.way, row.get("total s"), row.kind) for row in theirs]
+        at_ten = setting.startswith("10 Mbps")
+        theirs = [row for row in published.LIVE_MIGRATION if at_ten and row.setting == published.SETTING]
+        bars = [(row.way, row.get("total s"), row.kind) for row in [*rows, *theirs]]
         found.bars.append(Bars(f"total, seconds: {setting}", bars, log=True))
-        down = [(row.way, row.get("downtime ms"), row.kind) for row in rows if row.get("downtime ms") is not None]
+        down = [(row.way, row.get("downtime ms"), row.kind) for row in [*rows, *theirs] if row.get("downtime ms")]
         found.bars.append(Bars(f"downtime, ms: {setting}", down))
     found.rows = measured + published.LIVE_MIGRATION
     found.notes = [*found.notes, *NOTES]

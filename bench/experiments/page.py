@@ -8,7 +8,7 @@ from typing import Any
 
 from report import Target
 
-from experiments import plots
+from experiments import model, plots
 from experiments.model import Check, Experiment, Kind, Row, from_dict
 
 STYLE = """
@@ -81,6 +81,9 @@ def _contents(experiments: Sequence[Experiment]) -> str:
         wrong = sum(1 for check in each.checks if not check.ok)
         verdict = f"{len(each.targets) - missed} of {len(each.targets)} aims met" if each.targets else "no aims"
         consistent = f'<span class="bad">{wrong} inconsistent figures</span>' if wrong else "figures consistent"
+        if not model.ours(each.rows):
+            lines.append(f'<li><a href="#{escape(each.name)}">{escape(each.title)}</a>: not run</li>')
+            continue
         lines.append(
             f'<li><a href="#{escape(each.name)}">{escape(each.title)}</a>: {verdict}, {consistent}, '
             f"{plots.number(each.seconds)} s</li>"

@@ -290,7 +290,7 @@ def test_what_was_not_built_says_so() -> None:
 
 
 def test_figures_that_disagree_are_said_at_the_top() -> None:
-    wrong = Experiment("x", "X", "?", checks=[Check("bytes", 0.5, 0.03)])
+    wrong = Experiment("x", "X", "?", rows=[row("a", total_s=1.0)], checks=[Check("bytes", 0.5, 0.03)])
     said = " ".join(parsed(page.page(document([wrong]))).text)
     assert "1 inconsistent figures" in said and "DISAGREE" in said
 
