@@ -38,7 +38,10 @@ class Experiments(Report):
 
     def more(self) -> dict[str, object]:
         """What the JSON has beside every benchmark's keys."""
-        return {"experiments": [each.as_dict() for each in self.experiments], "command": " ".join(sys.argv)}
+        return {
+            "experiments": [each.as_dict() for each in self.experiments],
+            "command": " ".join(["bench/run", *sys.argv[1:]]),
+        }
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Experiments:
