@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,7 @@ from haulier.disks.rounds import DiskRounds  # noqa: E402
 from haulier.errors import GuestError  # noqa: E402
 from haulier.guests.command import RAM_ID  # noqa: E402
 from haulier.guests.qemu import Qemu  # noqa: E402
-from haulier.handoff import retained  # noqa: E402
-from haulier.handoff.journal import Journal  # noqa: E402
-from haulier.handoff.residence import guest_paths, spec_of  # noqa: E402
+from haulier.handoff.residence import guest_paths  # noqa: E402
 from haulier.handoff.shared import blocks_of, golden_manifest  # noqa: E402
 from haulier.lab import looking  # noqa: E402
 from haulier.lab.container_clients import Redis, Talk  # noqa: E402
@@ -164,7 +163,8 @@ class Using:
 
     def faces(self) -> None:
         # The workload that the lab's guests have otherwise listens where this service does.
-        self.sh("systemctl stop haulier-workload; systemd-run -q python3 -u /usr/lib/haulier/vision/haulier/lab/services.py faces")
+        service = "/usr/lib/haulier/vision/haulier/lab/services.py faces"
+        self.sh(f"systemctl stop haulier-workload; systemd-run -q python3 -u {service}")
         deadline = time.monotonic() + looking.START_S
         while True:
             with contextlib.suppress(OSError):
@@ -236,9 +236,18 @@ def download(folder: Path) -> Path:
     return folder
 
 
-def one(found: Scenario, name: str, folder: Path, quick: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Used:
+    """A guest after its use: a copy of its memory, and the blocks u8 (n, 4096) that it wrote to its disk."""
+
+    name: str
+    ram: Path
+    blocks: NDArray[np.uint8]
+
+
+def use(found: Scenario, name: str, folder: Path) -> Used:
     found.start_guest(GUEST, memory=f"{MEMORY_MIB}M", image=IMAGE)
-    using, ram = Using(found, folder / "debs"), folder / "ram"
+    using, ram = Using(found, folder / "debs"), folder / f"{name}.ram"
     try:
         uses: dict[str, Callable[[], None]] = {
             "faces": using.faces,
@@ -250,39 +259,40 @@ def one(found: Scenario, name: str, folder: Path, quick: bool) -> dict[str, Any]
         blocks = using.still(ram)
     finally:
         using.qemu.close()
-    delta = Disk(np.ascontiguousarray(blocks)) if len(blocks) else None
-    site = found.oslo.site
-    with Journal(site.journal) as journal, ChunkStore(site.store) as store:
-        row = journal.guest(GUEST)
-        spec = spec_of(row)
-        manifest, golden = store.load_manifest(row.manifest), golden_manifest(store, spec.golden)
-        disk = StoreBlockFinder(*blocks_of(store, manifest, golden, site.golden / spec.golden / "blocks.idx"))
-        base = retained.open_base(site, GUEST, spec.uuid, retained.GOLDEN + spec.golden)
-        least = limit(encode(ram, base, disk, record=True)[1], quick)
-        full = encode(ram, base, disk)[0]
+    found.oslo.facts("guest", "remove", GUEST, "--force")
+    return Used(name, ram, blocks)
+
+
+def measure(used: Used, started: Template, quick: bool) -> dict[str, Any]:
+    delta = Disk(np.ascontiguousarray(used.blocks)) if len(used.blocks) else None
+    snapshot = started.golden
+    with ChunkStore(started.root / "store") as store:
+        manifest, golden = store.load_manifest(f"image/{IMAGE}"), golden_manifest(store, snapshot.meta.id)
+        disk = StoreBlockFinder(*blocks_of(store, manifest, golden, snapshot.path / "blocks.idx"))
+        base = MemoryBase.from_mapped_ram(snapshot.path / "memory")
+        least = limit(encode(used.ram, base, disk, record=True)[1], quick)
+        full = encode(used.ram, base, disk)[0]
         bytes_of = {
             "full": full,
             "limit": least,
-            "sent before": encode(ram, base, Both(disk, delta))[0],
-            "no golden": encode(ram, None, disk)[0],
-            "no disk": encode(ram, base, None)[0],
-            "no window": encode(ram, base, disk, long=False)[0],
-            "zstd alone": encode(ram, None, None)[0],
-            "new on disk": len(blocks) * PAGE,
+            "sent before": encode(used.ram, base, Both(disk, delta))[0],
+            "no golden": encode(used.ram, None, disk)[0],
+            "no disk": encode(used.ram, base, None)[0],
+            "no window": encode(used.ram, base, disk, long=False)[0],
+            "zstd alone": encode(used.ram, None, None)[0],
+            "new on disk": len(used.blocks) * PAGE,
         }
-    ram.unlink()
-    found.oslo.facts("guest", "remove", GUEST, "--force")
-    return {"ratio": full / least, "guest": name, **{key: value / 1e6 for key, value in bytes_of.items()}}
+    return {"ratio": full / least, "guest": used.name, **{key: value / 1e6 for key, value in bytes_of.items()}}
 
 
 def run(quick: bool) -> Report:
-    with (
-        scenario("bench-bytes", made(), [wan("100mbit", "5ms")]) as found,
-        tempfile.TemporaryDirectory(dir=found.work) as work,
-    ):
+    started = made()
+    with tempfile.TemporaryDirectory(prefix="bytes-") as work:
         folder = Path(work)
         download(folder / "debs")
-        rows = [one(found, name, folder, quick) for name in (("faces", "churn") if quick else AIMS)]
+        with scenario("bench-bytes", started, [wan("100mbit", "5ms")]) as found:
+            guests = [use(found, name, folder) for name in (("faces", "churn") if quick else AIMS)]
+        rows = [measure(used, started, quick) for used in guests]
     targets = []
     for row in rows:
         name = row["guest"]
