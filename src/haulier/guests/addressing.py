@@ -170,8 +170,11 @@ def leave_lines(nic: str, address: str, numbers: Sequence[int]) -> list[str]:
 
 
 def spare_lines(nic: str, address: str, number: int) -> list[str]:
-    """MPTCP connections use `address` only where nothing else works. Pure."""
-    return [f"mptcp endpoint add {address} id {number} dev {nic} backup", f"mptcp endpoint change id {number} backup"]
+    """MPTCP connections use `address` only where nothing else works. Pure.
+
+    Peers are told of a change alone (MP_PRIO), so the endpoint must not begin as a backup.
+    """
+    return [f"mptcp endpoint add {address} id {number} dev {nic}", f"mptcp endpoint change id {number} backup"]
 
 
 def drop_lines(nic: str, address: str) -> list[str]:
