@@ -144,7 +144,11 @@ def test_clients_that_do_not_join_keep_the_old_address_and_its_tunnel(lisbon: Ho
     done = readdressing.settle(lisbon.site, lisbon.journal, GUEST)
     assert done["left"] == 3 and address_of(lisbon) == NEW
     assert not any("delete" in line or "del " in line for line in inside.lines)
-    assert inside.lines[-2:] == [f"mptcp endpoint add {OLD} id 130 dev eth0", "mptcp endpoint change id 130 backup"]
+    assert inside.lines[-3:] == [
+        f"mptcp endpoint add {OLD} id 130 dev eth0",
+        "mptcp endpoint change id 130 backup",
+        "mptcp endpoint change id 7 backup",
+    ]
     assert [t.role for t in clients.records(lisbon.site).all()] == ["away"]
     # Later they are looked at again.
     assert not readdressing.settled(lisbon.site, spec_of(lisbon.journal.guest(GUEST)))
@@ -178,10 +182,11 @@ def test_joining_ahead_there_and_called_off(hosts: Hosts, inside: Inside, kernel
     assert sorted(kernel.ends.values()) == [False, True], "what comes for the new address goes to the guest already"
     assert f"mptcp endpoint add {NEW} id 5 dev eth0 signal backup" in inside.lines
     assert readdressing.plan_ahead(oslo.site, GUEST, "h2", "127.0.0.9") is None, "one at a time"
-    assert inside.armed[-3:] == [
+    assert inside.armed[-4:] == [
         "mptcp endpoint change id 5 nobackup",
         f"mptcp endpoint add {OLD} id 130 dev eth0",
         "mptcp endpoint change id 130 backup",
+        "mptcp endpoint change id 4 backup",
     ], "when it has arrived, the new address is the one to use"
     readdressing.called_off(oslo.site, GUEST)
     assert f"addr del {NEW}/32 dev eth0" in inside.lines and clients.records(oslo.site).all() == []

@@ -169,12 +169,13 @@ def leave_lines(nic: str, address: str, numbers: Sequence[int]) -> list[str]:
     return [f"mptcp endpoint delete id 0 {address}", *(f"mptcp endpoint delete id {n}" for n in numbers)]
 
 
-def spare_lines(nic: str, address: str, number: int) -> list[str]:
-    """MPTCP connections use `address` only where nothing else works. Pure.
+def spare_lines(nic: str, address: str, number: int, others: Sequence[int] = ()) -> list[str]:
+    """MPTCP connections use `address` only where nothing else works. `others`: ids that it may have already. Pure.
 
-    Peers are told of a change alone (MP_PRIO), so the endpoint must not begin as a backup.
+    Peers are told of a change alone (MP_PRIO), so the endpoint must not begin as a backup. What fails is left out.
     """
-    return [f"mptcp endpoint add {address} id {number} dev {nic}", f"mptcp endpoint change id {number} backup"]
+    changes = [f"mptcp endpoint change id {each} backup" for each in (number, *others)]
+    return [f"mptcp endpoint add {address} id {number} dev {nic}", *changes]
 
 
 def drop_lines(nic: str, address: str) -> list[str]:

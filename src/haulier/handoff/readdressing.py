@@ -140,7 +140,9 @@ def prepare(site: Site, journal: Journal, guest: str, target: str, address: str,
             addressing.batch(agent, [*take, *addressing.join_lines(nic, address, number, backup=True)])
         there = [*take, *addressing.join_lines(nic, address, number)]
         if spec.site_address:
-            there += addressing.spare_lines(nic, spec.site_address, _spare_number(row.pending))
+            # It is an endpoint already where the guest came to it by a move.
+            mine = [addressing.number_of(row.epoch)]
+            there += addressing.spare_lines(nic, spec.site_address, _spare_number(row.pending), mine)
         addressing.arm(agent, nic, there)
     log.info("guest %s: clients join %s %s", guest, address, "ahead" if ahead is not None else "after its move")
 
@@ -268,7 +270,7 @@ def _leave(
     plain = now.plain.get(old, 0)
     if waiting:
         # Closing their only subflow would end them; those that have joined shall use it only if they must.
-        addressing.batch(agent, addressing.spare_lines(nic, old, _spare_number(epoch)))
+        addressing.batch(agent, addressing.spare_lines(nic, old, _spare_number(epoch), numbers))
         return waiting + plain
     gone = addressing.leave_lines(nic, old, numbers)
     addressing.batch(agent, gone if plain else [*gone, *addressing.drop_lines(nic, old)])
