@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 PAUSE_S: Final = 30.0
 """How long QEMU may take to see that its connection is gone."""
 PATIENCE_S: Final = 2.0
+GRACE_S: Final = 15.0
 LEVEL: Final = 3
 
 
@@ -73,6 +74,7 @@ class ResumeSource:
         self._row = journal.handoff(job.handoff)
         self._token = Token(journal, job, site.name, peer, self.left_alone)
         self._over = threading.Event()
+        self._began = time.monotonic()
         self._rates = RecentMost()
         self._rate = 0.0
         self._session: Session | None = None
@@ -146,6 +148,9 @@ class ResumeSource:
             time.sleep(0.1)
 
     def _check(self) -> None:
+        if self.left_alone.is_set() and time.monotonic() - self._began < GRACE_S:
+            # The target's agent was still speaking of the worker before, whose end both agents found at the same time.
+            self.left_alone.clear()
         if self.left_alone.is_set():
             raise HandoffFailed(f"the worker at site {self.job.peer!r} is gone")
         pump = self._pump
