@@ -15,7 +15,7 @@ import time
 from typing import Any, Final, Protocol
 
 from haulier.agent.site import Site
-from haulier.errors import GuestError, HandoffFailed, HaulierError
+from haulier.errors import Conflict, GuestError, HandoffFailed, HaulierError
 from haulier.guests import rescue
 from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
@@ -52,6 +52,7 @@ PAUSE_S: Final = 30.0
 """How long QEMU may take to see that its connection is gone."""
 PATIENCE_S: Final = 2.0
 GRACE_S: Final = 15.0
+BUSY_S: Final = 20.0
 LEVEL: Final = 3
 
 
@@ -110,7 +111,8 @@ class ResumeSource:
         job, epoch = self.job, self._token.epoch
         broken = served.remembered(self._row)
         secret = secrets.token_hex(32)
-        accept = self.peer.resume(Resumption(job.guest, job.handoff, epoch, secret))
+        accept = self._ask(Resumption(job.guest, job.handoff, epoch, secret))
+        self._began = time.monotonic()
         offer = Offer(
             handoff=job.handoff,
             source=self.site.name,
@@ -137,6 +139,21 @@ class ResumeSource:
         self._pump.start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         self._token.settle(self._control, self._runs, self._hears)
+
+    def _ask(self, request: Resumption) -> Accept:
+        """Has the target's agent start its side. It may just be looking after the guest itself, for some seconds.
+
+        Both agents look again after the same times, so one that is refused once would be refused for ever.
+        """
+        deadline = time.monotonic() + BUSY_S
+        while True:
+            try:
+                return self.peer.resume(request)
+            except Conflict as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.info("site %s: %s", self.job.peer, error)
+            time.sleep(0.5)
 
     def _paused(self) -> None:
         """Waits until QEMU has seen that its old connection is gone."""
