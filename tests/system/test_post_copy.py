@@ -49,9 +49,13 @@ def test_workers_that_die_are_followed_by_others(standing: Stage, killed: tuple[
     handoff.wait_state(handoff.source, ["serving"])
     for side in killed:
         handoff.kill_worker(getattr(handoff, side))
-    report = handoff.done()
-    print(report["total_s"], report["downtime_ms"], report["post_copy"])
-    assert report["post_copy"]["resumed"] is True
+    code, result, err = handoff.result()
+    assert code == 0, f"exit code {code}: {err}\n{handoff.logs()}"
+    report = result["report"] or {}
+    print(report.get("total_s"), report.get("downtime_ms"), report.get("post_copy"))
+    # One that is left alone may have had all of it by then: there is nothing to go on with.
+    if len(killed) == 2:
+        assert report["post_copy"]["resumed"] is True
     assert set(handoff.settled().values()) == {"done"}
     arrived(standing, handoff)
 
