@@ -144,7 +144,12 @@ def test_an_unfinished_copy_is_thrown_away(hosts: Hosts, status: str | None, rea
     oslo, lisbon = hosts.both
     lisbon.record(State.RECEIVING, 0, 4, role="target")
     lisbon.qemu, oslo.reachable = status, reachable
+    directory = lisbon.site.handoff_root(lisbon.handoff.id)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("job.json", "status.new", ".job.json.x1y2"):
+        (directory / name).write_text("{")
     assert hosts.recover(lisbon)
+    assert [path.name for path in directory.iterdir()] == ["job.json"], "what was just being written is gone"
     assert (lisbon.state, lisbon.row.pending) == (State.REFUSED, 0)
     assert hosts.said == [("oslo", "refused", 4)]
     assert_cleared(lisbon)

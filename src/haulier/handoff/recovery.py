@@ -401,8 +401,10 @@ def _keep_attempt(site: Site, journal: Journal, row: HandoffRow) -> None:
 
 
 def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str, *, keep: bool = True) -> None:
-    # What a worker that was killed was just writing.
-    (site.handoff_root(row.id) / "status.new").unlink(missing_ok=True)
+    # What a worker or an agent that was killed was just writing.
+    directory = site.handoff_root(row.id)
+    for unfinished in (directory / "status.new", *directory.glob(".*")):
+        unfinished.unlink(missing_ok=True)
     if outcome == "failed" and keep:
         _keep_attempt(site, journal, row)
     site.mirror(row.id).unlink(missing_ok=True)
