@@ -43,6 +43,7 @@ from haulier.lab.clients import Workload  # noqa: E402
 from haulier.lab.scenario import GUEST_ADDRESS, Scenario, scenario, template, wan  # noqa: E402
 from haulier.memory.ahead import AheadReader  # noqa: E402
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy  # noqa: E402
+from haulier.units import PAGE  # noqa: E402
 
 LOADS: dict[str, dict[str, Any]] = {
     "idle": {"memory_mib": 8, "pages_per_s": 0, "hot_pages": 1, "files_per_s": 0, "file_kib": 64},
@@ -68,6 +69,20 @@ class Recorder(StreamCompressor):
         return super().compress(*data)
 
 
+def encode_all(proxy: SourceProxy, ram: Path, enough: Callable[[], bool] = lambda: False) -> None:
+    """Has all pages of a guest's memory file go through `proxy`, which is closed then."""
+    reader = AheadReader(ram, RAM_ID)
+    proxy.name({RAM_ID: reader.pages * PAGE})
+    reader.plan_all()
+    while not reader.done and not enough():
+        assert proxy.mirror is not None
+        numbers, pages = reader.take(proxy.mirror)
+        for at in range(0, len(numbers), AHEAD_PAGES):
+            proxy.ahead(RAM_ID, numbers[at : at + AHEAD_PAGES], pages[at : at + AHEAD_PAGES])
+    reader.close()
+    proxy.close()
+
+
 def record(found: Scenario, load: dict[str, Any]) -> list[bytes]:
     workload = Workload(found.lab, "client", GUEST_ADDRESS)
     workload.start(load["memory_mib"], **{key: value for key, value in load.items() if key != "memory_mib"})
@@ -81,16 +96,8 @@ def record(found: Scenario, load: dict[str, Any]) -> list[bytes]:
         base = retained.open_base(site, "web1", spec.uuid, retained.GOLDEN + spec.golden)
         proxy = SourceProxy(Path(folder) / "mirror", base, finder)
         proxy._compressor = recorder = Recorder()
-        reader = AheadReader(guest_paths(site, "web1").ram, RAM_ID)
-        proxy.name({RAM_ID: reader.pages * 4096})
-        reader.plan_all()
-        while not reader.done and sum(map(len, recorder.batches)) < MOST:
-            assert proxy.mirror is not None
-            numbers, pages = reader.take(proxy.mirror)
-            for at in range(0, len(numbers), AHEAD_PAGES):
-                proxy.ahead(RAM_ID, numbers[at : at + AHEAD_PAGES], pages[at : at + AHEAD_PAGES])
-        reader.close()
-        proxy.close()
+        ram = guest_paths(site, "web1").ram
+        encode_all(proxy, ram, lambda: sum(map(len, recorder.batches)) >= MOST)
     return recorder.batches
 
 

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from adaptive import Recorder  # noqa: E402
+from adaptive import Recorder, encode_all  # noqa: E402
 from codec import Disk  # noqa: E402
 from report import Report, Target  # noqa: E402
 
@@ -42,7 +42,6 @@ from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.compress import StreamCompressor  # noqa: E402
 from haulier.disks.rounds import DiskRounds  # noqa: E402
 from haulier.errors import GuestError  # noqa: E402
-from haulier.guests.command import RAM_ID  # noqa: E402
 from haulier.guests.qemu import Qemu  # noqa: E402
 from haulier.handoff.residence import guest_paths  # noqa: E402
 from haulier.handoff.shared import blocks_of, golden_manifest  # noqa: E402
@@ -52,8 +51,7 @@ from haulier.lab.containers import FACE_PACKAGES, SERVER_PACKAGES  # noqa: E402
 from haulier.lab.image import Application  # noqa: E402
 from haulier.lab.scenario import GUEST_ADDRESS, Scenario, Template, scenario, template, wan  # noqa: E402
 from haulier.memory import BlockFinder, MemoryBase  # noqa: E402
-from haulier.memory.ahead import AheadReader  # noqa: E402
-from haulier.memory.proxy import AHEAD_PAGES, SourceProxy  # noqa: E402
+from haulier.memory.proxy import SourceProxy  # noqa: E402
 from haulier.units import PAGE  # noqa: E402
 
 LEVEL = 7
@@ -118,16 +116,7 @@ def encode(
         recorder = Recorder()
         if record:
             proxy._compressor = recorder
-        reader = AheadReader(ram, RAM_ID)
-        proxy.name({RAM_ID: reader.pages * PAGE})
-        reader.plan_all()
-        while not reader.done:
-            assert proxy.mirror is not None
-            numbers, pages = reader.take(proxy.mirror)
-            for at in range(0, len(numbers), AHEAD_PAGES):
-                proxy.ahead(RAM_ID, numbers[at : at + AHEAD_PAGES], pages[at : at + AHEAD_PAGES])
-        reader.close()
-        proxy.close()
+        encode_all(proxy, ram)
         return proxy.counters.wire_bytes, recorder.batches
 
 

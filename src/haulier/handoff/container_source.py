@@ -166,18 +166,8 @@ class ContainerSource(SourceHandoff):
             sender.commit(final=last, wait=not last)
         self._latest = sender.manifest
         self._observe()
-        entry = {
-            "round": len(self._disk_rounds) + 1,
-            "last": last,
-            "dirty": sent.chunks_dirty,
-            "files": self._upper.changed_files,
-            "chunks": sent.chunks_dirty - sent.chunks_unchanged - sent.chunks_zero,
-            "wire_bytes": sent.wire_bytes,
-            "seconds": round(time.time() - began, 4),
-            "at": round(began - self._marks["begin"], 4),
-        }
-        self._disk_rounds.append(entry)
-        return entry
+        number, files = len(self._disk_rounds) + 1, self._upper.changed_files
+        return self._note_disk_round(sent, began, round=number, last=last, dirty=sent.chunks_dirty, files=files)
 
     def _upper_items(self, last: bool) -> Iterator[tuple[int, bytes]]:
         for number, data in self._upper.items(mapped_for_writing(self.container.pids()), last=last):

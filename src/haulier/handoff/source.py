@@ -21,6 +21,7 @@ from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.compress.stream import level_for
 from haulier.disks.rounds import Round
+from haulier.disks.sending import RoundReport
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Cancelled, Corrupt, HandoffFailed, HaulierError, PeerError
 from haulier.handoff import clients, foretold, readdressing, retained
@@ -369,6 +370,17 @@ class SourceHandoff(ABC):
         finder.index = sender.index
         session.on(Channel.DISK, sender.handle)
         return sender
+
+    def _note_disk_round(self, sent: RoundReport, began: float, **facts: int) -> dict[str, Any]:
+        """What the report says of a disk round that began at `began`, seconds of this host's clock, and has ended."""
+        entry = facts | {
+            "chunks": sent.chunks_dirty - sent.chunks_unchanged - sent.chunks_zero,
+            "wire_bytes": sent.wire_bytes,
+            "seconds": round(time.time() - began, 4),
+            "at": round(began - self._marks["begin"], 4),
+        }
+        self._disk_rounds.append(entry)
+        return entry
 
     def _foretell(self, accept: Accept) -> None:
         """The forecast of this handoff: the operator's plan, or a small sample while the target prepares itself."""

@@ -207,17 +207,7 @@ class VmSource(SourceHandoff):
             self._sender.commit()
             self._pin()
         self._observe()
-        entry = {
-            "round": current.number,
-            "last": last,
-            "dirty": len(current.dirty),
-            "chunks": sent.chunks_dirty - sent.chunks_unchanged - sent.chunks_zero,
-            "wire_bytes": sent.wire_bytes,
-            "seconds": round(time.time() - began, 4),
-            "at": round(began - self._marks["begin"], 4),
-        }
-        self._disk_rounds.append(entry)
-        return entry
+        return self._note_disk_round(sent, began, round=current.number, last=last, dirty=len(current.dirty))
 
     def _until_stop(self, current: Round, last: bool) -> Iterator[tuple[int, bytes]]:
         for item in current.items():
