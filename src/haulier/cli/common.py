@@ -19,6 +19,10 @@ Root = Annotated[
 ]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print facts as JSON, one object a line.")]
 
+GuestName = Annotated[str, Parameter(help="Name of the guest.")]
+ImageName = Annotated[str, Parameter(help="Name of the image.")]
+SiteName = Annotated[str, Parameter(help="Name of the site.")]
+
 console = Console(soft_wrap=True)
 bars = Console(stderr=True)
 """Progress goes to stderr: what is printed may be read by a program."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from haulier.cli.common import Json, Root, console, load_site, print_json, print_table, size
+from haulier.cli.common import Json, Root, SiteName, console, load_site, print_json, print_table, size
 from haulier.coordinator.address import HERE, Address
 from haulier.coordinator.client import CoordinatorClient
 from haulier.errors import UsageError
@@ -144,14 +144,8 @@ def _remark(layer: dict[str, Any]) -> str:
 
 
 @coordinator_app.command
-def forget(site: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Forget what a site reported, because it has left the fleet. Where the coordinator runs.
-
-    Parameters
-    ----------
-    site
-        Name of the site.
-    """
+def forget(site: SiteName, /, *, root: Root = None, json: Json = False) -> None:
+    """Forget what a site reported, because it has left the fleet. Where the coordinator runs."""
     _client(root).forget(site)
     if json:
         print_json({"site": site})

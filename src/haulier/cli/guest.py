@@ -8,16 +8,27 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from haulier.agent.client import path_segment
-from haulier.cli.common import Json, Root, client, parse_memory, print_json, print_table, tell
+from haulier.cli.common import (
+    GuestName,
+    Json,
+    Root,
+    client,
+    parse_memory,
+    print_json,
+    print_table,
+    tell,
+)
 from haulier.cli.progress import wait
 from haulier.units import MIB
 
 guest_app = App(name="guest", help="Guests of this site.")
 
+Gateway = Annotated[str, Parameter(help="[default: the first address of its network]")]
+
 
 @guest_app.command
 def run(
-    name: str,
+    name: GuestName,
     /,
     *,
     image: Annotated[str, Parameter(help="Image to run.")],
@@ -26,7 +37,7 @@ def run(
     address: Annotated[
         str, Parameter(help="Its address, for example 10.77.0.10/24, or auto; without one it has no NIC.")
     ] = "",
-    gateway: Annotated[str, Parameter(help="[default: the first address of its network]")] = "",
+    gateway: Gateway = "",
     mac: Annotated[str, Parameter(help="[default: a random one]")] = "",
     cold: Annotated[bool, Parameter(negative="", help="Boot it even where there is a golden snapshot.")] = False,
     agent: Annotated[
@@ -44,13 +55,7 @@ def run(
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Run a new guest: a container, or a VM (from a golden snapshot where there is one, else by booting).
-
-    Parameters
-    ----------
-    name
-        Name of the guest.
-    """
+    """Run a new guest: a container, or a VM (from a golden snapshot where there is one, else by booting)."""
     caller = client(root)
     body = {
         "name": name,
@@ -95,25 +100,19 @@ def net(name: str, policy: str, /, *, root: Root = None, json: Json = False) -> 
 
 @guest_app.command
 def adopt(
-    name: str,
+    name: GuestName,
     /,
     *,
     lxc: Annotated[str, Parameter(help="LXC's name of the container [default: the guest's].")] = "",
     lxc_path: Annotated[str, Parameter(help="Where LXC has it [default: /var/lib/lxc].")] = "",
     memory: Annotated[str, Parameter(help="What its processes may take, for example 512M or 2G.")] = "512M",
     address: Annotated[str, Parameter(help="The address that it has, for example 10.77.0.10/24.")] = "",
-    gateway: Annotated[str, Parameter(help="[default: the first address of its network]")] = "",
+    gateway: Gateway = "",
     disk: Annotated[str, Parameter(help="Room for all of its files, for example 2G.")] = "",
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Take over a container that LXC runs here; it goes on running, and can be handed over from then on.
-
-    Parameters
-    ----------
-    name
-        Name of the guest.
-    """
+    """Take over a container that LXC runs here; it goes on running, and can be handed over from then on."""
     body = {
         "name": name,
         "container": lxc,
@@ -128,14 +127,8 @@ def adopt(
 
 
 @guest_app.command
-def start(name: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Boot a stopped guest again.
-
-    Parameters
-    ----------
-    name
-        Name of the guest.
-    """
+def start(name: GuestName, /, *, root: Root = None, json: Json = False) -> None:
+    """Boot a stopped guest again."""
     agent = client(root)
     result = wait(agent, agent.post(f"/v1/guests/{path_segment(name)}/start"), json)
     tell(result, json, f"guest {name} runs (pid {result['pid']})")
@@ -143,7 +136,7 @@ def start(name: str, /, *, root: Root = None, json: Json = False) -> None:
 
 @guest_app.command
 def stop(
-    name: str,
+    name: GuestName,
     /,
     *,
     deadline: Annotated[float, Parameter(help="Seconds before it is stopped by force.")] = 60.0,
@@ -151,13 +144,7 @@ def stop(
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Shut a guest down. Its disk stays; 'haulier guest start' boots it again.
-
-    Parameters
-    ----------
-    name
-        Name of the guest.
-    """
+    """Shut a guest down. Its disk stays; 'haulier guest start' boots it again."""
     agent = client(root)
     body = {"deadline_s": deadline, "force": force}
     result = wait(agent, agent.post(f"/v1/guests/{path_segment(name)}/stop", body), json)
@@ -166,20 +153,14 @@ def stop(
 
 @guest_app.command
 def remove(
-    name: str,
+    name: GuestName,
     /,
     *,
     force: Annotated[bool, Parameter(negative="", help="Also if it runs.")] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Remove a stopped guest and its disk; or, where it has moved away, what it left behind here.
-
-    Parameters
-    ----------
-    name
-        Name of the guest.
-    """
+    """Remove a stopped guest and its disk; or, where it has moved away, what it left behind here."""
     result = client(root).delete(f"/v1/guests/{path_segment(name)}{'?force=1' if force else ''}")
     tell(result, json, f"removed: {result['removed']} ({name})")
 
@@ -210,14 +191,8 @@ def listing(*, root: Root = None, json: Json = False) -> None:
 
 
 @guest_app.command
-def show(name: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Show all about a guest.
-
-    Parameters
-    ----------
-    name
-        Name of the guest.
-    """
+def show(name: GuestName, /, *, root: Root = None, json: Json = False) -> None:
+    """Show all about a guest."""
     facts = client(root).guest(name)
     if json:
         print_json(facts)

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from haulier.agent.client import Client
-from haulier.cli.common import Json, Root, bars, client, console, parse_seconds, plain, print_json, size
+from haulier.cli.common import GuestName, Json, Root, bars, client, console, parse_seconds, plain, print_json, size
 from haulier.errors import Conflict, HandoffFailed, HaulierError, PeerError, by_code
 
 POLL_S = 0.25
@@ -46,7 +46,7 @@ def _interrupts() -> Iterator[_Interrupts]:
 
 
 def handoff(
-    guest: str,
+    guest: GuestName,
     /,
     *,
     to: Annotated[str, Parameter(help="The site that the guest goes to.")],
@@ -76,13 +76,7 @@ def handoff(
     root: Root = None,
     json: Json = False,
 ) -> int:
-    """Hand a running guest to another site. Ctrl-C cancels: the guest then runs on here.
-
-    Parameters
-    ----------
-    guest
-        The guest to hand over.
-    """
+    """Hand a running guest to another site. Ctrl-C cancels: the guest then runs on here."""
     agent = client(root)
     milliseconds = round(parse_seconds(f"{downtime}ms" if downtime.strip().isdigit() else downtime) * 1000)
     options: dict[str, Any] = {"downtime_ms": milliseconds, "check": check, "deadline_s": parse_seconds(deadline)}

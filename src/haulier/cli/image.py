@@ -10,7 +10,19 @@ from cyclopts import App, Parameter
 
 from haulier.agent.client import path_segment
 from haulier.cli import cache
-from haulier.cli.common import Json, Root, client, console, parse_memory, plain, print_json, print_table, size, tell
+from haulier.cli.common import (
+    ImageName,
+    Json,
+    Root,
+    client,
+    console,
+    parse_memory,
+    plain,
+    print_json,
+    print_table,
+    size,
+    tell,
+)
 from haulier.cli.progress import wait
 from haulier.units import CHUNK
 
@@ -58,14 +70,10 @@ def import_(
 
 
 @image_app.command
-def warm(name: str, /, *, memory: Memory = "512M", vcpus: Vcpus = 1, root: Root = None, json: Json = False) -> None:
-    """Boot an image to idle once and keep its memory, so that guests start from it in about a second.
-
-    Parameters
-    ----------
-    name
-        Name of the image.
-    """
+def warm(
+    name: ImageName, /, *, memory: Memory = "512M", vcpus: Vcpus = 1, root: Root = None, json: Json = False
+) -> None:
+    """Boot an image to idle once and keep its memory, so that guests start from it in about a second."""
     agent = client(root)
     body = {"memory_mib": parse_memory(memory), "vcpus": vcpus}
     result = wait(agent, agent.post(f"/v1/images/{path_segment(name)}/warm", body), json)
@@ -101,14 +109,8 @@ def commit(guest: str, name: str, /, *, root: Root = None, json: Json = False) -
 
 
 @image_app.command
-def publish(name: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Bring the chunks of an image to the object store that site.toml names, where every site of the fleet finds them.
-
-    Parameters
-    ----------
-    name
-        Name of the image.
-    """
+def publish(name: ImageName, /, *, root: Root = None, json: Json = False) -> None:
+    """Bring an image's chunks to the object store that site.toml names, where every site of the fleet finds them."""
     agent = client(root)
     result = wait(agent, agent.post(f"/v1/images/{path_segment(name)}/publish"), json)
     if json:
@@ -120,7 +122,7 @@ def publish(name: str, /, *, root: Root = None, json: Json = False) -> None:
 
 @image_app.command
 def push(
-    name: str,
+    name: ImageName,
     /,
     *,
     to: Annotated[str, Parameter(help="The site that it is brought to.")],
@@ -128,13 +130,7 @@ def push(
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Bring an image and the layers below it to another site, ahead of need. Ctrl-C cancels; what arrived stays there.
-
-    Parameters
-    ----------
-    name
-        Name of the image.
-    """
+    """Bring an image and the layers below it to another site, ahead of need. Ctrl-C cancels; what came stays there."""
     agent = client(root)
     job = agent.post("/v1/image-pushes", {"name": name, "to": to, "warm": warm})
     try:
@@ -179,14 +175,8 @@ def listing(*, root: Root = None, json: Json = False) -> None:
 
 
 @image_app.command
-def show(name: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Show all about an image: what it consists of, and what lies on it.
-
-    Parameters
-    ----------
-    name
-        Name of the image.
-    """
+def show(name: ImageName, /, *, root: Root = None, json: Json = False) -> None:
+    """Show all about an image: what it consists of, and what lies on it."""
     facts = client(root).get(f"/v1/images/{path_segment(name)}")
     if json:
         print_json(facts)
@@ -226,44 +216,26 @@ def _branch(image: dict[str, Any], depth: int, rows: list[tuple[object, ...]]) -
 
 
 @image_app.command
-def remove(name: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Remove an image and its golden snapshots. Refused while a guest or another layer needs it.
-
-    Parameters
-    ----------
-    name
-        Name of the image.
-    """
+def remove(name: ImageName, /, *, root: Root = None, json: Json = False) -> None:
+    """Remove an image and its golden snapshots. Refused while a guest or another layer needs it."""
     result = client(root).delete(f"/v1/images/{path_segment(name)}")
     tell(result, json, f"image {name} removed; 'haulier gc --all' frees its space now")
 
 
 @image_app.command
-def pin(name: str, /, *, root: Root = None, json: Json = False) -> None:
-    """Keep all of an image, however full the store is (as of the moment it was imported).
-
-    Parameters
-    ----------
-    name
-        Name of the image.
-    """
+def pin(name: ImageName, /, *, root: Root = None, json: Json = False) -> None:
+    """Keep all of an image, however full the store is (as of the moment it was imported)."""
     cache.pin(name, True, False, root, json)
 
 
 @image_app.command
 def unpin(
-    name: str,
+    name: ImageName,
     /,
     *,
     force: Annotated[bool, Parameter(negative="", help="Even if no other site has all of it.")] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Let the cache's policy evict what only this image refers to, when room is needed.
-
-    Parameters
-    ----------
-    name
-        Name of the image.
-    """
+    """Let the cache's policy evict what only this image refers to, when room is needed."""
     cache.pin(name, False, force, root, json)

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from haulier.cli.common import Json, Root, client, console, plain, print_json, print_table, size
+from haulier.cli.common import GuestName, Json, Root, client, console, plain, print_json, print_table, size
 from haulier.errors import by_code
 
 
 def plan(
-    guest: str,
+    guest: GuestName,
     /,
     *,
     to: Annotated[str, Parameter(help="The site that the guest would go to.")],
@@ -21,13 +21,7 @@ def plan(
 ) -> int:
     """Say what a handoff would send and how long it would take. Nothing moves.
 
-    The exit code is 0 if the handoff could begin, else that of what stands against it.
-
-    Parameters
-    ----------
-    guest
-        The guest.
-    """
+    The exit code is 0 if the handoff could begin, else that of what stands against it."""
     found = client(root).post("/v1/plan", {"guest": guest, "to": to, "options": {"disk": disk}}, timeout=180)
     reasons: list[Any] = list(found.get("reasons", []))
     if json:

@@ -7,11 +7,11 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from haulier.cli import handoff
-from haulier.cli.common import Json, Root, client, parse_seconds
+from haulier.cli.common import GuestName, Json, Root, client, parse_seconds
 
 
 def prefetch(
-    guest: str,
+    guest: GuestName,
     /,
     *,
     to: Annotated[str, Parameter(help="The site that the guest will go to.")],
@@ -24,13 +24,7 @@ def prefetch(
 ) -> int:
     """Send a running guest's data to another site, so that its handoff takes seconds. The guest stays here.
 
-    Ctrl-C ends it; what was sent is kept at both sites under a budget and an age. A handoff ends it too.
-
-    Parameters
-    ----------
-    guest
-        The guest.
-    """
+    Ctrl-C ends it; what was sent is kept at both sites under a budget and an age. A handoff ends it too."""
     agent = client(root)
     options = {"keep_fresh_s": parse_seconds(keep_fresh)} if keep_fresh else {}
     body = {"guest": guest, "to": to, "options": options}

@@ -8,7 +8,7 @@ from cyclopts import App, Parameter
 
 from haulier.agent import authority, joining
 from haulier.agent.site import Site, default_root
-from haulier.cli.common import Json, Root, client, console, load_site, print_json, print_table
+from haulier.cli.common import Json, Root, SiteName, client, console, load_site, print_json, print_table
 from haulier.errors import UsageError
 from haulier.handoff.journal import Journal
 
@@ -32,14 +32,8 @@ def _made(site: Site, json: bool) -> None:
 
 
 @site_app.command
-def init(name: str, /, *, address: Address, bulk: Bulk = None, root: Root = None, json: Json = False) -> None:
-    """Make the first site of a fleet, with a certificate authority for all of it.
-
-    Parameters
-    ----------
-    name
-        Name of the site.
-    """
+def init(name: SiteName, /, *, address: Address, bulk: Bulk = None, root: Root = None, json: Json = False) -> None:
+    """Make the first site of a fleet, with a certificate authority for all of it."""
     _made(joining.init(root or default_root(), name, address, bulk or ()), json)
 
 
@@ -65,7 +59,7 @@ def token(
 
 @site_app.command
 def join(
-    name: str,
+    name: SiteName,
     /,
     *,
     via: Annotated[str, Parameter(help="HOST:PORT of the site that made the token; its agent must run.")],
@@ -75,13 +69,7 @@ def join(
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Make a site that belongs to an existing fleet.
-
-    Parameters
-    ----------
-    name
-        Name of the new site.
-    """
+    """Make a site that belongs to an existing fleet."""
     _made(joining.join(root or default_root(), name, address, bulk or (), via, token), json)
 
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from haulier.agent.client import path_segment
-from haulier.cli.common import Json, Root, client, console, plain, print_json
+from haulier.cli.common import GuestName, Json, Root, client, console, plain, print_json
 from haulier.cli.progress import wait
 from haulier.errors import Corrupt
 
 
-def verify(guest: str, /, *, root: Root = None, json: Json = False) -> int:
-    """Check a guest's disk, chunk by chunk, and its overlay; also while it runs.
-
-    Parameters
-    ----------
-    guest
-        The guest.
-    """
+def verify(guest: GuestName, /, *, root: Root = None, json: Json = False) -> int:
+    """Check a guest's disk, chunk by chunk, and its overlay; also while it runs."""
     agent = client(root)
     found = wait(agent, agent.post(f"/v1/guests/{path_segment(guest)}/verify"), json)
     if json:
