@@ -253,7 +253,7 @@ class PrefetchTarget(TargetHandoff):
         return self._proxy is not None and self._proxy.mirror is not None
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
-        self._enough.set()
+        self._elsewhere.enough()
 
     def _owned(self, news: Own) -> bool:
         raise Corrupt(f"site {self.job.peer!r} speaks of owning the guest in a prefetch: run the same haulier there")

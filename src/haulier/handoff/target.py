@@ -28,6 +28,7 @@ from haulier.handoff.agreeing import TargetComparison
 from haulier.handoff.check import memory_digests
 from haulier.handoff.control import Control, failure
 from haulier.handoff.custody import Happened, happen
+from haulier.handoff.elsewhere import Elsewhere
 from haulier.handoff.footprint import footprint
 from haulier.handoff.journal import Journal
 from haulier.handoff.measures import POST_COPY
@@ -78,8 +79,6 @@ log = logging.getLogger(__name__)
 CONNECT_S = 60.0
 OTHER_MEMORY = 256 * MIB
 """Firmware, video memory and what devices bring along, beside a guest's RAM."""
-ELSEWHERE_S = 20.0
-"""Other sites that give nothing for so long are not asked any more."""
 
 
 class Undecided(HandoffFailed):
@@ -133,8 +132,7 @@ class TargetHandoff:
         self._lock = threading.Lock()
         self._partial = self.offer.options.disk == "on-demand"
         self._heat = b""
-        self._elsewhere: threading.Thread | None = None
-        self._enough = threading.Event()
+        self._elsewhere = Elsewhere(site, job.peer, self._store, lease_of(job.handoff))
         self.left_alone = threading.Event()
         """The other site's worker is gone, by the word of its agent: set from outside."""
 
@@ -301,37 +299,8 @@ class TargetHandoff:
         )
 
     def _fetch_elsewhere(self, lacking: list[bytes]) -> None:
-        """Other sites may hold what is lacking: they are asked from the end, while the source sends from the beginning.
-
-        Neither waits for the other. What has come is told to the source, which then does not send it.
-        """
-        self._elsewhere = threading.Thread(target=self._fetch, args=(lacking[::-1],), name="elsewhere", daemon=True)
-        self._elsewhere.start()
-
-    def _fetch(self, lacking: list[bytes]) -> None:
-        from haulier.fetch.fetching import fetch
-        from haulier.fetch.holders import hints_for, sources_of
-
-        receiver = self._receiver
-        assert receiver is not None
-        try:
-            sources = sources_of(self.site, exclude={self.job.peer})
-            if not sources:
-                return
-            report = fetch(
-                lacking,
-                sources,
-                self._store,
-                lease=lease_of(self.job.handoff),
-                cancelled=self._enough.is_set,
-                hints=hints_for(self.site, lacking),
-                on_kept=lambda fp: receiver.came([fp]),
-                stall_s=ELSEWHERE_S,
-            )
-            log.info("%d chunks of the base came from %s", report.chunks, [s.name for s in report.sources if s.chunks])
-        except HaulierError as error:
-            # The source sends whatever did not come.
-            log.info("chunks from other sites: %s", error)
+        assert self._receiver is not None
+        self._elsewhere.fetch(lacking, self._receiver.came)
 
     def _disk(self, data: bytes) -> None:
         try:
@@ -342,7 +311,7 @@ class TargetHandoff:
             self.control.tell(error)
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
-        self._enough.set()
+        self._elsewhere.enough()
         self._swap_export(incoming_name(self.job.handoff))
         if final:
             self._durable_at = time.time()
@@ -645,9 +614,7 @@ class TargetHandoff:
             clients.records(self.site).close(self.spec.name, *self._tunnels)
 
     def _close(self, session: Session) -> None:
-        self._enough.set()
-        if self._elsewhere is not None:
-            self._elsewhere.join(10)
+        self._elsewhere.close()
         if self._sink is not None:
             self._sink.close()
             self._sink.proxy.close()
