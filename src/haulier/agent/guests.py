@@ -187,21 +187,25 @@ class Guests:
             paths = residence.container_paths(self.site, spec.name)
             lxc.take_over(spec, paths, found)
             self.store.save_manifest(residence.manifest_name(spec.name), manifest)
-            last = (row or GuestRow(name=spec.name)).last_epoch
-            self.journal.advance(
-                spec.name,
-                {state.value for state in HIDDEN},
-                State.OWNER.value,
-                owner=self.site.name,
-                epoch=last + 1,
-                taken=last + 1,
-                pending=0,
-                handoff="",
-                spec=msgspec.to_builtins(spec),
-                manifest=residence.manifest_name(spec.name),
-                wanted="running",
-            )
+            self._enter(spec, wanted="running")
         return self.show(spec.name)
+
+    def _enter(self, spec: GuestSpec, *, wanted: str) -> None:
+        """From now on this site owns the guest, whose epoch goes on from where an earlier one of its name ended."""
+        last = (self.journal.find_guest(spec.name) or GuestRow(name=spec.name)).last_epoch
+        self.journal.advance(
+            spec.name,
+            {state.value for state in HIDDEN},
+            State.OWNER.value,
+            owner=self.site.name,
+            epoch=last + 1,
+            taken=last + 1,
+            pending=0,
+            handoff="",
+            spec=msgspec.to_builtins(spec),
+            manifest=residence.manifest_name(spec.name),
+            wanted=wanted,
+        )
 
     def _prepare(self, request: RunRequest) -> tuple[GuestSpec, Golden | None, str]:
         check_name(request.name, "guest")
@@ -260,23 +264,9 @@ class Guests:
         return msgspec.structs.replace(spec, net=check_net(request.net)), golden, name
 
     def _make(self, spec: GuestSpec, golden: Golden | None, source: str, agent: bool, progress: Progress) -> None:
-        # The epoch goes on from where an earlier guest of this name ended.
-        last = (self.journal.find_guest(spec.name) or GuestRow(name=spec.name)).last_epoch
         manifest = residence.manifest_name(spec.name)
         lease = RUN_LEASE + spec.name
-        self.journal.advance(
-            spec.name,
-            {state.value for state in HIDDEN},
-            State.OWNER.value,
-            owner=self.site.name,
-            epoch=last + 1,
-            taken=last + 1,
-            pending=0,
-            handoff="",
-            spec=msgspec.to_builtins(spec),
-            manifest=manifest,
-            wanted="creating",
-        )
+        self._enter(spec, wanted="creating")
         try:
             # a name of its own, so that the image may be removed while its guests live
             image = self.store.load_manifest(source)
