@@ -75,6 +75,18 @@ def test_literal_then_same_then_xor_then_zero(pair: Pair) -> None:
     assert only(pair.send(pages("ram0", 3, one)).pages) == {"literal": 1}
 
 
+def test_numbers_that_run_on_go_as_differences(pair: Pair) -> None:
+    rng = np.random.default_rng(1)
+    sums = np.cumsum(rng.integers(0, 256, 2048).astype(np.uint32), dtype=np.uint32)
+    batch = pair.send(pages("ram0", 3, page_of(1), sums[:1024].tobytes(), sums[1024:].tobytes(), page_of(2)))
+    assert only(batch.pages) == {"literal": 2, "series": 2}
+    assert batch.columns["series"] == 2 * PAGE and batch.raw["series"] == 2 * (8 + PAGE)
+    assert only(pair.send(pages("ram0", 4, sums[:1024].tobytes(), changed(sums[1024:].tobytes(), 9))).pages) == {
+        "same": 1,
+        "xor": 1,
+    }
+
+
 def test_half_the_words_decide_between_xor_and_literal(pair: Pair) -> None:
     pair.send(pages("ram0", 0, page_of(1), page_of(2)))
     batch = pair.send(pages("ram0", 0, changed(page_of(1), *range(255)), changed(page_of(2), *range(256))))
@@ -145,7 +157,7 @@ def test_a_zero_page_sent_as_a_page(pair: Pair) -> None:
 
 
 def test_an_empty_batch(pair: Pair) -> None:
-    assert pair.send().size == 36
+    assert pair.send().size == 40
 
 
 actions = st.tuples(
@@ -187,7 +199,7 @@ def test_a_whole_stream_by_its_parser(pair: Pair) -> None:
 
 def payload(**columns: bytes) -> bytes:
     parts = [columns.get(name, b"") for name in COLUMNS]
-    return struct.pack("<9I", *map(len, parts)) + b"".join(parts)
+    return struct.pack("<10I", *map(len, parts)) + b"".join(parts)
 
 
 ONE_PAGE = varint.encode_few([1, 1])
@@ -196,7 +208,7 @@ AT_3 = varint.encode_few([6, 0])
 MALFORMED = {
     "nothing": (b"", 0),
     "half a header": (bytes(20), 0),
-    "columns too short": (struct.pack("<9I", 5, *[0] * 8), 0),
+    "columns too short": (struct.pack("<10I", 5, *[0] * 9), 0),
     "columns too long": (payload() + b"x", 0),
     "half an operation": (payload(ops=b"\x01"), 4104),
     "unknown operation": (payload(ops=varint.encode_few([3, 1])), 4104),
@@ -208,7 +220,10 @@ MALFORMED = {
     "raw longer than its column": (payload(ops=varint.encode_few([0, 5]), raw=b"abc"), 5),
     "raw shorter than its column": (payload(ops=varint.encode_few([0, 2]), raw=b"abc"), 3),
     "no kind": (payload(ops=ONE_PAGE, addresses=AT_3), 4104),
-    "unknown kind": (payload(ops=ONE_PAGE, addresses=AT_3, kinds=b"\x05"), 4104),
+    "unknown kind": (payload(ops=ONE_PAGE, addresses=AT_3, kinds=b"\x06"), 4104),
+    "no series": (payload(ops=ONE_PAGE, addresses=AT_3, kinds=b"\x05"), 4104),
+    "short series": (payload(ops=ONE_PAGE, addresses=AT_3, kinds=b"\x05", series=bytes(4092)), 4104),
+    "series too many": (payload(ops=ONE_PAGE, addresses=AT_3, kinds=b"\x00", series=bytes(4096)), 4104),
     "no literal": (payload(ops=ONE_PAGE, addresses=AT_3, kinds=b"\x01"), 4104),
     "short literal": (payload(ops=ONE_PAGE, addresses=AT_3, kinds=b"\x01", literal=bytes(4095)), 4104),
     "literal too many": (payload(ops=ONE_PAGE, addresses=AT_3, kinds=b"\x00", literal=bytes(4096)), 4104),

@@ -80,7 +80,7 @@ def _memory(reader: AheadReader, proxy: SourceProxy, runs: int, looks_s: float) 
         wires.append(wire)
         counts["zero"] += zero
         counts["same"] += same
-    for kind in ("block", "xor", "literal"):
+    for kind in ("block", "xor", "series", "literal"):
         counts[kind] = float(proxy.counters.pages.get(kind, 0))
     dirty_wire, dirty_pages, span = _again(reader, proxy, chosen, seen, looks_s)
     scale = len(places) / len(chosen) if chosen else 0.0

@@ -79,6 +79,7 @@ def origins(report: dict[str, Any]) -> Table:
         "block": "blocks of the disk that the target has (base)",
         "base": "pages of the golden snapshot elsewhere",
         "xor": "difference to the mirror (delta)",
+        "series": "numbers that run on, as differences",
         "literal": "literal pages",
         "raw": "device state and headers",
         "meta": "addresses and kinds",

@@ -7,6 +7,7 @@ Of each page the first kind that fits is sent:
     block     equal to a 4 KiB disk block that the target holds: its id
     base      equal to a page elsewhere in the base (only for a snapshot of another boot; off unless asked for)
     xor       under half of its 512 words differ from the mirror: a mask, and the words that differ, XORed
+    series    numbers that run on smoothly (haulier.memory.series): their second differences, bytes apart
     literal   the page
 
 All pages of a batch are encoded against the mirror as it was before the batch; then the batch is applied, and of
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haulier.errors import Corrupt
-from haulier.memory import varint
+from haulier.memory import series, varint
 from haulier.memory.format import RECORD, ZERO_RECORD
 from haulier.memory.mirror import Mirror
 from haulier.memory.sparse import WORDS, runs
@@ -37,11 +38,12 @@ LITERAL: Final = 1
 XOR: Final = 2
 BLOCK: Final = 3
 BASE: Final = 4
-KINDS: Final = ("same", "literal", "xor", "block", "base")
+SERIES: Final = 5
+KINDS: Final = ("same", "literal", "xor", "block", "base", "series")
 """Names of the kinds of page records, by the number in the kinds column."""
-COLUMNS: Final = ("ops", "raw", "addresses", "kinds", "blocks", "bases", "masks", "words", "literal")
+COLUMNS: Final = ("ops", "raw", "addresses", "kinds", "blocks", "bases", "masks", "words", "series", "literal")
 
-_HEADER: Final = struct.Struct("<9I")
+_HEADER: Final = struct.Struct("<10I")
 _OP_RAW: Final = 0
 _OP_PAGES: Final = 1
 _OP_ZEROS: Final = 2
@@ -135,6 +137,7 @@ class PageEncoder:
             varint.encode_deltas(bases),
             masks.reshape(-1).data,
             words.view(np.uint8).data,
+            series.pack(pages[(kinds == SERIES).nonzero()[0]]).data,
         ]
         return _encoded(columns, _rows(pages, (kinds == LITERAL).nonzero()[0]), tokens, len(gidx), kinds)
 
@@ -163,6 +166,7 @@ class PageEncoder:
         # Where they are among all words of `mine`: each by as much further as its row's rank there is higher.
         at = np.flatnonzero(unequal) + np.repeat((ranks - np.arange(len(ranks))) * WORDS, differing[ranks])
         words = mine.view(np.uint64).reshape(-1)[at] ^ old.view(np.uint64).reshape(-1)[at]
+        kinds[series.smooth(pages, (kinds == LITERAL).nonzero()[0])] = SERIES
         return kinds, blocks, bases, np.packbits(unequal, axis=1, bitorder="little"), words
 
     @staticmethod
@@ -228,6 +232,7 @@ def _encoded(
     by_column = dict(zip(COLUMNS, sizes, strict=True))
     held = {
         "literal": by_column["literal"],
+        "series": by_column["series"],
         "xor": by_column["masks"] + by_column["words"],
         "block": by_column["blocks"],
         "base": by_column["bases"],
@@ -308,6 +313,7 @@ class PageDecoder:
         blocks, bases = varint.decode_deltas(columns["blocks"]), varint.decode_deltas(columns["bases"])
         if (
             len(columns["literal"]) != len(by_kind[LITERAL]) * PAGE
+            or len(columns["series"]) != len(by_kind[SERIES]) * PAGE
             or len(columns["masks"]) != len(by_kind[XOR]) * _MASK
             or len(blocks) != len(by_kind[BLOCK])
             or len(bases) != len(by_kind[BASE])
@@ -315,6 +321,8 @@ class PageDecoder:
             raise Corrupt("a batch's columns do not fit its kinds of pages")
         pages = np.empty((len(kinds), PAGE), np.uint8)
         pages[by_kind[LITERAL]] = np.frombuffer(columns["literal"], np.uint8).reshape(-1, PAGE)
+        if len(by_kind[SERIES]):
+            pages[by_kind[SERIES]] = series.unpack(np.frombuffer(columns["series"], np.uint8))
         known = np.flatnonzero((kinds == SAME) | (kinds == XOR))
         if len(known) == len(kinds):
             self.mirror.get(gidx, pages)

@@ -73,9 +73,9 @@ class Broken:
 
 @dataclass(slots=True)
 class Counters:
-    """What went through. By kind of page ("zero", "same", "block", "base", "xor", "literal"), "raw" for the rest of the
-    stream: records in `pages`, bytes of the stream in `raw`, and in `wire` an estimate of compressed bytes: each
-    batch's bytes shared out by what the columns held ("meta" for addresses and kinds).
+    """What went through. By kind of page ("zero", "same", "block", "base", "xor", "series", "literal"), "raw" for the
+    rest of the stream: records in `pages`, bytes of the stream in `raw`, and in `wire` an estimate of compressed
+    bytes: each batch's bytes shared out by what the columns held ("meta" for addresses and kinds).
     """
 
     pages: dict[str, int] = field(default_factory=dict)
