@@ -1,4 +1,4 @@
-"""The published experiments repeated side by side: bench/run seeds [--quick] [--only NAME] --json FILE --html FILE."""
+"""The published experiments repeated side by side: bench/run seeds [--quick | --least] [--only NAME] [--html FILE]."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from experiments import page as pages  # noqa: E402
-from experiments.model import Check, Experiment  # noqa: E402
+from experiments.model import Check, Experiment, Form  # noqa: E402
 from experiments.parts import Enough, Parts, joined  # noqa: E402
 from report import Report  # noqa: E402
 
@@ -44,25 +44,30 @@ class Experiments(Report):
         }
 
 
-def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Experiments:
+def run(
+    quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0, least: bool = False
+) -> Experiments:
     """Runs the experiments named (all, if none is). A unit that fails says so in its notes and has a failed check.
 
-    With `parts` what ended is kept there, and taken from there the next time; `steps`: units that may run this time.
+    `least`: less than `quick`, the smallest part of each that has something to check. With `parts` what ended is kept
+    there, and taken from there the next time; `steps`: units that may run this time.
     """
     unknown = set(only) - set(NAMES)
     if unknown:
         sys.exit(f"no experiment {', '.join(sorted(unknown))}: there are {', '.join(NAMES)}")
     kept = Parts(parts, steps)
-    return report([one(name, quick, kept) for name in NAMES if not only or name in only])
+    form = Form.LEAST if least else Form.QUICK if quick else Form.WHOLE
+    return report([one(name, form, kept) for name in NAMES if not only or name in only])
 
 
-def one(name: str, quick: bool, parts: Parts) -> Experiment:
+def one(name: str, form: Form, parts: Parts) -> Experiment:
     module = importlib.import_module(f"experiments.{name.replace('-', '_')}")
     found: Experiment = module.new()
     left: list[str] = []
-    for unit, run in module.units(quick).items():
+    size = "" if form == Form.WHOLE else f" {form}"
+    for unit, run in module.units(form).items():
         try:
-            joined(found, [parts.do(f"{name}{' quick' * quick}: {unit}", partial(timed, name, unit, run))])
+            joined(found, [parts.do(f"{name}{size}: {unit}", partial(timed, name, unit, run))])
         except Enough:
             left.append(unit)
         except Exception as error:

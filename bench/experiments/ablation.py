@@ -6,10 +6,11 @@ disk: whole handoffs of clones with the same work, with `HAULIER_WITHOUT`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from unittest import mock
 from experiments import model
 from experiments.live_migration import GUEST, RECORDS, Case, Use, adopted
 from experiments.measuring import crossing
-from experiments.model import Bars, Experiment, Kind, Row, ratio
+from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.guests.command import RAM_ID
@@ -28,10 +29,10 @@ from haulier.handoff.residence import guest_paths, spec_of
 from haulier.handoff.shared import blocks_of, golden_manifest
 from haulier.lab import looking
 from haulier.lab.scenario import IMAGE, Scenario, scenario
-from haulier.memory import pages
+from haulier.memory import pages, series
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, LONG_LEVEL, SourceProxy
-from haulier.without import ORDER, RECIPES, VARIABLE
+from haulier.without import DISK_FIRST, ORDER, RECIPES, VARIABLE
 
 ALL = "all parts"
 LEVEL = 5
@@ -40,12 +41,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without the base (golden snapshot)": {"base": False},
     "without deduplication against the disk": {"finder": False},
     "without delta (XOR)": {"delta": False},
+    "without differences of numbers that run on": {"numbers": False},
     "without base and delta": {"base": False, "delta": False},
     "without base, deduplication and delta: zstd alone": {"base": False, "finder": False, "delta": False},
     "with the long window, which this level leaves out": {"long": True},
     f"with level {LONG_LEVEL + 2} and the long window": {"long": True, "level": LONG_LEVEL + 2},
 }
-WHOLE = {ALL: "", "without block recipes": RECIPES, "without order": ORDER}
+FEW = {way: VARIANTS[way] for way in list(VARIANTS)[:2]}
+WHOLE = {
+    ALL: "",
+    "without block recipes": RECIPES,
+    "without order": ORDER,
+    "memory beside the disk's delta, not after it": DISK_FIRST,
+}
 
 
 def new() -> Experiment:
@@ -56,9 +64,9 @@ def new() -> Experiment:
     )
 
 
-def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
-    if quick:
-        return {"memory records": partial(memory, Case(RECORDS, 50, 512))}
+def units(form: Form) -> dict[str, Callable[[], Experiment]]:
+    if form != Form.WHOLE:
+        return {"memory records": partial(memory, Case(RECORDS, 50, 512), VARIANTS if form == Form.QUICK else FEW)}
     found: dict[str, Callable[[], Experiment]] = {f"memory {app}": partial(memory, Case(app, 10, 1024)) for app in APPS}
     return found | {f"handoff {way}": partial(handoff, way, off) for way, off in WHOLE.items()}
 
@@ -66,7 +74,7 @@ def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
 APPS = looking.SERVICES
 
 
-def memory(case: Case) -> Experiment:
+def memory(case: Case, variants: Mapping[str, dict[str, Any]] = VARIANTS) -> Experiment:
     found = new()
     with scenario("bench-seeds", case.template(), case.links) as lab:
         lab.start_guest(GUEST, memory=f"{case.memory_mib}M", image=IMAGE if case.app == RECORDS else looking.NAME)
@@ -74,7 +82,7 @@ def memory(case: Case) -> Experiment:
             use = Use(lab, case, qemu)
             try:
                 qemu.qmp.execute("stop")
-                for way, parts in VARIANTS.items():
+                for way, parts in variants.items():
                     began = time.thread_time()
                     sent, taken = encoded(lab, **parts)
                     figures = {"MB": sent / 1e6, "CPU s": time.thread_time() - began}
@@ -94,6 +102,7 @@ def encoded(
     base: bool = True,
     finder: bool = True,
     delta: bool = True,
+    numbers: bool = True,
     long: bool | None = None,
     level: int = LEVEL,
 ) -> tuple[int, dict[str, int]]:
@@ -107,7 +116,10 @@ def encoded(
         blocks = StoreBlockFinder(*blocks_of(store, manifest, golden, index)) if finder else None
         picture = retained.open_base(site, GUEST, spec.uuid, retained.GOLDEN + spec.golden) if base else None
         below = pages._XOR_BELOW if delta else 0
-        with mock.patch.object(pages, "_XOR_BELOW", below):
+        with contextlib.ExitStack() as off:
+            off.enter_context(mock.patch.object(pages, "_XOR_BELOW", below))
+            if not numbers:
+                off.enter_context(mock.patch.object(series, "SMALL", 0))
             proxy = SourceProxy(Path(folder) / "mirror", picture, blocks, level, long=long)
             reader = AheadReader(guest_paths(site, GUEST).ram, RAM_ID)
             proxy.name({RAM_ID: reader.pages * 4096})
@@ -165,6 +177,5 @@ def finished(found: Experiment) -> Experiment:
         *made,
         Row("without striping", "see 'Bandwidth and memory over one path and two'", Kind.NOT_RUN, {}),
         Row("without hinting of free pages", "the lab's images zero what is freed", Kind.NOT_BUILT, {}),
-        Row("memory before the disk's delta", "the order of the two is fixed", Kind.NOT_BUILT, {}),
     ]
     return found

@@ -9,7 +9,7 @@ from report import Target
 
 import containers
 from experiments import model, published
-from experiments.model import Bars, Experiment, Kind, Row, ratio
+from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 
 OURS, THEIRS = "haulier", "rsync, dump, rsync, restore (the published method)"
 APPS = ("none", "game", "memory", "video", "faces")
@@ -24,8 +24,8 @@ def new() -> Experiment:
     )
 
 
-def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
-    if quick:
+def units(form: Form) -> dict[str, Callable[[], Experiment]]:
+    if form != Form.WHOLE:
         return {"game 100": partial(cells, [("game", 100, containers.FOUND)])}
     # One at a time; what takes minutes at 10 Mbps whatever is done (110 MB of random bytes) is left to the faster link.
     wanted = [(app, rate, at) for rate in RATES for app in APPS for at in (containers.FOUND, containers.ABSENT)]

@@ -13,7 +13,7 @@ from report import Target
 from tests.support.fleet import fleet
 
 from experiments import model
-from experiments.model import Bars, Experiment, Kind, Row, ratio
+from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 from haulier.handoff.measures import ALLOWABLE
 from haulier.lab.scenario import template
 from haulier.lab.stock import MODES
@@ -53,9 +53,9 @@ def scenarios(files: int) -> dict[str, tuple[int, int, float]]:
     }
 
 
-def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
-    if quick:
-        return {"a part": partial(behind, 6, "a part asked for")}
+def units(form: Form) -> dict[str, Callable[[], Experiment]]:
+    if form != Form.WHOLE:
+        return {"a part": partial(behind, 6 if form == Form.QUICK else 2, "a part asked for")}
     found: dict[str, Callable[[], Experiment]] = {what: partial(behind, 40, what) for what in scenarios(40)}
     found |= {f"stock {mode}": partial(stock, mode) for mode in MODES}
     for words in ((), ("--downtime", "1000ms"), *(("--allow", name) for name in ALLOWABLE)):

@@ -15,6 +15,16 @@ from typing import Any
 from report import Target
 
 
+class Form(enum.StrEnum):
+    """How much of the experiments is run."""
+
+    WHOLE = "whole"
+    QUICK = "quick"
+    """Each experiment in its small form: under ten minutes in all."""
+    LEAST = "least"
+    """The smallest part of each that still has something to check: under three minutes in all."""
+
+
 class Kind(enum.StrEnum):
     """Where a row's figures come from."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from report import Target
 
 from experiments import model, published
-from experiments.model import Bars, Experiment, Kind, Row, ratio
+from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 
 connection: Any = importlib.import_module("connection")
 handoffs: Any = importlib.import_module("multipath-handoff")
@@ -29,9 +29,9 @@ def new() -> Experiment:
     )
 
 
-def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
-    if quick:
-        return {"sweep 25 Mbps": partial(sweep, 25, (32,), 1)}
+def units(form: Form) -> dict[str, Callable[[], Experiment]]:
+    if form != Form.WHOLE:
+        return {"sweep 25 Mbps": partial(sweep, 25, (32,) if form == Form.QUICK else (8,), 1)}
     found: dict[str, Callable[[], Experiment]] = {
         f"sweep {rate} Mbps": partial(sweep, rate, MEMORY if rate >= 10 else MEMORY[:2], 1) for rate in RATES
     }

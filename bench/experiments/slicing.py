@@ -14,7 +14,7 @@ from report import Target
 
 from experiments import model
 from experiments.measuring import checks, crossing
-from experiments.model import Bars, Experiment, Kind, Row
+from experiments.model import Bars, Experiment, Form, Kind, Row
 from haulier.lab.clients import Workload
 from haulier.lab.scenario import GUEST_ADDRESS, scenario, template, wan
 from haulier.policy.traces import accesses, catalogue
@@ -33,17 +33,21 @@ def new() -> Experiment:
     )
 
 
-def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
-    sizes = (4, (0.0, 0.5)) if quick else (16, CACHED)
-    found: dict[str, Callable[[], Experiment]] = {"sources": partial(sources, *sizes), "caches": partial(caches, quick)}
-    return found if quick else found | {"order": order}
+def units(form: Form) -> dict[str, Callable[[], Experiment]]:
+    found: dict[str, Callable[[], Experiment]] = {
+        Form.WHOLE: {"sources": partial(sources, (1, 2, 3), 16, CACHED)},
+        Form.QUICK: {"sources": partial(sources, (1, 2, 3), 4, (0.0, 0.5))},
+        Form.LEAST: {"sources": partial(sources, (1, 3), 1, (0.0,))},
+    }[form]
+    found["caches"] = partial(caches, form != Form.WHOLE)
+    return found | ({"order": order} if form == Form.WHOLE else {})
 
 
-def sources(seconds: int, cached: tuple[float, ...]) -> Experiment:
+def sources(counts: tuple[int, ...], seconds: int, cached: tuple[float, ...]) -> Experiment:
     """A set of chunks fetched from one, two and three sites that hold them; then with a part already there."""
     found = new()
     with multisource.holding(RATES, RTTS, seconds) as (made, wanted):
-        for count in (1, 2, 3):
+        for count in counts:
             names = list(multisource.SOURCES[:count])
             for share in cached if count == 3 else (0.0,):
                 one = multisource.one(made, wanted, names, cached=share)

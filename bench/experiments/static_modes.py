@@ -12,9 +12,9 @@ import adaptive
 from report import Target
 
 from experiments import model, published
-from experiments.model import Bars, Experiment, Kind, Row, ratio
+from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 
-QUICK_LOADS = ("table", "mixed")
+LOADS = {Form.WHOLE: tuple(adaptive.LOADS), Form.QUICK: ("table", "mixed"), Form.LEAST: ("idle",)}
 OURS = "haulier's controller"
 MEAN = "mean over all scenes"
 GOOD = 5
@@ -29,13 +29,13 @@ def new() -> Experiment:
     )
 
 
-def units(quick: bool) -> dict[str, Callable[[], Experiment]]:
-    return {"levels": partial(levels, quick)}
+def units(form: Form) -> dict[str, Callable[[], Experiment]]:
+    return {"levels": partial(levels, form)}
 
 
-def levels(quick: bool) -> Experiment:
+def levels(form: Form) -> Experiment:
     found = new()
-    for cell in adaptive.cells(adaptive.streams(QUICK_LOADS if quick else tuple(adaptive.LOADS)), quick):
+    for cell in adaptive.cells(adaptive.streams(LOADS[form]), form != Form.WHOLE):
         ways = {
             OURS: cell.ours,
             f"fastest speed (level {min(cell.fixed)})": cell.fixed[min(cell.fixed)],

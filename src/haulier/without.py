@@ -11,9 +11,11 @@ from typing import Final
 VARIABLE: Final = "HAULIER_WITHOUT"
 RECIPES: Final = "recipes"
 """Chunks that the target lacks as lists of 4 KiB blocks that it has."""
+DISK_FIRST: Final = "disk-first"
+"""Memory waits until what the disk has more than its layers is there, and refers to that."""
 ORDER: Final = "order"
 """Chunks that change again and again held back until the last round."""
-PARTS: Final = (RECIPES, ORDER)
+PARTS: Final = (RECIPES, DISK_FIRST, ORDER)
 
 
 def without(part: str) -> bool:

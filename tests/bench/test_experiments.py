@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import pytest
-from experiments.model import Experiment, Kind, Row, from_dict
+from experiments.model import Experiment, Form, Kind, Row, from_dict
 
 NAMES = ("live_migration", "static_modes", "paths", "layers", "left_behind", "slicing", "ablation")
 
@@ -27,8 +27,9 @@ def row(way: str, setting: str, kind: Kind = Kind.MEASURED, **figures: float) ->
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_has_units_and_something_to_say_of_nothing(name: str) -> None:
-    quick, whole = module(name).units(True), module(name).units(False)
-    assert quick and whole and all(callable(unit) for unit in [*quick.values(), *whole.values()])
+    found = {form: module(name).units(form) for form in Form}
+    assert all(units and all(callable(unit) for unit in units.values()) for units in found.values())
+    assert len(found[Form.LEAST]) <= len(found[Form.QUICK]) <= len(found[Form.WHOLE])
     empty = made(name)
     assert empty.name.replace("-", "_") == name and empty.title and empty.question.endswith("?")
     assert not [target for target in empty.targets if target.ok]

@@ -56,7 +56,7 @@ from haulier.handoff.token import RESTART_S, OwnPeer, Token
 from haulier.images.layers import LAYERS, split_of
 from haulier.network import paths as networks
 from haulier.session import Session
-from haulier.without import RECIPES, without
+from haulier.without import DISK_FIRST, RECIPES, without
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,8 @@ class SourceHandoff(ABC):
             self._settle(accept)
         first = begun.result() if begun is not None else None
         sender = self._make_sender(accept)
-        early = first is not None and len(first.dirty) * DISK_CHUNK_WIRE < SMALL_DISK
+        small = first is not None and len(first.dirty) * DISK_CHUNK_WIRE < SMALL_DISK
+        early = small or (first is not None and without(DISK_FIRST))
         if early:
             # All at once: pages that would equal blocks of so small a disk cost less than the wait for it.
             self._start_memory(accept)
