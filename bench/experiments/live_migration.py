@@ -384,12 +384,12 @@ NOTES = [
     "image zeroes freed memory (init_on_free), which spares stock QEMU as much as haulier.",
     "Extrapolated totals are lower bounds: pages that were not sent once, or were left at the end, are counted once.",
     f"'No-share' mirrors the whole disk: {WHOLE_DISK_S:g} s of it are measured, the rest is size over rate, and then "
-    "what the incremental run with default settings took. At 'full size' a disk of 8 GiB counts as full, as in the paper.",
-    "The service draws each picture anew: 320 x 240 greys whose amplitude falls as 1/f, a sensor's noise of two levels, "
-    "and what is to be found; answers, log and JPEG files stay, the picture is let go. Beside it the lab's own service "
-    "keeps 4 MiB that know what they must be, changes 10 pages a second and writes a file of 64 KiB every ten seconds.",
-    f"QEMU's modes but for multifd with zstd are given up after {GIVE_UP_S:g} s. haulier and {MODES[STRONGEST]} are medians "
-    f"of {RUNS} runs, the others are single ones.",
+    "what the incremental run with default settings took. At 'full size' a disk of 8 GiB counts as full, as theirs.",
+    "The service draws each picture anew: 320 x 240 greys whose amplitude falls as 1/f, a sensor's noise of two "
+    "levels, and what is to be found; answers, log and JPEG files stay, the picture is let go. Beside it the lab's own "
+    "service has 4 MiB that know what they must be, changes 10 pages a second and writes 64 KiB every ten seconds.",
+    f"QEMU's modes but for multifd with zstd are given up after {GIVE_UP_S:g} s. haulier and {MODES[STRONGEST]} are "
+    f"medians of {RUNS} runs, the others are single ones.",
     f"While it moves the guest looks at a picture every {PAUSE_S:g} s. haulier is allowed to slow the guest where it "
     "writes faster than the link carries; rows say where it did.",
     "libvirt is not installed here: its --copy-storage-inc is what 'incremental' does (an overlay mirrored over NBD).",
