@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from experiments import model
+from experiments import model, paths
 from experiments.live_migration import GUEST, RECORDS, Case, Use, adopted
 from experiments.measuring import crossing
 from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
@@ -68,7 +68,8 @@ def units(form: Form) -> dict[str, Callable[[], Experiment]]:
     if form != Form.WHOLE:
         return {"memory records": partial(memory, Case(RECORDS, 50, 512), VARIANTS if form == Form.QUICK else FEW)}
     found: dict[str, Callable[[], Experiment]] = {f"memory {app}": partial(memory, Case(app, 10, 1024)) for app in APPS}
-    return found | {f"handoff {way}": partial(handoff, way, off) for way, off in WHOLE.items()}
+    found |= {f"handoff {way}": partial(handoff, way, off) for way, off in WHOLE.items()}
+    return found | {"striping": striping}
 
 
 APPS = looking.SERVICES
@@ -163,6 +164,16 @@ def handoff(way: str, off: str) -> Experiment:
     return found
 
 
+def striping() -> Experiment:
+    """Two paths, and one of them taken away: the rows of the experiment about paths, under other names."""
+    found = new()
+    for row in paths.sweep(25, (32,), 1).rows:
+        way = ALL if row.way == paths.WAYS[2] else "without striping (one of the two paths)"
+        figures = {name: row.get(name) for name in ("MB", "total s", "downtime ms")}
+        found.rows.append(Row(way, f"two paths: {row.setting}", Kind.MEASURED, figures))
+    return found
+
+
 def finished(found: Experiment) -> Experiment:
     rows = model.ours(found.rows)
     found.bars, found.targets, made = [], [], []
@@ -175,7 +186,6 @@ def finished(found: Experiment) -> Experiment:
         found.bars.append(Bars(f"MB: {setting}", [(row.way, row.get("MB"), row.kind) for row in some]))
     found.rows = [
         *made,
-        Row("without striping", "see 'Bandwidth and memory over one path and two'", Kind.NOT_RUN, {}),
         Row("without hinting of free pages", "the lab's images zero what is freed", Kind.NOT_BUILT, {}),
     ]
     return found
