@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -257,6 +257,8 @@ def one(lab: Scenario, case: Case, use: Use, way: str, source: str, all_: Experi
         "downtime ms": report["downtime_ms"],
         "first answer ms": first,
         "MB": found.bytes / 1e6,
+        "of these after the first pass MB": again(report) / 1e6,
+        "link used %": 100 * found.bytes * 8 / (case.mbps * 1e6 * report["total_s"]),
         "CPU s": found.cpu_s,
     }
     all_.rows.append(Row(way, case.setting, Kind.MEASURED, figures, note=note))
@@ -264,6 +266,13 @@ def one(lab: Scenario, case: Case, use: Use, way: str, source: str, all_: Experi
     all_.handoffs.append(handoff(name, report, found.bytes, found.packets))
     all_.checks += checks(name, report, found, bool(verified["ok"]) and good)
     say(case, title, figures, note)
+
+
+def again(report: Mapping[str, Any]) -> int:
+    """Bytes of the session once QEMU had been over all of the memory: what was dirtied meanwhile, and after that."""
+    line = report["timeline"]
+    first = next((point["wire"] for point in line if point["round"] >= 2), line[-1]["wire"] if line else 0)
+    return max(0, int(report["wire"]["sent"] + report["wire"]["received"] - first))
 
 
 def say(case: Case, way: str, figures: dict[str, Any], note: str) -> None:

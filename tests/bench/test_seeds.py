@@ -115,6 +115,13 @@ def test_no_share_is_the_disk_and_then_the_incremental_run() -> None:
     assert (found.get("total s"), found.get("MB")) == (pytest.approx(1300.0), pytest.approx(1400.0))
 
 
+def test_what_came_after_the_first_pass_is_what_was_dirtied() -> None:
+    report = told()
+    report["timeline"][60]["round"] = 2
+    assert live_migration.again(report) == 12_500 * KB - 600
+    assert live_migration.again({**report, "timeline": []}) == 12_500 * KB
+
+
 # -- checks
 
 
