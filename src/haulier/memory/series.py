@@ -24,6 +24,8 @@ APART: Final = 64
 """Words between two places at which a page is first looked at."""
 SMALL: Final = 1 << 18
 """A rest that is likely to pay."""
+EVERY: Final = 4
+"""Of so many words one is counted, to tell what a page will become."""
 GAIN: Final = 0.8
 """Of the plain bytes' entropy: below that it pays."""
 
@@ -38,8 +40,8 @@ def smooth(pages: NDArray[np.uint8], rows: NDArray[np.intp]) -> NDArray[np.intp]
     if not len(likely):
         return rows[:0]
     some = pages[likely]
-    packed = pack(some).reshape(PLANES, len(likely), WORDS)
-    plain = some.reshape(len(likely), WORDS, PLANES).transpose(2, 0, 1)
+    packed = pack(some).reshape(PLANES, len(likely), WORDS)[:, :, ::EVERY]
+    plain = some.reshape(len(likely), WORDS, PLANES)[:, ::EVERY].transpose(2, 0, 1)
     found: NDArray[np.intp] = likely[_entropy(packed) < GAIN * _entropy(plain)]
     return found
 
@@ -70,10 +72,10 @@ def _zigzag(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def _entropy(planes: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """For planes, u8 (4, n, 1024): bits (n) by how often each byte comes in each plane."""
-    count = planes.shape[1]
+    """For planes, u8 (4, n, m): bits (n) by how often each byte comes in each plane."""
+    count, words = planes.shape[1:]
     at = np.arange(PLANES * count, dtype=np.int64).reshape(PLANES, count, 1) * 256
     often = np.bincount((planes + at).reshape(-1), minlength=PLANES * count * 256).reshape(PLANES, count, 256)
     spared: NDArray[np.float64] = (often * np.log2(np.maximum(often, 1))).sum(axis=(0, 2))
-    bits: NDArray[np.float64] = WORDS * np.log2(WORDS) * PLANES - spared
+    bits: NDArray[np.float64] = words * np.log2(words) * PLANES - spared
     return bits
