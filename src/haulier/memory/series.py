@@ -11,6 +11,7 @@ the same weight put together leave zstd one plane of noise in place of four.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -28,6 +29,9 @@ EVERY: Final = 4
 """Of so many words one is counted, to tell what a page will become."""
 GAIN: Final = 0.8
 """Of the plain bytes' entropy: below that it pays."""
+
+_SPARED: Final = np.array([0.0, *(n * math.log2(n) for n in range(1, WORDS + 1))], np.float32)
+"""Bits that a byte which comes n times is less than one that comes once."""
 
 
 def smooth(pages: NDArray[np.uint8], rows: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -71,11 +75,10 @@ def _zigzag(words: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return found
 
 
-def _entropy(planes: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _entropy(planes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """For planes, u8 (4, n, m): bits (n) by how often each byte comes in each plane."""
     count, words = planes.shape[1:]
-    at = np.arange(PLANES * count, dtype=np.int64).reshape(PLANES, count, 1) * 256
-    often = np.bincount((planes + at).reshape(-1), minlength=PLANES * count * 256).reshape(PLANES, count, 256)
-    spared: NDArray[np.float64] = (often * np.log2(np.maximum(often, 1))).sum(axis=(0, 2))
-    bits: NDArray[np.float64] = words * np.log2(words) * PLANES - spared
+    at = np.arange(PLANES * count, dtype=np.int32).reshape(PLANES, count, 1) * np.int32(256)
+    often = np.bincount((planes + at).reshape(-1), minlength=PLANES * count * 256)
+    bits: NDArray[np.float32] = _SPARED[words] * PLANES - _SPARED[often].reshape(PLANES, count, 256).sum(axis=(0, 2))
     return bits
