@@ -3,11 +3,15 @@
 All three are haulier's session, between two sites of a lab as root; what is counted is payload that the other site has
 acknowledged. A steady case is judged against the sum of what one TCP connection carries on each path alone; then a path
 dies and returns, and a path's rate collapses.
+
+--only takes cases by their names, wildcards too ("20+5*", "*dies*"). With --parts FOLDER each case is kept there, and
+is not measured again; --steps N measures so many cases more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import subprocess
@@ -15,8 +19,10 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,22 +260,82 @@ STEADY: dict[str, tuple[Way, ...]] = {
 }
 
 
-def run(quick: bool, only: str = "") -> Any:
-    from report import Report, Target
-
-    rows: list[dict[str, object]] = []
-    targets: list[Target] = []
-    notes: list[str] = []
-    if os.geteuid() != 0:
-        return Report(rows=rows, notes=["labs need root: nothing was measured"])
+def cases(directory: Path, quick: bool) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name."""
     seconds = 5.0 if quick else 15.0
+    found: dict[str, Callable[[], Any]] = {}
+    for loss in (0.0, 0.01):
+        for what, paths in STEADY.items():
+            if quick and loss and not what.startswith(("10+10", "20+10")):
+                continue
+            label = f"{what}, {loss:.0%} loss" if loss else what
+            found[label] = partial(steady, directory, [Way(path.mbps, path.rtt_ms, loss) for path in paths], seconds)
+    found["10+10, 20 ms, IPv6"] = partial(steady, directory, STEADY["10+10, 20 ms"], seconds, ipv6=True)
+    for which in (0, 1):
+        found[f"{DIES} {which + 1} dies and returns"] = partial(both, dying, directory, which)
+    found[COLLAPSES] = partial(both, collapsing, directory)
+    return found
 
-    def row(where: str, when: str, sum_: float, tcp: float | None, multi: float, stripe: float) -> None:
-        rows.append(
+
+DIES, COLLAPSES = "10+10, path", "25+20, the first falls to 3"
+MOMENTS = {
+    DIES: (("first second", 9.65), ("during", 9.65), ("after", 19.3)),
+    COLLAPSES: (("before", 43.4), ("first second", 22.2), ("during", 22.2), ("after", 43.4)),
+}
+"""When, and 96.5 % of the rates that there are then."""
+
+
+def both(case: Callable[..., dict[str, float]], directory: Path, *words: int) -> dict[str, dict[str, float]]:
+    return {how: case(directory, how, *words) for how in ("mptcp", "striping")}
+
+
+def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Any:
+    from experiments.parts import Enough, Parts
+    from report import Report
+
+    if os.geteuid() != 0:
+        return Report(rows=[], notes=["labs need root: nothing was measured"])
+    kept = Parts(parts, steps)
+    report: Any = Report(
+        rows=[],
+        targets=[],
+        link="pairs and threes of lab links, as each row says",
+        notes=["the sum is that of one TCP on each path alone; where paths change, 96.5 % of the links' rates"],
+    )
+    with tempfile.TemporaryDirectory(prefix="haulier-bench-paths-") as name:
+        directory = Path(name)
+        ca = TestCa(directory)
+        ca.site("here"), ca.site("there")
+        for label, measure in cases(directory, quick).items():
+            if only and not any(fnmatch.fnmatch(label, pattern) for pattern in only):
+                continue
+            try:
+                found = kept.facts(f"multipath{' quick' * quick}: {label}", partial(said, label, measure))
+            except Enough:
+                report.notes.append(f"not run yet: {label}")
+            except Exception as error:
+                traceback.print_exc()
+                report.notes.append(f"{label} failed: {type(error).__name__}: {error}")
+            else:
+                enter(report, label, found)
+    return report
+
+
+def said(label: str, measure: Callable[[], Any]) -> Any:
+    print(f"== multipath: {label}", file=sys.stderr, flush=True)
+    return measure()
+
+
+def enter(report: Any, label: str, found: dict[str, Any]) -> None:
+    """A case's rows, targets and notes."""
+    from report import Target
+
+    def row(when: str, sum_: float, tcp: float | None, multi: float, stripe: float) -> None:
+        report.rows.append(
             {
                 "striping / sum": stripe / sum_,
                 "MPTCP / sum": multi / sum_,
-                "paths, Mbit/s": where,
+                "paths, Mbit/s": label,
                 "when": when,
                 "sum": sum_,
                 "one TCP": tcp,
@@ -278,46 +344,24 @@ def run(quick: bool, only: str = "") -> Any:
             }
         )
 
-    with tempfile.TemporaryDirectory(prefix="haulier-bench-paths-") as name:
-        directory = Path(name)
-        ca = TestCa(directory)
-        ca.site("here"), ca.site("there")
-        for loss in (0.0, 0.01):
-            for what, paths in STEADY.items():
-                label = f"{what}, {loss:.0%} loss" if loss else what
-                if only not in label or (quick and loss and not what.startswith(("10+10", "20+10"))):
-                    continue
-                lossy = [Way(path.mbps, path.rtt_ms, loss) for path in paths]
-                found = steady(directory, lossy, seconds)
-                row(label, "steady", found["sum"], found["tcp"], found["mptcp"], found["striping"])
-                targets.append(
-                    Target.at_least(f"{label}: striping, share of the sum", found["striping"] / found["sum"], 0.95)
-                )
-                if not found["transport"]["mptcp"].startswith("MPTCP"):
-                    notes.append(f"{label}: asked for MPTCP, got {found['transport']['mptcp']}")
-        if only in "IPv6":
-            found = steady(directory, STEADY["10+10, 20 ms"], seconds, ipv6=True)
-            row("10+10, 20 ms, IPv6", "steady", found["sum"], found["tcp"], found["mptcp"], found["striping"])
-            targets.append(Target.at_least("IPv6: striping, share of the sum", found["striping"] / found["sum"], 0.95))
-        if only in "dies and returns":
-            for which in (0, 1):
-                both = {how: dying(directory, how, which) for how in ("mptcp", "striping")}
-                label = f"10+10, path {which + 1} dies and returns"
-                for when, sum_ in (("first second", 9.65), ("during", 9.65), ("after", 19.3)):
-                    row(label, when, sum_, None, both["mptcp"][when], both["striping"][when])
-                again = both["striping"]["used again s"]
-                notes.append(f"{label}: used again after {again:.2f} s (MPTCP: {both['mptcp']['used again s']:.2f} s)")
-                targets.append(Target.at_most(f"{label}: used again after, s", again, 2.0))
-        if only in "collapse":
-            both = {how: collapsing(directory, how) for how in ("mptcp", "striping")}
-            label = "25+20, the first falls to 3"
-            for when, sum_ in (("before", 43.4), ("first second", 22.2), ("during", 22.2), ("after", 43.4)):
-                row(label, when, sum_, None, both["mptcp"][when], both["striping"][when])
-            targets.append(
-                Target.at_least(f"{label}: striping, share of what remains", both["striping"]["during"] / 22.2, 0.90)
-            )
-    notes.append("the sum is that of one TCP on each path alone; where paths change, 96.5 % of the links' rates")
-    return Report(rows=rows, targets=targets, link="pairs and threes of lab links, as each row says", notes=notes)
+    moments = next((each for start, each in MOMENTS.items() if label.startswith(start)), ())
+    if not moments:
+        row("steady", found["sum"], found["tcp"], found["mptcp"], found["striping"])
+        share = found["striping"] / found["sum"]
+        report.targets.append(Target.at_least(f"{label}: striping, share of the sum", share, 0.95))
+        if not found["transport"]["mptcp"].startswith("MPTCP"):
+            report.notes.append(f"{label}: asked for MPTCP, got {found['transport']['mptcp']}")
+        return
+    multi, stripe = found["mptcp"], found["striping"]
+    for when, sum_ in moments:
+        row(when, sum_, None, multi[when], stripe[when])
+    if label == COLLAPSES:
+        share = stripe["during"] / 22.2
+        report.targets.append(Target.at_least(f"{label}: striping, share of what remains", share, 0.90))
+    else:
+        again = stripe["used again s"]
+        report.notes.append(f"{label}: used again after {again:.2f} s (MPTCP: {multi['used again s']:.2f} s)")
+        report.targets.append(Target.at_most(f"{label}: used again after, s", again, 2.0))
 
 
 if __name__ == "__main__":

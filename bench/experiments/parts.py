@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from experiments.model import Experiment, from_dict
 
@@ -22,9 +23,13 @@ class Parts:
 
     def do(self, name: str, unit: Callable[[], Experiment]) -> Experiment:
         """What was kept of the unit `name`, else what it finds now. Raises Enough."""
+        return from_dict(self.facts(name, lambda: unit().as_dict()))
+
+    def facts(self, name: str, unit: Callable[[], Any]) -> Any:
+        """The same for a unit that finds what JSON can hold."""
         path = self.path(name)
         if path is not None and path.exists():
-            return from_dict(json.loads(path.read_text()))
+            return json.loads(path.read_text())
         if self._steps and self._run >= self._steps:
             raise Enough(name)
         self._run += 1
@@ -32,7 +37,7 @@ class Parts:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".new")
-            temporary.write_text(json.dumps(found.as_dict()))
+            temporary.write_text(json.dumps(found))
             temporary.rename(path)
         return found
 
