@@ -13,8 +13,9 @@ import pytest
 
 from haulier.agent.server import Agent
 from haulier.cli import main
+from haulier.cli.guest import by_family
 from haulier.cli.main import VERBS
-from haulier.errors import HaulierError
+from haulier.errors import HaulierError, UsageError
 from haulier.handoff.journal import HandoffRow
 from tests.support.agents import free_port, make_site, running
 
@@ -222,3 +223,15 @@ def test_a_paths_line_says_what_it_carried_and_what_became_of_it() -> None:
     assert str(rows["path x"]).endswith(", down")
     assert path_rows(None, None) == [] == path_rows({}, {"paths": []})
     assert dict(path_rows(None, report["wire"]))["transport"] == "striping over 2 paths", "while it goes on"
+
+
+def test_a_guests_addresses_are_sorted_by_family() -> None:
+    assert by_family([], []) == {"address": "", "address6": "", "gateway": "", "gateway6": ""}
+    assert by_family(["auto"], [])["address"] == "auto"
+    both = by_family(["fd77::10/64", "10.77.0.10/24"], ["fd77::1"])
+    assert (both["address"], both["address6"]) == ("10.77.0.10/24", "fd77::10/64")
+    assert (both["gateway"], both["gateway6"]) == ("", "fd77::1")
+    alone = by_family(["fd77::10/64"], ["fd77::1"])
+    assert (alone["address"], alone["gateway"]) == ("fd77::10/64", "fd77::1") and not alone["address6"]
+    with pytest.raises(UsageError, match="--address 10.77.0.10/24 10.77.0.11/24: give one"):
+        by_family(["10.77.0.10/24", "10.77.0.11/24"], [])

@@ -5,12 +5,16 @@ from __future__ import annotations
 import subprocess
 from dataclasses import replace
 
+import msgspec
+import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
 from haulier.guests.identity import ENTROPY, Identity, script
 from haulier.guests.model import new_spec
 
 SPEC = new_spec("web1", "debian", memory_mib=256, disk_size=4 << 30, address="10.77.0.10/24", gateway="10.77.0.1")
+V4 = "route replace default via 10.77.0.1 dev eth0"
+V6 = "route replace default via fd77::1 dev eth0"
 
 
 def test_identities_are_fresh() -> None:
@@ -47,6 +51,41 @@ def test_values_cannot_break_out_of_their_quotes() -> None:
         check=True,
     )
     assert shown.stdout.decode() == f"{nasty}|{nasty}|ff00|"
+
+
+@pytest.mark.parametrize(
+    ("address", "address6", "lines"),
+    [
+        ("10.77.0.10/24", "", ["address add 10.77.0.10/24 broadcast + dev eth0", V4]),
+        ("fd77::10/64", "", ["address add fd77::10/64 dev eth0 nodad", V6]),
+        (
+            "10.77.0.10/24",
+            "fd77::10/64",
+            ["address add 10.77.0.10/24 broadcast + dev eth0", V4, "address add fd77::10/64 dev eth0 nodad", V6],
+        ),
+    ],
+)
+def test_a_clone_takes_its_addresses_of_either_family(address: str, address6: str, lines: list[str]) -> None:
+    gateways = {"10.77.0.10/24": "10.77.0.1", "fd77::10/64": "fd77::1", "": ""}
+    spec = msgspec.structs.replace(
+        SPEC, address=address, gateway=gateways[address], address6=address6, gateway6=gateways[address6]
+    )
+    text = script(Identity.fresh(spec), b"", None).decode()
+    head = text[: text.index("# Makes a restored clone")]
+    functions = text[text.index("# Calls a function with each") : text.index("# For the next boots")]
+
+    def shown(function: str) -> list[str]:
+        given = f"{head}nic=eth0\n{functions}each_address {function}\n"
+        return subprocess.run(
+            ["sh", "-eu"], input=given, capture_output=True, check=True, text=True
+        ).stdout.splitlines()
+
+    assert shown("line") == lines
+    families = [("inet6" if ":" in each else "inet") for each in (address, address6) if each]
+    assert [line for line in shown("stanza") if "iface" in line] == [f"iface eth0 {each} static" for each in families]
+    assert [line for line in shown("unit") if "Address" in line] == [
+        f"Address={each}" for each in (address, address6) if each
+    ]
 
 
 def test_entropy_is_more_than_the_generator_holds() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from haulier.agent.site import Site
@@ -50,6 +51,24 @@ def test_bird_announces_the_guest_and_may_have_the_old_site_withdraw_it(
     assert [path.name for path in (tmp_path / "bird").iterdir()] == ["web1.conf"]
     assert (tmp_path / "bird" / "web1.conf").read_text() == 'route 10.77.0.10/32 via "br0";\n'
     assert told(tmp_path) == ["configure", "oslo 10.77.0.10"]
+
+
+def test_a_guest_with_an_address_of_each_family_is_led_by_both(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = stand_in(tmp_path)
+    both = msgspec.structs.replace(SPEC, address6="fd77::10/64")
+    six = msgspec.structs.replace(SPEC, address="fd77::10/64", gateway="")
+    monkeypatch.setattr(f"{__name__}.SPEC", both)
+    assert call(site, "bird", monkeypatch, BIRDC=program, BIRD_DIR=str(tmp_path / "bird"), WITHDRAW=program)
+    assert (tmp_path / "bird" / "web1.conf").read_text() == 'route 10.77.0.10/32 via "br0";\n'
+    assert (tmp_path / "bird6" / "web1.conf").read_text() == 'route fd77::10/128 via "br0";\n'
+    assert told(tmp_path) == ["configure", "oslo 10.77.0.10", "oslo fd77::10"]
+    assert call(site, "ovn", monkeypatch, OVN_NBCTL=program)
+    assert f"lsp-set-addresses web1 {both.mac} 10.77.0.10 fd77::10" in told(tmp_path)
+    monkeypatch.setattr(f"{__name__}.SPEC", six)
+    assert call(site, "ovn", monkeypatch, OVN_NBCTL=program)
+    assert f"lsp-set-addresses web1 {six.mac} fd77::10" in told(tmp_path)
 
 
 def test_ovn_binds_the_port_to_the_new_chassis_and_waits_for_it(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from haulier.errors import HaulierError, UsageError
@@ -25,6 +26,7 @@ from haulier.network.tunnel import (
     mac_of,
     packets,
     up_lines,
+    up_lines6,
     vni_of,
 )
 from tests.support.labs import lab
@@ -63,6 +65,18 @@ def test_an_end_floods_nothing_and_learns_nothing() -> None:
     assert f"rule add from {ADDRESS}/32 iif br0 table 7501 priority 7501" in up_lines(away)
     assert f"route replace {ADDRESS}/32 dev br0 metric 7500" in up_lines(away), "where ICMP finds the guest"
     assert down_lines(away)[-1] == f"link del dev {away.interface}"
+
+
+def test_a_guest_with_an_address_of_each_family_has_two_ways_back_in_one_tunnel() -> None:
+    both = msgspec.structs.replace(end("away"), also="fd77::10")
+    assert up_lines(both) == up_lines(end("away")), "IPv6 is a batch of its own"
+    assert "rule add from fd77::10/128 iif br0 table 7501 priority 7501" in up_lines6(both)
+    assert up_lines6(end("away")) == up_lines6(msgspec.structs.replace(end("home"), also="fd77::10")) == []
+    down = down_lines(both)
+    assert "-6 route flush table 7501" in down and "route flush table 7501" in down
+    assert len([line for line in down if line.startswith("link del")]) == 1
+    with pytest.raises(UsageError, match="one address of each family"):
+        msgspec.structs.replace(both, also="10.77.0.11")
 
 
 @pytest.mark.parametrize("wrong", [{"local": "lisbon"}, {"vni": 0}, {"vni": 1 << 24}])
@@ -156,7 +170,8 @@ def moving(tmp_path: Path) -> Iterator[Moving]:
 
 
 @pytest.mark.root
-def test_an_ipv6_address_is_kept_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("both", [False, True], ids=["alone", "beside one of IPv4"])
+def test_an_ipv6_address_is_kept_too(tmp_path: Path, both: bool) -> None:
     address = "fd78::10"
     with lab(SITES.replace("[[site]]", "ipv6 = true\n[[site]]", 1)) as made:
         guest = f"tunguest-{os.getpid()}-{next(_serial)}"
@@ -170,6 +185,9 @@ def test_an_ipv6_address_is_kept_too(tmp_path: Path) -> None:
                 namespaces.ip(made.namespace(site), ["link set cable master br0 up"])
 
             plug("oslo", guest)
+            if both:
+                namespaces.ip(guest, [f"addr add {ADDRESS}/24 dev eth0", "route add default via 10.77.0.1"])
+                made.route_guest("client", ADDRESS, "oslo")
             gateway = made.call("oslo", lambda: link_local(mac_of("br0")))
             namespaces.ip(guest, [f"route add default via {gateway} dev eth0"])
             via, source = made.address6("oslo", "client-oslo"), made.address6("client")
@@ -181,11 +199,13 @@ def test_an_ipv6_address_is_kept_too(tmp_path: Path) -> None:
             def answers() -> bool:
                 words = ["ping", "-6", "-c", "3", "-i", "0.1", "-W", "1", address]
                 large = ["ping", "-6", "-c", "2", "-i", "0.2", "-W", "1", "-s", "1452", "-M", "dont", address]
-                return all(made.exec("client", line, check=False).returncode == 0 for line in (words, large))
+                four = [["ping", "-c", "3", "-i", "0.1", "-W", "1", ADDRESS]] if both else []
+                return all(made.exec("client", line, check=False).returncode == 0 for line in (words, large, *four))
 
             def open_end(site: str, role: str, local: str, remote: str) -> None:
                 made_end = end(role, owner=site, local=local, remote=remote)
-                six = Tunnel(**{**{n: getattr(made_end, n) for n in Tunnel.__struct_fields__}, "address": address})
+                kept = {"also": address} if both else {"address": address}
+                six = msgspec.structs.replace(made_end, **kept)
                 namespaces.call(made.namespace(site), lambda: records[site].open(six))
 
             wait_for(answers, 20, "the guest at home")

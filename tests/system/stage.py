@@ -176,9 +176,9 @@ class Stage:
 
     # -- guests ----------------------------------------------------------------------------------------------------
 
-    def run_guest(self, name: str = "web1", address: str = GUEST_ADDRESS, **work: Any) -> None:
+    def run_guest(self, name: str = "web1", address: str = GUEST_ADDRESS, *, address6: str = "", **work: Any) -> None:
         """Starts a guest at oslo, its workload, and a client that asks it all the time."""
-        self.scenario.start_guest(name, address)
+        self.scenario.start_guest(name, address, address6=address6)
         self.addresses[name] = address
         self.work(name, **work)
         answers = Answers(self.scenario.lab, "client", address, self.scenario.work / f"answers-{name}.jsonl")

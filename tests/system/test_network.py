@@ -20,7 +20,7 @@ from haulier.handoff.residence import guest_paths
 from haulier.lab.container_clients import Player
 from haulier.lab.containers import container_template
 from haulier.lab.lab import Lab
-from haulier.lab.scenario import GUEST_ADDRESS, POOLS, POOLS6, LabSite, Template, wan
+from haulier.lab.scenario import GUEST_ADDRESS, GUEST_ADDRESS6, POOLS, POOLS6, LabSite, Template, wan
 from haulier.lab.workload import PORT
 from haulier.network.pool import Pool
 from haulier.session.mptcp import available, protocol, subflows
@@ -249,6 +249,49 @@ def test_all_between_the_sites_may_be_ipv6(made: Template) -> None:
         finally:
             client.close()
         assert standing.home("web1") == "oslo"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("address", [GUEST_ADDRESS, GUEST_ADDRESS6], ids=["one of each", "IPv6 alone"])
+def test_a_guests_own_address_may_be_ipv6(made: Template, address: str) -> None:
+    """An IPv6 connection outlives moves with `keep`, by the tunnel and home again, and with `hook`."""
+    six = GUEST_ADDRESS6.partition("/")[0]
+    also = GUEST_ADDRESS6 if address != GUEST_ADDRESS6 else ""
+    with stage(made, "own6", [wan("20mbit", "10ms")], ipv6=True) as standing:
+        lab, oslo = standing.scenario.lab, standing.site("oslo")
+        hook = standing.scenario.work / "moved-hook"
+        leads = hook.read_text()
+        standing.scenario.start_guest("web1", address, address6=also)
+        standing.addresses["web1"] = address
+        with GuestAgent(guest_paths(oslo.site, "web1").qga_sock, name="web1") as agent:
+            agent.check(["/usr/bin/python3", "-c", RELAY])
+        six_client = OneConnection(lab, six, MPTCP_PORT)
+        clients = [six_client, OneConnection(lab)] if also else [six_client]
+        try:
+            oslo.facts("guest", "net", "web1", "keep")
+            hook.write_text("#!/bin/sh\nexit 1\n")
+            for home in ("lisbon", "oslo"):
+                handoff = standing.begin("web1")
+                handoff.done()
+                for client in clients:
+                    client.assert_goes_on()
+                standing.assert_clean(handoff, home)
+                assert len(tunnels(oslo)) == (home == "lisbon")
+            for site in ("oslo", "lisbon"):
+                assert_no_trace(standing, site)
+            oslo.facts("guest", "net", "web1", "hook")
+            hook.write_text(leads)
+            for _ in range(2):
+                handoff = standing.begin("web1")
+                handoff.done()
+                for client in clients:
+                    client.assert_goes_on()
+                via = lab.exec("client", ["ip", "-6", "route", "get", six]).stdout
+                assert lab.address6(handoff.target, f"client-{handoff.target}") in via
+                assert tunnels(oslo) == tunnels(standing.site("lisbon")) == []
+        finally:
+            for client in clients:
+                client.close()
 
 
 @pytest.mark.full

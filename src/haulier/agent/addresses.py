@@ -77,7 +77,7 @@ class Addresses:
                 self.dhcp.stop()
             return
         specs = [spec_of(row) for row in rows if record_of(row).state in MAY_RUN]
-        hosts = [Host(s.name, s.mac, s.address.partition("/")[0]) for s in specs if s.address]
+        hosts = [Host(s.name, s.mac, own) for s in specs for own in s.own_addresses if ":" not in own]
         try:
             self.dhcp.serve(hosts)
             self._said = ""

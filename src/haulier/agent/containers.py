@@ -54,6 +54,8 @@ def spec_for(request: RunRequest, meta: dict[str, Any], image: Manifest, gateway
         mac=request.mac,
         address=request.address,
         gateway=gateway,
+        address6=request.address6,
+        gateway6=request.gateway6,
         container=container,
     )
 

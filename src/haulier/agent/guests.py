@@ -55,6 +55,9 @@ class RunRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     vcpus: int = 1
     address: str = ""
     gateway: str = ""
+    address6: str = ""
+    """Of IPv6, beside an `address` of IPv4."""
+    gateway6: str = ""
     mac: str = ""
     cold: bool = False
     agent: bool = True
@@ -131,7 +134,8 @@ class Guests:
             "pid": pid,
             "accel": accel,
             **{
-                k: spec.get(k) for k in ("image", "golden", "memory_mib", "vcpus", "disk_size", "address", "mac", "net")
+                k: spec.get(k)
+                for k in ("image", "golden", "memory_mib", "vcpus", "disk_size", "address", "address6", "mac", "net")
             },
         }
 
@@ -219,6 +223,7 @@ class Guests:
                 "'haulier image list' shows those there are"
             ) from None
         gateway = request.gateway or default_gateway(request.address)
+        request = msgspec.structs.replace(request, gateway6=request.gateway6 or default_gateway(request.address6))
         meta = self.store.manifest_meta(name)
         if request.kind not in ("", "vm", "container"):
             raise UsageError(f"{request.kind[:40]!r} is no kind of guest: give vm or container")
@@ -239,7 +244,14 @@ class Guests:
                 image_manifest=image.digest.hex(),
             )
         if golden is not None:
-            spec = golden.spec(request.name, mac=request.mac, address=request.address, gateway=gateway)
+            spec = golden.spec(
+                request.name,
+                mac=request.mac,
+                address=request.address,
+                gateway=gateway,
+                address6=request.address6,
+                gateway6=request.gateway6,
+            )
             name = golden.manifest_name
         else:
             spec = new_spec(
@@ -251,6 +263,8 @@ class Guests:
                 mac=request.mac,
                 address=request.address,
                 gateway=gateway,
+                address6=request.address6,
+                gateway6=request.gateway6,
             )
         paths = residence.guest_paths(self.site, spec.name)
         self.site.check_socket_path(paths.handoff_sock)

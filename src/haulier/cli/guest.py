@@ -19,6 +19,7 @@ from haulier.cli.common import (
     tell,
 )
 from haulier.cli.progress import wait
+from haulier.errors import UsageError
 from haulier.units import MIB
 
 guest_app = App(name="guest", help="Guests of this site.")
@@ -35,9 +36,15 @@ def run(
     memory: Annotated[str, Parameter(help="For example 512M or 2G.")] = "512M",
     vcpus: int = 1,
     address: Annotated[
-        str, Parameter(help="Its address, for example 10.77.0.10/24, or auto; without one it has no NIC.")
-    ] = "",
-    gateway: Gateway = "",
+        list[str] | None,
+        Parameter(
+            help="Its address, for example 10.77.0.10/24 or fd77::10/64, or auto; may be given again, one of IPv4 and "
+            "one of IPv6. Without one it has no NIC."
+        ),
+    ] = None,
+    gateway: Annotated[
+        list[str] | None, Parameter(help="Of each family [default: the first address of its network].")
+    ] = None,
     mac: Annotated[str, Parameter(help="[default: a random one]")] = "",
     cold: Annotated[bool, Parameter(negative="", help="Boot it even where there is a golden snapshot.")] = False,
     agent: Annotated[
@@ -62,8 +69,7 @@ def run(
         "image": image,
         "memory_mib": parse_memory(memory),
         "vcpus": vcpus,
-        "address": address,
-        "gateway": gateway,
+        **by_family(address or [], gateway or []),
         "mac": mac,
         "cold": cold,
         "agent": agent,
@@ -78,6 +84,19 @@ def run(
     how = "a container" if result.get("kind") == "container" else "booted"
     how = "from a golden snapshot" if result.get("golden") else how
     tell(result, json, f"guest {name} runs ({how}, {result['accel']}, pid {result['pid']})")
+
+
+def by_family(addresses: list[str], gateways: list[str]) -> dict[str, str]:
+    """A guest's addresses and gateways as the agent takes them: IPv4, then IPv6, or IPv6 alone. UsageError."""
+    only6 = bool(addresses) and all(":" in address for address in addresses)
+    found: dict[str, str] = {}
+    for what, given in (("address", addresses), ("gateway", gateways)):
+        first = [text for text in given if only6 or ":" not in text]
+        second = [text for text in given if not only6 and ":" in text]
+        if len(first) > 1 or len(second) > 1:
+            raise UsageError(f"--{what} {' '.join(given)[:80]}: give one, or one of IPv4 and one of IPv6")
+        found |= {what: "".join(first), f"{what}6": "".join(second)}
+    return found
 
 
 @guest_app.command
@@ -182,7 +201,7 @@ def listing(*, root: Root = None, json: Json = False) -> None:
                 g["epoch"],
                 g["image"],
                 f"{g['memory_mib']} MiB",
-                g["address"] or "-",
+                " ".join(filter(None, (g["address"], g["address6"]))) or "-",
                 g["handoff"],
             )
             for g in guests

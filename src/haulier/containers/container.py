@@ -127,7 +127,7 @@ class Container:
         container = cls(spec, paths, record)
         # Before there is anything to be found again.
         write_record(paths, spec, record)
-        network.create(name, cable, mac=spec.mac, address=spec.address, gateway=spec.gateway)
+        network.create(name, cable, mac=spec.mac, addresses=spec.routed_addresses)
         if lower is not None:
             mount(paths, lower)
         shell = any(os.path.lexists(paths.rootfs / place) for place in ("bin/sh", "usr/bin/sh"))

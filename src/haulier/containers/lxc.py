@@ -201,7 +201,7 @@ class LxcContainer(Container):
         cable = tap_name(spec.name) if spec.address else ""
         made = cls(spec, paths, {"netns": name, "cable": cable, "pid": 0, "ticks": 0, "boot": ""})
         write_record(paths, spec, made.record)
-        network.create(name, cable, mac=spec.mac, address=spec.address, gateway=spec.gateway)
+        network.create(name, cable, mac=spec.mac, addresses=spec.routed_addresses)
         if lower is not None and not paths.rootfs.is_symlink():
             mount(paths, lower)
         made._config.parent.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +20,11 @@ from haulier.guests.tap import BRIDGE, exists
 RUN: Final = Path("/run/netns")
 IMPATIENT_MS: Final = 20
 IMPATIENT_S: Final = 10
-_NEIGHBOURS: Final = "ntable change name arp_cache dev eth0 retrans {retrans} mcast_probes {probes}"
+_NEIGHBOURS: Final = "ntable change name {table} dev eth0 retrans {retrans} mcast_probes {probes}"
 """What restored connections have to say waits until the gateway is found, which can only be when the cable is plugged
 in. The kernel's own pace, one question a second, would add a second to what the client waits."""
+_TABLES: Final = {False: "arp_cache", True: "ndisc_cache"}
+"""The kernel's tables of neighbours, of IPv4 and (True) of IPv6."""
 
 
 def namespace_name(root: Path, attempt: str) -> str:
@@ -29,18 +32,20 @@ def namespace_name(root: Path, attempt: str) -> str:
     return "hc-" + hashlib.blake2b(f"{root.absolute()}\0{attempt}".encode(), digest_size=8).hexdigest()
 
 
-def create(name: str, cable: str, *, mac: str, address: str, gateway: str) -> None:
+def create(name: str, cable: str, *, mac: str, addresses: Sequence[tuple[str, str]]) -> None:
     """Makes the namespace; with an address also the interface eth0 in it and `cable`, its end out here, unplugged.
+
+    `addresses`: each with its length, and its gateway or "".
 
     What is left of an earlier one of these names is replaced. GuestError when the host refuses.
     """
     delete(name, cable)
-    if address and not exists(BRIDGE):
+    if addresses and not exists(BRIDGE):
         raise UnknownThing(f"no bridge {BRIDGE} here: make it, or start the agent in its site's network namespace")
     _run(["ip", "netns", "add", name])
     try:
         lines = ["link set lo up"]
-        if address:
+        if addresses:
             # Its own name first: eth0 may be taken out here.
             inner = "hi-" + name[3:15]
             out_here = [
@@ -54,10 +59,14 @@ def create(name: str, cable: str, *, mac: str, address: str, gateway: str) -> No
             _run(["ip", "-batch", "-"], "\n".join(out_here))
             # Unplugged it is nobody's neighbour, not this host's either, which would pass its packets on.
             Path(f"/proc/sys/net/ipv4/conf/{cable}/arp_ignore").write_text("8")
-            lines += [f"link set dev {inner} name eth0", f"addr add {address} dev eth0", "link set dev eth0 up"]
-            lines.append(_NEIGHBOURS.format(retrans=IMPATIENT_MS, probes=IMPATIENT_S * 1000 // IMPATIENT_MS))
-            if gateway:
-                lines.append(f"route add default via {gateway}")
+            lines.append(f"link set dev {inner} name eth0")
+            # Not looked for on a cable that is not plugged in yet, in vain.
+            lines += [f"addr add {own} dev eth0" + (" nodad" if ":" in own else "") for own, _ in addresses]
+            lines.append("link set dev eth0 up")
+            for table in _tables(addresses):
+                probes = IMPATIENT_S * 1000 // IMPATIENT_MS
+                lines.append(_NEIGHBOURS.format(table=table, retrans=IMPATIENT_MS, probes=probes))
+            lines += [f"route add default via {gateway} dev eth0" for _, gateway in addresses if gateway]
         _run(inside(name, ["ip", "-batch", "-"]), "\n".join(lines))
     except BaseException:
         delete(name, cable)
@@ -75,7 +84,12 @@ def forget(name: str) -> None:
 
 def calm(name: str) -> None:
     """Neighbours are looked for as patiently as the kernel does by itself."""
-    _quietly(inside(name, ["ip", *_NEIGHBOURS.format(retrans=1000, probes=3).split()]))
+    for table in _TABLES.values():
+        _quietly(inside(name, ["ip", *_NEIGHBOURS.format(table=table, retrans=1000, probes=3).split()]))
+
+
+def _tables(addresses: Sequence[tuple[str, str]]) -> list[str]:
+    return sorted({_TABLES[":" in own] for own, _ in addresses})
 
 
 def plug(cable: str) -> None:

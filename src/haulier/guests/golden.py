@@ -135,7 +135,16 @@ class Golden:
         if found != self.meta.memory:
             raise Corrupt(f"the memory of golden snapshot {self.path} is damaged: remove it and warm the image again")
 
-    def spec(self, name: str, *, address: str = "", gateway: str = "", mac: str = "") -> GuestSpec:
+    def spec(
+        self,
+        name: str,
+        *,
+        address: str = "",
+        gateway: str = "",
+        address6: str = "",
+        gateway6: str = "",
+        mac: str = "",
+    ) -> GuestSpec:
         """A fresh guest that can be born from this snapshot."""
         return new_spec(
             name,
@@ -149,6 +158,8 @@ class Golden:
             free_page_hint=self.meta.free_page_hint,
             address=address,
             gateway=gateway,
+            address6=address6,
+            gateway6=gateway6,
             mac=mac,
         )
 

@@ -40,6 +40,8 @@ class Identity:
     mac: str
     address: str
     gateway: str
+    address6: str
+    gateway6: str
 
     @classmethod
     def fresh(cls, spec: GuestSpec, *, nic: bool = True) -> Identity:
@@ -53,6 +55,8 @@ class Identity:
             mac=spec.mac if nic else "",
             address=spec.address if nic else "",
             gateway=spec.gateway if nic else "",
+            address6=spec.address6 if nic else "",
+            gateway6=spec.gateway6 if nic else "",
         )
 
 
@@ -71,6 +75,8 @@ def script(identity: Identity, entropy: bytes, now: float | None) -> bytes:
         "mac": identity.mac,
         "address": identity.address,
         "gateway": identity.gateway,
+        "address6": identity.address6,
+        "gateway6": identity.gateway6,
     }
     head = "".join(f"{key}={shlex.quote(value)}\n" for key, value in values.items())
     steps = files("haulier.guests").joinpath("identity.sh").read_text()

@@ -1,5 +1,5 @@
 # Makes a restored clone its own machine. Run by haulier inside the guest, as root, by /bin/sh, from standard input.
-# Before it come assignments of: entropy_hex name machine_id now ssh_key ssh_pub mac address gateway
+# Before it come assignments of: entropy_hex name machine_id now ssh_key ssh_pub mac address gateway address6 gateway6
 # ("" = leave alone). Each step says on stderr what went wrong and the rest goes on; the exit code counts the failures.
 # Builtins are preferred to programs: under TCG on a busy host, starting one takes a good part of a second.
 # The order matters: randomness first, so that nothing that is derived below comes from the state shared by all clones.
@@ -92,6 +92,43 @@ interface_of() {
     return 1
 }
 
+# Calls a function with each address that there is, its gateway or "", and its family: inet or inet6.
+each_address() {
+    for pair in "$address $gateway" "$address6 $gateway6"; do
+        case $pair in
+        ' '*) ;;
+        *:*) "$1" "${pair%% *}" "${pair#* }" inet6 || return 1 ;;
+        *) "$1" "${pair%% *}" "${pair#* }" inet || return 1 ;;
+        esac
+    done
+}
+
+stanza() {
+    printf 'iface %s %s static\n    address %s\n' "$nic" "$3" "$1"
+    [ -z "$2" ] || printf '    gateway %s\n' "$2"
+}
+
+unit() {
+    printf 'Address=%s\n' "$1"
+    [ -z "$2" ] || printf 'Gateway=%s\n' "$2"
+}
+
+profile() {
+    version=ipv4
+    [ "$3" = inet ] || version=ipv6
+    nmcli connection modify haulier $version.method manual $version.addresses "$1" \
+        ${2:+$version.gateway "$2"} >/dev/null
+}
+
+line() {
+    case $3 in
+    inet) echo "address add $1 broadcast + dev $nic" ;;
+    # Nobody else has it: it is of use at once.
+    *) echo "address add $1 dev $nic nodad" ;;
+    esac
+    [ -z "$2" ] || echo "route replace default via $2 dev $nic"
+}
+
 # For the next boots, in the words of whatever sets the network up in this image. What runs now is set below.
 keep_address() {
     units=/etc/systemd/system/multi-user.target.wants
@@ -99,17 +136,17 @@ keep_address() {
     if [ ! -e $units/systemd-networkd.service ] && command -v ifup >/dev/null; then
         mkdir -p /etc/network/interfaces.d
         {
-            printf 'auto %s\niface %s inet static\n    address %s\n' "$nic" "$nic" "$address"
-            [ -z "$gateway" ] || printf '    gateway %s\n' "$gateway"
+            printf 'auto %s\n' "$nic"
+            each_address stanza
         } >/etc/network/interfaces.d/haulier
     elif [ ! -e $units/systemd-networkd.service ] && command -v nmcli >/dev/null; then
-        nmcli connection add type ethernet con-name haulier mac "$mac" ipv4.method manual \
-            ipv4.addresses "$address" ${gateway:+ipv4.gateway "$gateway"} >/dev/null
+        nmcli connection add type ethernet con-name haulier mac "$mac" ipv4.method disabled >/dev/null &&
+            each_address profile
     elif [ -e $networkd ]; then
         mkdir -p /etc/systemd/network $units
         {
-            printf '[Match]\nMACAddress=%s\n\n[Network]\nAddress=%s\n' "$mac" "$address"
-            [ -z "$gateway" ] || printf 'Gateway=%s\n' "$gateway"
+            printf '[Match]\nMACAddress=%s\n\n[Network]\n' "$mac"
+            each_address unit
         } >/etc/systemd/network/10-haulier.network
         # Not started now: one daemon less, and the same address either way.
         [ -e $units/systemd-networkd.service ] || ln -s $networkd $units/systemd-networkd.service
@@ -132,9 +169,8 @@ if [ -n "$mac" ]; then
         {
             echo "link set $nic up"
             echo "address flush dev $nic scope global"
-            echo "address add $address broadcast + dev $nic"
-            [ -z "$gateway" ] || echo "route replace default via $gateway dev $nic"
-        } | ip -batch - || fail "$nic did not take the address $address via ${gateway:-no gateway}"
+            each_address line
+        } | ip -batch - || fail "$nic did not take the address $address${address6:+ or $address6} and its gateway"
     fi
 fi
 

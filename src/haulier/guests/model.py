@@ -56,8 +56,9 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One guest, as both sites need to know it to give it the same machine.
 
     `disk_size` is in bytes; `golden` is the id of the golden snapshot it was born from, "" if it was booted;
-    `address` is an interface address such as "10.77.0.10/24", "" for a guest without one; `vmgenid` is the
-    generation id that QEMU shows to the guest, the same at both ends of a handoff.
+    `address` is an interface address such as "10.77.0.10/24" or "fd77::10/64", "" for a guest without one; `address6`
+    is its IPv6 address where it has one beside an IPv4 address. `vmgenid` is the generation id that QEMU shows to the
+    guest, the same at both ends of a handoff.
 
     `free_page_hint` lets the guest's balloon driver name its free pages while it is handed over (a device feature, so
     it is part of the spec). It is off because pages that the driver holds when the guest stops keep their old contents
@@ -75,6 +76,8 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     mac: str
     address: str = ""
     gateway: str = ""
+    address6: str = ""
+    gateway6: str = ""
     machine: str = DEFAULT_MACHINE
     cpu: str = DEFAULT_CPU
     vmgenid: str
@@ -109,6 +112,9 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         _check_site_address(self.site_address)
         _check_mac(self.mac)
         _check_address(self.address, self.gateway)
+        _check_address(self.address6, self.gateway6)
+        if self.address6 and (":" in self.address or not self.address or ":" not in self.address6):
+            raise UsageError(f"a guest has one address, or one of IPv4 and one of IPv6: not {self.address6!r} as well")
         if not _MACHINE.fullmatch(self.machine):
             raise UsageError(
                 f"machine type {self.machine!r} is not pinned: use a versioned one such as {DEFAULT_MACHINE}"
@@ -119,10 +125,20 @@ class GuestSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
 
     @property
-    def kept_address(self) -> str:
-        """The address that a tunnel keeps when the guest moves: of the site, where it has one of these."""
-        own = self.address.partition("/")[0]
-        return self.site_address or own if self.net == "mptcp" else own
+    def own_addresses(self) -> tuple[str, ...]:
+        """Its own addresses without their lengths, IPv4 first; those of a site's pool are none of them."""
+        return tuple(address.partition("/")[0] for address in (self.address, self.address6) if address)
+
+    @property
+    def routed_addresses(self) -> tuple[tuple[str, str], ...]:
+        """Its own addresses with their lengths, each with its gateway, or ""."""
+        pairs = (self.address, self.gateway), (self.address6, self.gateway6)
+        return tuple(pair for pair in pairs if pair[0])
+
+    @property
+    def kept_addresses(self) -> tuple[str, ...]:
+        """The addresses that a tunnel keeps when the guest moves: of the site, where it has one of these."""
+        return (self.site_address,) if self.net == "mptcp" and self.site_address else self.own_addresses
 
     @property
     def kind(self) -> str:
@@ -145,6 +161,8 @@ def new_spec(
     golden: str = "",
     address: str = "",
     gateway: str = "",
+    address6: str = "",
+    gateway6: str = "",
     mac: str = "",
     machine: str = DEFAULT_MACHINE,
     cpu: str = DEFAULT_CPU,
@@ -163,6 +181,8 @@ def new_spec(
         mac=mac or new_mac(),
         address=address,
         gateway=gateway,
+        address6=address6,
+        gateway6=gateway6,
         machine=machine,
         cpu=cpu,
         vmgenid=str(uuids.uuid4()),
@@ -209,11 +229,13 @@ def _check_address(address: str, gateway: str) -> None:
             raise UsageError(f"gateway {gateway!r} without an address: give the guest an address such as 10.77.0.10/24")
         return
     try:
-        interface = ipaddress.IPv4Interface(address)
-        router = ipaddress.IPv4Address(gateway) if gateway else None
+        interface = ipaddress.ip_interface(address)
+        router = ipaddress.ip_address(gateway) if gateway else None
     except ValueError as err:
         raise UsageError(f"guest address {address!r} via {gateway!r}: {err}") from err
     if "/" not in address:
         raise UsageError(f"guest address {address!r} has no prefix length: write it as {address}/24")
+    if "%" in address or interface.ip.is_link_local or interface.ip.is_multicast or interface.ip.is_unspecified:
+        raise UsageError(f"guest address {address!r} is of one link, a group or nobody's: give one that routers know")
     if router is not None and (router not in interface.network or router == interface.ip):
         raise UsageError(f"gateway {gateway} is not another address of the guest's network {interface.network}")

@@ -17,7 +17,8 @@ import os
 import socket
 import subprocess
 import time
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple
 
 from haulier.agent.client import Client
 from haulier.agent.site import Site
@@ -47,9 +48,10 @@ def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> Hooked:
     if not site.moved_hook:
         return Hooked(0.0, False)
     began = time.monotonic()
-    address = spec.address.partition("/")[0]
+    address = "".join(spec.own_addresses[:1])
     command = [site.moved_hook, spec.name, address, source, site.name]
     facts = {"GUEST": spec.name, "ADDRESS": address, "MAC": spec.mac, "OLD_SITE": source, "NEW_SITE": site.name}
+    facts["ADDRESS6"] = "".join(own for own in spec.own_addresses if ":" in own)
     facts["SITE_ADDRESS"] = leases(site).of(spec.name)
     with contextlib.suppress(HaulierError):
         facts["NEW_SITE_ADDRESSES"] = " ".join(site.reachable())
@@ -66,6 +68,35 @@ def call_moved_hook(site: Site, spec: GuestSpec, source: str) -> Hooked:
 def records(site: Site) -> Records:
     """The tunnels of a site."""
     return Records(site.root / "tunnels")
+
+
+def end_of(
+    site: Site,
+    guest: str,
+    role: Literal["home", "away"],
+    peer: str,
+    mac: str,
+    addresses: Sequence[str],
+    news: Stretch,
+) -> Tunnel:
+    """This site's end of the tunnel that `news` is about; `addresses`: one of the guest's, or one of each family."""
+    address, *also = addresses
+    home = role == "home"
+    return Tunnel(
+        guest=guest,
+        role=role,
+        peer=peer,
+        owner=str(site.root),
+        vni=news.vni,
+        local=news.home if home else news.away,
+        remote=news.away if home else news.home,
+        mac=mac,
+        address=address,
+        also="".join(also),
+        gateway_mac="" if home else news.gateway_mac,
+        bridge=BRIDGE,
+        ahead=news.ahead,
+    )
 
 
 def leases(site: Site) -> Leases:
@@ -85,25 +116,13 @@ def stretch(site: Site, spec: GuestSpec, handoff: str, target: str, there: str) 
         return None
     mine = records(site)
     away = mine.find(spec.name, "away")
-    if away is not None and away.peer == target and away.address == spec.kept_address:
+    if away is not None and away.peer == target and away.addresses == spec.kept_addresses:
         return None  # the other end of this tunnel is where the guest goes
     try:
         local, remote = ends(there)
-        made = mine.open(
-            Tunnel(
-                guest=spec.name,
-                role="home",
-                peer=target,
-                owner=str(site.root),
-                vni=tunnel.vni_of(handoff),
-                local=local,
-                remote=remote,
-                mac=spec.mac,
-                address=spec.kept_address,
-                bridge=BRIDGE,
-            )
-        )
-        return Stretch(vni=made.vni, home=local, away=remote, gateway_mac=tunnel.mac_of(BRIDGE))
+        news = Stretch(vni=tunnel.vni_of(handoff), home=local, away=remote, gateway_mac=tunnel.mac_of(BRIDGE))
+        mine.open(end_of(site, spec.name, "home", target, spec.mac, spec.kept_addresses, news))
+        return news
     except (HaulierError, OSError, IndexError, KeyError) as error:
         mine.close(spec.name, "home")
         raise HandoffFailed(
@@ -150,21 +169,7 @@ def gone(site: Site, guest: str) -> None:
 def receive(site: Site, spec: GuestSpec, source: str, news: Stretch) -> str:
     """Makes this site's end of the tunnel; "" or why it cannot be made."""
     try:
-        records(site).open(
-            Tunnel(
-                guest=spec.name,
-                role="away",
-                peer=source,
-                owner=str(site.root),
-                vni=news.vni,
-                local=news.away,
-                remote=news.home,
-                mac=spec.mac,
-                address=spec.kept_address,
-                gateway_mac=news.gateway_mac,
-                bridge=BRIDGE,
-            )
-        )
+        records(site).open(end_of(site, spec.name, "away", source, spec.mac, spec.kept_addresses, news))
     except (HaulierError, OSError) as error:
         return str(error)
     return ""
@@ -180,8 +185,8 @@ def coming(site: Site, guest: str) -> None:
 
 def arrived(site: Site, journal: Journal, spec: GuestSpec, source: str) -> None:
     """The guest runs here: announces it, closes the tunnel that led away from here, calls the hook."""
-    if spec.address:
-        announce.announce(spec.mac, spec.address.partition("/")[0], BRIDGE)
+    for address in spec.own_addresses:
+        announce.announce(spec.mac, address, BRIDGE)
     mine = records(site)
     mine.close(spec.name, "home")
     hooked = call_moved_hook(site, spec, source)

@@ -34,7 +34,6 @@ from haulier.handoff.messages import Job, Stretch, Stretched
 from haulier.handoff.ownership import State
 from haulier.handoff.residence import guest_paths, spec_of
 from haulier.network import announce, tunnel
-from haulier.network.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 
@@ -117,22 +116,7 @@ def prepare(site: Site, journal: Journal, guest: str, target: str, address: str,
     spec = spec_of(row)
     mac, number = tunnel.mac_of(BRIDGE), addressing.number_of(row.pending)
     if ahead is not None:
-        clients.records(site).open(
-            Tunnel(
-                guest=guest,
-                role="away",
-                peer=target,
-                owner=str(site.root),
-                vni=ahead.vni,
-                local=ahead.away,
-                remote=ahead.home,
-                mac=spec.mac,
-                address=address,
-                gateway_mac=ahead.gateway_mac,
-                bridge=BRIDGE,
-                ahead=True,
-            )
-        )
+        clients.records(site).open(clients.end_of(site, guest, "away", target, spec.mac, [address], ahead))
     with _agent(site, guest) as agent:
         nic = addressing.nic_of(agent, spec.mac)
         take = addressing.take_lines(nic, address, _router(address, mac))
@@ -186,21 +170,8 @@ def receive_ahead(site: Site, guest: str, mac: str, source: str, news: Stretch) 
     """Makes this site's end of a tunnel to a guest that is still at `source`; "" or why it cannot be made."""
     mine = clients.records(site)
     try:
-        mine.open(
-            Tunnel(
-                guest=guest,
-                role="home",
-                peer=source,
-                owner=str(site.root),
-                vni=news.vni,
-                local=news.home,
-                remote=news.away,
-                mac=mac,
-                address=clients.leases(site).take(guest),
-                bridge=BRIDGE,
-                ahead=True,
-            )
-        )
+        address = clients.leases(site).take(guest)
+        mine.open(clients.end_of(site, guest, "home", source, mac, [address], news))
         mine.lead_away(guest)
     except (HaulierError, OSError) as error:
         mine.close(guest, "home")

@@ -15,7 +15,7 @@ import os
 import secrets
 import subprocess
 from collections.abc import Callable, Sequence
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -224,11 +224,13 @@ class Lab:
         if not self._site(via_site).guest_gateway:
             raise UsageError(f"site {via_site} has no guest_gateway, so no guest can be behind it")
         try:
-            guest = IPv4Address(guest_ip.partition("/")[0])
+            guest = ip_address(guest_ip.partition("/")[0])
         except ValueError as error:
             raise UsageError(f"guest address {guest_ip!r}: {error}") from None
         # First where the path ends, last at the client, so that no packet meets a loop on the way.
-        flush = ["ip", "route", "flush", "exact", f"{guest}/32"]
+        family, address = ("-4", self.address) if guest.version == 4 else ("-6", self.address6)
+        whole = f"{guest}/{guest.max_prefixlen}"
+        flush = ["ip", family, "route", "flush", "exact", whole]
         namespaces.run(namespaces.inside(self.namespace(via_site), flush))
         if client_site == via_site:
             return
@@ -238,10 +240,10 @@ class Lab:
             hops.append((here, link))
             here = link.other(here)
         for site, link in reversed(hops):
-            via = self.address(link.other(site), link.name)
-            line = f"route replace {guest}/32 via {via} dev {link.interface}"
+            via = address(link.other(site), link.name)
+            line = f"route replace {whole} via {via} dev {link.interface}"
             if site == client_site:
-                line += f" src {self.address(site)}"
+                line += f" src {address(site)}"
             namespaces.ip(self.namespace(site), [line])
 
     def _site(self, name: str) -> state.SiteState:
@@ -378,6 +380,8 @@ def _configure(plan: Topology, fresh: state.LabState) -> None:
             # A MAC given by hand stays; otherwise a bridge takes over the lowest one of its ports.
             lines.append(f"link add {BRIDGE} address {GATEWAY_MAC} type bridge stp_state 0 forward_delay 0")
             lines.append(f"addr add {site.guest_gateway} dev {BRIDGE}")
+            if site.guest_gateway6 is not None:
+                lines.append(f"addr add {site.guest_gateway6} dev {BRIDGE} nodad")
             lines.append(f"link set {BRIDGE} up")
         for route in plan.routes(site.name):
             line = f"route add {route.to} via {route.via} dev {route.interface}"

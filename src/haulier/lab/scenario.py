@@ -33,7 +33,9 @@ from haulier.lab.lab import Lab
 
 IMAGE = "debian"
 GUEST_ADDRESS = "10.77.0.10/24"
+GUEST_ADDRESS6 = "fd77::10/64"
 GATEWAY = "10.77.0.1/24"
+GATEWAY6 = "fd77::1/64"
 POOLS = {"oslo": "10.78.1.0/24", "lisbon": "10.78.2.0/24"}
 POOLS6 = {"oslo": "fd78:1::/112", "lisbon": "fd78:2::/112"}
 """Guests' addresses of each site, for the policy mptcp."""
@@ -53,6 +55,7 @@ def topology(name: str, links: list[str], *, ipv6: bool = False) -> str:
     text = [f'name = "{name}"', f"ipv6 = {str(ipv6).lower()}"]
     for site in ("oslo", "lisbon"):
         text += ["[[site]]", f'name = "{site}"', f'guest_gateway = "{GATEWAY}"']
+        text += [f'guest_gateway6 = "{GATEWAY6}"'] if ipv6 else []
     text += ["[[site]]", 'name = "client"']
     for number, settings in enumerate(links):
         text += ["[[link]]", f'name = "wan{number}"', 'a = "oslo"', 'b = "lisbon"', settings]
@@ -246,12 +249,19 @@ class Scenario:
         self.lab.exec("client", ["ip", "mptcp", "limits", "set", "subflows", "8", "add_addr_accepted", "8"])
 
     def start_guest(
-        self, name: str = "web1", address: str = GUEST_ADDRESS, memory: str = "512M", image: str = IMAGE
+        self,
+        name: str = "web1",
+        address: str = GUEST_ADDRESS,
+        memory: str = "512M",
+        image: str = IMAGE,
+        address6: str = "",
     ) -> dict[str, Any]:
         """Starts a guest at oslo from the golden snapshot; what `haulier guest show` tells of it."""
-        words = ["guest", "run", name, "--image", image, "--memory", memory, "--address", address]
-        facts = self.oslo.facts(*words, timeout=300)
-        self.route("oslo", address)
+        addresses = [each for each in (address, address6) if each]
+        words = ["guest", "run", name, "--image", image, "--memory", memory]
+        facts = self.oslo.facts(*words, *(word for each in addresses for word in ("--address", each)), timeout=300)
+        for each in addresses:
+            self.route("oslo", each)
         return dict(facts)
 
     def hand_over(self, name: str, source: str, target: str, *words: str, timeout: float = 900) -> dict[str, Any]:
@@ -270,15 +280,21 @@ class Scenario:
 
 def hook_script(lab: Lab) -> str:
     """A moved_hook that leads the lab's client to the guest's new site."""
-    vias = {site: lab.address(site, f"client-{site}") for site in ("oslo", "lisbon")}
-    namespace = lab.namespace("client")
-    source = lab.address("client")
-    cases = "\n".join(f"  {site}) via={via} ;;" for site, via in vias.items())
+    six = lab.topology.ipv6
+    cases = "\n".join(
+        f"  {site}) via={lab.address(site, link)} via6={lab.address6(site, link) if six else ''} ;;"
+        for site, link in (("oslo", "client-oslo"), ("lisbon", "client-lisbon"))
+    )
+    inside = f"nsenter --net=/run/netns/{lab.namespace('client')} -- ip route replace"
+    source6 = lab.address6("client") if six else ""
     return (
         "#!/bin/sh\n"
         "# Called with GUEST ADDRESS OLD-SITE NEW-SITE. Does what a route daemon does in the field.\n"
         f'case "$4" in\n{cases}\n  *) exit 1 ;;\nesac\n'
-        f'exec nsenter --net=/run/netns/{namespace} -- ip route replace "$2/32" via $via src {source}\n'
+        f'case "$2" in *:*) ;; *) {inside} "$2/32" via $via src {lab.address("client")} ;; esac || exit 1\n'
+        'if [ -n "$via6" ] && [ -n "$HAULIER_ADDRESS6" ]; then\n'
+        f'  {inside} "$HAULIER_ADDRESS6/128" via $via6 src {source6}\n'
+        "fi\n"
     )
 
 

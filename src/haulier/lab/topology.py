@@ -5,6 +5,7 @@
     [[site]]
     name = "oslo"
     guest_gateway = "10.77.0.1/24"      # gives the site a bridge br0 for guests
+    guest_gateway6 = "fd77::1/64"       # its IPv6 address, in a lab with IPv6
     [[site]]
     name = "client"
     [[link]]
@@ -62,13 +63,14 @@ _SHAPE_KEYS = ("rate", "delay", "jitter", "loss", "queue", "up")
 class SiteSpec:
     """One site. `address`: its own; `guest_gateway`: address of its guest bridge, None = no bridge.
 
-    `address6`: its own IPv6 address, None in a lab without IPv6.
+    `address6`: its own IPv6 address, None in a lab without IPv6; `guest_gateway6`: the bridge's.
     """
 
     name: str
     address: IPv4Address
     guest_gateway: IPv4Interface | None
     address6: IPv6Address | None = None
+    guest_gateway6: IPv6Interface | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,7 @@ def parse(table: Mapping[str, Any]) -> Topology:
     ipv6 = table.get("ipv6", False)
     if not isinstance(ipv6, bool):
         raise UsageError(f"ipv6 = {ipv6!r}: give true or false")
-    sites = _sites(_tables(table.get("site", []), "site"))
+    sites = _sites(_tables(table.get("site", []), "site"), ipv6)
     links = _links(_tables(table.get("link", []), "link"), [site.name for site in sites])
     _check_networks(sites, links)
     if ipv6:
@@ -327,21 +329,24 @@ def check_name(value: object, where: str) -> str:
     raise UsageError(f"{where}: name = {value!r}: give lower-case letters, digits and inner dashes, 32 at most")
 
 
-def _sites(tables: list[dict[str, Any]]) -> tuple[SiteSpec, ...]:
+def _sites(tables: list[dict[str, Any]], ipv6: bool) -> tuple[SiteSpec, ...]:
     if not 1 <= len(tables) <= MAX_SITES:
         raise UsageError(f"a lab has 1 to {MAX_SITES} sites, this one {len(tables)}")
     sites: list[SiteSpec] = []
     for number, table in enumerate(tables, 1):
         name = check_name(table.get("name"), f"site {number}")
         where = f"site {name}"
-        _only(table, {"name", "guest_gateway", "address"}, where)
+        _only(table, {"name", "guest_gateway", "guest_gateway6", "address"}, where)
         if any(site.name == name for site in sites):
             raise UsageError(f"{where} is described twice")
         gateway: IPv4Interface | None = None
+        gateway6: IPv6Interface | None = None
         address = SITE_ADDRESSES[number]
         try:
             if "guest_gateway" in table:
                 gateway = IPv4Interface(_text(table["guest_gateway"]))
+            if "guest_gateway6" in table:
+                gateway6 = IPv6Interface(_text(table["guest_gateway6"]))
             if "address" in table:
                 address = IPv4Address(_text(table["address"]))
         except ValueError as error:
@@ -350,7 +355,14 @@ def _sites(tables: list[dict[str, Any]]) -> tuple[SiteSpec, ...]:
             raise UsageError(
                 f"{where}: guest_gateway {gateway}: write the length of the guests' subnet, like 10.77.0.1/24"
             )
-        sites.append(SiteSpec(name, address, gateway))
+        if gateway6 is not None and (gateway is None or not 16 <= gateway6.network.prefixlen <= 124):
+            raise UsageError(
+                f"{where}: guest_gateway6 {gateway6}: write the length of the guests' subnet, like fd77::1/64, and a "
+                "guest_gateway beside it"
+            )
+        if gateway6 is not None and not ipv6:
+            raise UsageError(f"{where}: guest_gateway6 needs ipv6 = true at the top of the topology")
+        sites.append(SiteSpec(name, address, gateway, None, gateway6))
     return tuple(sites)
 
 

@@ -58,6 +58,8 @@ class Tunnel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     remote: str
     mac: str
     address: str
+    also: str = ""
+    """Of the other family, where the guest has an address of each."""
     gateway_mac: str = ""
     table: int = 0
     bridge: str
@@ -70,16 +72,23 @@ class Tunnel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     the handoff ends, well or not."""
 
     def __post_init__(self) -> None:
-        for text in (self.local, self.remote, self.address):
+        for text in (self.local, self.remote, *self.addresses):
             try:
                 ipaddress.ip_address(text)
             except ValueError:
                 raise UsageError(f"a tunnel needs IP addresses, not {text[:60]!r}") from None
+        if self.also and (":" in self.also) == (":" in self.address):
+            raise UsageError(f"a tunnel keeps one address of each family, not {self.address} and {self.also}")
         if not 0 < self.vni < 1 << 24 or not 0 <= self.table < 1 << 31:
             raise UsageError(f"a tunnel's numbers are out of bounds: {self.vni}, {self.table}")
         for mac in (self.mac, self.gateway_mac):
             if mac and (len(mac) != 17 or not set(mac) <= _MAC):
                 raise UsageError(f"{mac[:40]!r} is no MAC address")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """What it keeps: one address, or one of each family."""
+        return (self.address, self.also) if self.also else (self.address,)
 
     @property
     def interface(self) -> str:
@@ -130,7 +139,7 @@ def missing() -> str:
 
 
 def up_lines(tunnel: Tunnel) -> list[str]:
-    """What makes this end, as lines for `ip -batch`. Pure."""
+    """What makes this end, but for the way of its IPv6 addresses, as lines for `ip -batch`. Pure."""
     name = tunnel.interface
     lines = [
         f"link add {name} type vxlan id {tunnel.vni} local {tunnel.local} remote {tunnel.remote} dstport {PORT} "
@@ -142,36 +151,47 @@ def up_lines(tunnel: Tunnel) -> list[str]:
         "neigh_suppress on",
         f"link set dev {name} up",
     ]
-    if tunnel.role == "away":
-        hop = NEXT_HOP6 if ":" in tunnel.address else NEXT_HOP
-        lines += [
-            f"neigh replace {hop} lladdr {tunnel.gateway_mac} dev {name} nud permanent",
-            f"route replace default via {hop} dev {name} onlink table {tunnel.table}",
-            f"rule add {_rule(tunnel)}",
-            # For what the host itself has to say to the guest: that a packet is too large for the tunnel.
-            f"route replace {_local(tunnel)}",
-        ]
-    return lines
+    return [*lines, *(line for each in tunnel.addresses if ":" not in each for line in _way(tunnel, each))]
 
 
-def _local(tunnel: Tunnel) -> str:
+def up_lines6(tunnel: Tunnel) -> list[str]:
+    """The rest, as lines for `ip -6 -batch`: a rule is one of IPv4 unless the whole batch is not. Pure."""
+    return [line for address in tunnel.addresses if ":" in address for line in _way(tunnel, address)]
+
+
+def _way(tunnel: Tunnel, address: str) -> list[str]:
+    """The way back of what the guest sends from `address`, at the away end."""
+    if tunnel.role == "home":
+        return []
+    hop, name = NEXT_HOP6 if ":" in address else NEXT_HOP, tunnel.interface
+    return [
+        f"neigh replace {hop} lladdr {tunnel.gateway_mac} dev {name} nud permanent",
+        f"route replace default via {hop} dev {name} onlink table {tunnel.table}",
+        f"rule add {_rule(tunnel, address)}",
+        # For what the host itself has to say to the guest: that a packet is too large for the tunnel.
+        f"route replace {_local(tunnel, address)}",
+    ]
+
+
+def _local(tunnel: Tunnel, address: str) -> str:
     # With a metric that leaves room for the operator's own route.
-    return f"{host_route(tunnel.address)} dev {tunnel.bridge} metric {FIRST_TABLE}"
+    return f"{host_route(address)} dev {tunnel.bridge} metric {FIRST_TABLE}"
 
 
-def _rule(tunnel: Tunnel) -> str:
-    return f"from {host_route(tunnel.address)} iif {tunnel.bridge} table {tunnel.table} priority {tunnel.table}"
+def _rule(tunnel: Tunnel, address: str) -> str:
+    return f"from {host_route(address)} iif {tunnel.bridge} table {tunnel.table} priority {tunnel.table}"
 
 
 def down_lines(tunnel: Tunnel) -> list[str]:
     """What takes this end away, each line by itself: some of it may be gone. Pure."""
     lines = []
-    if tunnel.role == "away":
-        family = "-6 " if ":" in tunnel.address else ""
-        lines += [f"{family}rule del {_rule(tunnel)}", f"{family}route flush table {tunnel.table}"]
-        lines += [f"{family}route del {_local(tunnel)}"]
-    else:
-        lines.append(f"neigh del {tunnel.address} dev {tunnel.bridge}")
+    for address in tunnel.addresses:
+        if tunnel.role == "away":
+            family = "-6 " if ":" in address else ""
+            lines += [f"{family}rule del {_rule(tunnel, address)}", f"{family}route flush table {tunnel.table}"]
+            lines += [f"{family}route del {_local(tunnel, address)}"]
+        else:
+            lines.append(f"neigh del {address} dev {tunnel.bridge}")
     return [*lines, f"link del dev {tunnel.interface}"]
 
 
@@ -179,8 +199,8 @@ def up(tunnel: Tunnel) -> None:
     """Makes this end; one that is left over is replaced. HaulierError if the host refuses: nothing stays."""
     down(tunnel)
     try:
-        # A rule is one of IPv4 unless the whole batch is not.
-        iproute.batch(up_lines(tunnel), *(["-6"] if ":" in tunnel.address else []))
+        iproute.batch(up_lines(tunnel))
+        iproute.batch(up_lines6(tunnel), "-6")
     except HaulierError:
         down(tunnel)
         raise
@@ -198,10 +218,14 @@ def lead(tunnel: Tunnel, there: bool) -> None:
     words = [tunnel.mac, "dev", tunnel.interface, "master"]
     if there:
         iproute.run(["bridge", "fdb", "replace", *words, "static"])
-        neighbour = f"{tunnel.address} lladdr {tunnel.mac} dev {tunnel.bridge} nud permanent"
-        iproute.run(["ip", "neigh", "replace", *neighbour.split()])
+        # One process for both families: from here on each packet counts.
+        neighbours = [
+            f"{address} lladdr {tunnel.mac} dev {tunnel.bridge} nud permanent" for address in tunnel.addresses
+        ]
+        iproute.batch([f"neigh replace {neighbour}" for neighbour in neighbours])
         return
-    for undo in (["bridge", "fdb", "del", *words], ["ip", "neigh", "del", tunnel.address, "dev", tunnel.bridge]):
+    forget = [["ip", "neigh", "del", address, "dev", tunnel.bridge] for address in tunnel.addresses]
+    for undo in (["bridge", "fdb", "del", *words], *forget):
         with contextlib.suppress(HaulierError):
             iproute.run(undo)
 
@@ -314,6 +338,7 @@ class Records:
         """For people: every tunnel and what crossed it."""
         return [
             {"guest": t.guest, "role": t.role, "peer": t.peer, "address": t.address, "interface": t.interface}
+            | {"also": t.also}
             | {"leads": t.leads, "routed": t.routed, "packets": packets(t)}
             for t in self.all()
         ]
