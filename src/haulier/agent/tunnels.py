@@ -158,6 +158,7 @@ class Tunnels:
             entry = {"interface": uplink.interface, "address": uplink.address}
             found["uplinks"].append(entry | {"cap_mbps": rule.cap_bps / 1e6, "cost": rule.cost})
         found["mptcp"] = {"available": available(), "to": {}}
+        found["tunnel_mtu"] = {}
         for row in self.core.journal.sites():
             if row.name == self.site.name:
                 continue
@@ -165,6 +166,11 @@ class Tunnels:
             with contextlib.suppress(HaulierError):
                 ways = paths.find(there, 0, self.site.paths)
                 found["mptcp"]["to"][row.name] = _commands(ways)
+            with contextlib.suppress(HaulierError):
+                found["tunnel_mtu"][row.name] = [
+                    {"address": each, "route": carried.route, "found": carried.found, "advice": said}
+                    for each, carried, said in clients.carried(there)
+                ]
         return found
 
 

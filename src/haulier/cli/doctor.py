@@ -65,6 +65,9 @@ def _network(root: Root, json: bool) -> int:
     print()
     print(f"DHCP for guests: {found['dhcp']}")
     print("MPTCP: " + ("this kernel has it" if found["mptcp"]["available"] else "this kernel has none, or it is off"))
+    for site, ways in found["tunnel_mtu"].items():
+        for way in ways:
+            print(f"to {site}: {way['advice'] or 'a tunnel carries full packets of guests whole'}")
     for site, each in found["mptcp"]["to"].items():
         if each["commands"]:
             print(f"for MPTCP to {site}, a handoff sets up (and takes down):", *each["commands"], sep="\n")

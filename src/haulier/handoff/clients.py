@@ -17,7 +17,8 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Literal, NamedTuple
 
 from haulier.agent.client import Client
@@ -27,8 +28,9 @@ from haulier.guests.model import GuestSpec
 from haulier.guests.tap import BRIDGE
 from haulier.handoff.journal import Journal
 from haulier.handoff.messages import Stretch
-from haulier.network import announce, tunnel
+from haulier.network import announce, mtu, tunnel
 from haulier.network.pool import Leases
+from haulier.network.rules import AUTO
 from haulier.network.tunnel import Records, Tunnel
 
 log = logging.getLogger(__name__)
@@ -102,6 +104,30 @@ def end_of(
 def leases(site: Site) -> Leases:
     """The addresses that a site has for guests, with the policy `mptcp`."""
     return Leases(site.root / "addresses", site.pool, BRIDGE)
+
+
+def carried(bulk: Iterable[str]) -> list[tuple[str, mtu.Carries, str]]:
+    """Of each of a site's addresses: what goes there whole, and what a tunnel's full packets would meet ("" = nothing).
+
+    HaulierError without a bridge.
+    """
+    guest = mtu.of_bridge(BRIDGE)
+    addresses = []
+    for host in bulk:
+        with contextlib.suppress(OSError):
+            addresses.append(ends(host)[1])
+    with ThreadPoolExecutor(max(1, len(addresses))) as pool:
+        found = list(pool.map(lambda address: mtu.carries(address, mtu.needed(address, guest)), addresses))
+    return [(address, each, mtu.advice(address, guest, each)) for address, each in zip(addresses, found, strict=True)]
+
+
+def outlook(spec: GuestSpec, bulk: Sequence[str]) -> list[str]:
+    """What a plan has to say of the tunnel that a guest's clients would use, by the first of the target's addresses."""
+    if spec.net not in ("keep", "mptcp") or not spec.address:
+        return []
+    with contextlib.suppress(HaulierError):
+        return [said for _, _, said in carried([host for host in bulk if host != AUTO][:1]) if said]
+    return []
 
 
 # -- at the source --------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from haulier.disks.rounds import DiskRounds
 from haulier.errors import Conflict, GuestError
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu
-from haulier.handoff import container_plan, forecast, foretold, readdressing, retained, sampling
+from haulier.handoff import clients, container_plan, forecast, foretold, readdressing, retained, sampling
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import GuestRow, Journal
 from haulier.handoff.messages import LEAVE_BYTES, Job, Offer, Options
@@ -57,7 +57,8 @@ def make_plan(
         raise Conflict(f"guest {guest!r} is {record.state.value!r} at site {site.name!r}: only its owner can plan")
     spec = spec_of(row)
     if spec.container is not None:
-        return _plan_container(site, row, spec, record.last + 1, to, peer)
+        plan = _plan_container(site, row, spec, record.last + 1, to, peer)
+        return plan | {"clients": clients.outlook(spec, journal.site(to).bulk)}
     qemu = Qemu.adopt(guest_paths(site, guest), worker=True)
     try:
         if qemu.status() != "running":
@@ -112,7 +113,10 @@ def make_plan(
         "source": site.name,
         "target": to,
         "reasons": found.get("reasons", []),
-        "clients": readdressing.outlook(site, guest, spec.site_address) if spec.net == "mptcp" else [],
+        "clients": [
+            *(readdressing.outlook(site, guest, spec.site_address) if spec.net == "mptcp" else ()),
+            *clients.outlook(spec, journal.site(to).bulk),
+        ],
         "manifest_at_target": bool(found.get("manifest")),
         "memory_base": picture,
     }

@@ -12,6 +12,8 @@ import socket
 import struct
 from typing import Final
 
+from haulier.network.mtu import checksum
+
 ETH_ARP: Final = 0x0806
 ETH_IPV6: Final = 0x86DD
 _BROADCAST: Final = b"\xff" * 6
@@ -31,16 +33,9 @@ def neighbour_advertisement(mac: str, address: str) -> bytes:
     everybody = ipaddress.IPv6Address("ff02::1").packed
     # Overrides what neighbours remember; names the guest's MAC.
     body = struct.pack("!BBHI", 136, 0, 0, 1 << 29) + ip + b"\x02\x01" + own
-    body = body[:2] + struct.pack("!H", _checksum(ip + everybody + struct.pack("!II", len(body), 58) + body)) + body[4:]
+    body = body[:2] + struct.pack("!H", checksum(ip + everybody + struct.pack("!II", len(body), 58) + body)) + body[4:]
     packet = struct.pack("!IHBB", 6 << 28, len(body), 58, 255) + ip + everybody + body
     return b"\x33\x33\x00\x00\x00\x01" + own + struct.pack("!H", ETH_IPV6) + packet
-
-
-def _checksum(data: bytes) -> int:
-    total = sum(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
 
 
 def announce(mac: str, address: str, bridge: str) -> bool:
