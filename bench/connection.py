@@ -2,8 +2,10 @@
 
 `keep`: the address stays at the old site, a tunnel leads on from there. `mptcp`: connections move to an address of the
 new site, which the client joins before the move ("ahead") or once the guest is there ("after"). `hook`: the client's
-route follows the guest. The client asks from a site of its own, a round trip of 10 ms from either; that between the two
-sites is 20 ms, at 20 or 5 Mbit/s once the guest has moved (the handoff itself has 50). Needs root.
+route follows the guest. `relay`: the client speaks plain TCP to HAProxy beside it, which speaks MPTCP to the guest
+(left out where haproxy and mptcpize are not installed). The client asks from a site of its own, a round trip of 10 ms
+from either; that between the two sites is 20 ms, at 20 or 5 Mbit/s once the guest has moved (the handoff itself has
+50). Needs root.
 
 With `keep` each move has a client of its own, and leads away from home. With `mptcp` and `hook` one client stays, and
 the guest moves there and back under it. --only takes rows (keep-20, mptcp-ahead, ...; wildcards too). With --parts
@@ -19,6 +21,7 @@ import fnmatch
 import itertools
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -74,6 +77,7 @@ class Row:
     policy: str
     join: str
     tunnel_mbps: float
+    relayed: bool = False
 
 
 ROWS = (
@@ -82,6 +86,7 @@ ROWS = (
     Row("mptcp-ahead", "mptcp, ahead", "mptcp", "ahead", 5.0),
     Row("mptcp-after", "mptcp, after", "mptcp", "after", 5.0),
     Row("hook", "hook", "hook", "ahead", 20.0),
+    Row("relay", "mptcp, plain TCP by a relay", "mptcp", "ahead", 5.0, relayed=True),
 )
 
 
@@ -89,6 +94,7 @@ class Client:
     """Two connections, and when what came on them."""
 
     def __init__(self, lab: Any, host: str, mptcp: bool = False) -> None:
+        self.mptcp = mptcp
         self.received: list[tuple[float, int]] = []
         self.echoes: list[tuple[float, float]] = []
         self.errors: list[str] = []
@@ -237,6 +243,9 @@ def move(stage: Any, row: Row, count: int) -> list[dict[str, Any]]:
     stage.oslo.facts("guest", "net", "web1", row.policy)
     found: list[dict[str, Any]] = []
     at, to, client = "oslo", "lisbon", None
+    open_ = contextlib.ExitStack()
+    if row.relayed:
+        open_.enter_context(relay(stage))
     try:
         for number in range(count):
             if client is None:
@@ -254,6 +263,7 @@ def move(stage: Any, row: Row, count: int) -> list[dict[str, Any]]:
     finally:
         if client is not None:
             client.close()
+        open_.close()
         rate(stage, 50)
     if at != "oslo":
         stage.hand_over("web1", at, to)
@@ -264,13 +274,34 @@ def move(stage: Any, row: Row, count: int) -> list[dict[str, Any]]:
     return found
 
 
+def site_address(stage: Any, at: str) -> str:
+    return str(stage.sites[at].facts("guest", "show", "web1")["spec"]["site_address"])
+
+
+@contextlib.contextmanager
+def relay(stage: Any) -> Iterator[None]:
+    """HAProxy where the client is, as `haulier relay` runs it."""
+    words = ["--listen", f"127.0.0.1:{PORT}", "--to", f"{site_address(stage, 'oslo')}:{MPTCP_PORT}"]
+    command = [sys.executable, "-m", "haulier", "relay", "web1", *words, "--directory", str(stage.work / "relay")]
+    with stage.lab.popen("client", command) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while process.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(OSError):
+                    stage.lab.call("client", lambda: socket.create_connection(("127.0.0.1", PORT), 1)).close()
+                    break
+                time.sleep(0.05)
+            yield
+        finally:
+            process.terminate()
+
+
 def dial(stage: Any, row: Row, at: str) -> Client:
     """A client whose stream flows at its full rate."""
     from haulier.lab.scenario import GUEST_ADDRESS
 
-    spec = stage.sites[at].facts("guest", "show", "web1")["spec"]
-    host = spec["site_address"] if row.policy == "mptcp" else GUEST_ADDRESS.partition("/")[0]
-    client = Client(stage.lab, host, mptcp=row.policy == "mptcp")
+    host = site_address(stage, at) if row.policy == "mptcp" else GUEST_ADDRESS.partition("/")[0]
+    client = Client(stage.lab, "127.0.0.1") if row.relayed else Client(stage.lab, host, mptcp=row.policy == "mptcp")
     time.sleep(WARM_UP_S + BEFORE_S)
     return client
 
@@ -294,7 +325,7 @@ def one(stage: Any, row: Row, client: Client, at: str, to: str) -> dict[str, Any
         "longest_echo_s": client.longest_echo(begun, end),
         "before": before,
         "full_after_s": client.full_after(running, end, before),
-        "subflows": [subflows(sock) for sock in client.socks] if row.policy == "mptcp" else [],
+        "subflows": [subflows(sock) for sock in client.socks] if client.mptcp else [],
         "tunnels": len(stage.oslo.facts("doctor", "--network")["tunnels"]),
         "clients": stage.sites[to].facts("status", report["handoff"])["report"].get("clients", {}),
         "during": client.mbps(begun, report["stopped_at"]),
@@ -324,6 +355,9 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
     with contextlib.closing(moving):
         for row in ROWS:
             if only and not any(fnmatch.fnmatch(row.name, pattern) for pattern in only):
+                continue
+            if row.relayed and not (shutil.which("haproxy") and shutil.which("mptcpize")):
+                notes.append("no relay: haproxy and mptcpize are not installed")
                 continue
             for number in range(wanted // part):
                 name = f"connection{' quick' * quick}: {row.name} {number + 1}"

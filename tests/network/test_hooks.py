@@ -106,12 +106,28 @@ def test_dns_points_the_name_to_the_guests_address_of_the_new_site(
     assert "update add web1.example.net. 5 AAAA fd78::21" in told(tmp_path)
 
 
-@pytest.mark.parametrize("hook", ["bird", "ovn", "dns"])
+def test_haproxy_sends_new_connections_to_the_guests_own_address_where_it_has_none_of_the_site(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = stand_in(tmp_path)
+    assert not call(site, "haproxy", monkeypatch), "it needs a way to the relay"
+    assert call(site, "haproxy", monkeypatch, RELAY=program)
+    assert "set server web1/guest addr 10.77.0.10" in told(tmp_path)
+
+
+@pytest.mark.parametrize("hook", ["bird", "ovn", "dns", "haproxy"])
 def test_a_program_that_fails_makes_the_hook_fail(
     hook: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = stand_in(tmp_path, 3)
-    words = {"BIRDC": program, "OVN_NBCTL": program, "NSUPDATE": program, "DNS_ZONE": "z", "BIRD_DIR": str(tmp_path)}
+    words = {
+        "BIRDC": program,
+        "OVN_NBCTL": program,
+        "NSUPDATE": program,
+        "RELAY": program,
+        "DNS_ZONE": "z",
+        "BIRD_DIR": str(tmp_path),
+    }
     assert not call(site, hook, monkeypatch, **words)
 
 

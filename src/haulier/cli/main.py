@@ -42,6 +42,7 @@ VERBS: Final = {
     "scrub": ("haulier.cli.scrub:scrub", "Read all chunks again, and heal what has decayed."),
     "calibrate": ("haulier.cli.calibrate:calibrate", "Measure what compression costs on this host."),
     "doctor": ("haulier.cli.doctor:doctor", "Say what this host can do, and what is wrong."),
+    "relay": ("haulier.cli.relay:relay", "Run an edge gateway for clients that do not speak MPTCP."),
     "lab": ("haulier.cli.lab:lab_app", "Sites as network namespaces with shaped links, on this machine."),
 }
 for _name, (_where, _help) in VERBS.items():
