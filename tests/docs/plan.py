@@ -25,6 +25,7 @@ LAB: Final = ("docs/lab.md",)
 BENCH: Final = re.compile(r"bench/run ([a-z-]+)(?: --.*)?")
 """Run with --quick by the tests marked `full`."""
 EXEMPT: Final = (
+    (re.compile(r"haulier relay "), "tests/network/test_relay.py runs it, where HAProxy is installed"),
     (re.compile(r"scripts/test( |$)"), "runs this very test"),
     (re.compile(r"scripts/setup( |$)"), "scripts/test and .ci/run begin with it"),
     (

@@ -24,10 +24,13 @@ from haulier.guests.agent import GuestAgent
 SUBFLOWS: Final = 8
 """The most that Linux lets a connection have; its default of 2 would not outlive two moves in a row."""
 _PATH: Final = "PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH; "
-_BATCH: Final = _PATH + "exec ip -force -batch -"
-_SOCKETS: Final = _PATH + "exec ss -HtniO state established"
+_GENTLY: Final = _PATH + "{ echo 10 >/proc/self/autogroup; } 2>/dev/null; "
+"""What serves clients goes first, as none of this is urgent: what is was left in the guest before it moved. The agent's
+programs have a session of their own each, hence an autogroup, within which alone a nice value would count."""
+_BATCH: Final = _GENTLY + "exec ip -force -batch -"
+_SOCKETS: Final = _GENTLY + "exec ss -HtniO state established"
 _MARK: Final = "-- sockets"
-_BOTH: Final = f"{_PATH}ip -force -batch -; echo '{_MARK}'; exec ss -HtniO state established"
+_BOTH: Final = f"{_GENTLY}ip -force -batch -; echo '{_MARK}'; exec ss -HtniO state established"
 _ARMED: Final = "/run/haulier-arrival"
 _ARRIVED: Final = (
     _PATH

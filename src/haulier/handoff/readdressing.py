@@ -40,7 +40,9 @@ log = logging.getLogger(__name__)
 AGENT_S: Final = 10.0
 JOIN_S: Final = 3.0
 """Clients that have not joined the new address by then do not accept it, or are far away."""
-POLL_S: Final = 0.02
+POLL_S: Final = 0.05
+PATIENCE_S: Final = 1.0
+"""A guest that has just arrived has better things to do for so long: its clients' streams are to be full again."""
 
 
 def _agent(site: Site, guest: str, timeout: float = AGENT_S) -> GuestAgent:
@@ -179,10 +181,10 @@ def receive_ahead(site: Site, guest: str, mac: str, source: str, news: Stretch) 
     return ""
 
 
-def settle(site: Site, journal: Journal, guest: str) -> dict[str, Any]:
+def settle(site: Site, journal: Journal, guest: str, *, after_s: float = 0.0) -> dict[str, Any]:
     """Gives a guest that runs here its address of this site, and moves its clients' connections to it.
 
-    What came of it: "address", "moved_s" and how many connections were "left" at the old one. HaulierError if the guest
+    It is asked nothing for `after_s` seconds. What came of it: "address", "moved_s" and how many connections were "left" at the old one. HaulierError if the guest
     could not be told; it may be repeated.
     """
     began = time.monotonic()
@@ -191,6 +193,7 @@ def settle(site: Site, journal: Journal, guest: str) -> dict[str, Any]:
     address = clients.leases(site).take(guest)
     old = _old_address(site, spec, address)
     announce.announce(spec.mac, address, BRIDGE)
+    time.sleep(after_s)
     left = 0
     with _agent(site, guest) as agent:
         nic = addressing.nic_of(agent, spec.mac)

@@ -563,7 +563,9 @@ class TargetHandoff:
         if self.spec.net == "mptcp":
             # Beside the rest: the guest takes half a second for what it is asked, and clients have their tunnel.
             pool = ThreadPoolExecutor(1, thread_name_prefix="readdress")
-            self._readdressed = pool.submit(readdressing.settle, self.site, self.journal, self.spec.name)
+            self._readdressed = pool.submit(
+                readdressing.settle, self.site, self.journal, self.spec.name, after_s=readdressing.PATIENCE_S
+            )
             pool.shutdown(wait=False)
         clients.arrived(self.site, self.journal, self.spec, self.job.peer)
 
