@@ -184,8 +184,8 @@ def receive_ahead(site: Site, guest: str, mac: str, source: str, news: Stretch) 
 def settle(site: Site, journal: Journal, guest: str, *, after_s: float = 0.0) -> dict[str, Any]:
     """Gives a guest that runs here its address of this site, and moves its clients' connections to it.
 
-    It is asked nothing for `after_s` seconds. What came of it: "address", "moved_s" and how many connections were "left" at the old one. HaulierError if the guest
-    could not be told; it may be repeated.
+    It is asked nothing for `after_s` seconds. What came of it: "address", "moved_s" and how many connections were
+    "left" at the old one. HaulierError if the guest could not be told; it may be repeated.
     """
     began = time.monotonic()
     row = journal.guest(guest)
