@@ -454,7 +454,7 @@ def remarks(found: dict[Row, list[dict[str, Any]]]) -> Iterator[str]:
 
 # -- a picture of it
 
-COLOURS = ("#8250df", "#bc4c00", "#1f6feb", "#1a7f37", "#6e7781")
+COLOURS = ("#8250df", "#bc4c00", "#1f6feb", "#1a7f37", "#6e7781", "#bf3989")
 WIDTH, PANEL, LEFT = 760, 200, 56
 FROM_S, TO_S = -3.0, 9.0
 
