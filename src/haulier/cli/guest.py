@@ -24,8 +24,6 @@ from haulier.units import MIB
 
 guest_app = App(name="guest", help="Guests of this site.")
 
-Gateway = Annotated[str, Parameter(help="[default: the first address of its network]")]
-
 
 @guest_app.command
 def run(
@@ -126,7 +124,7 @@ def adopt(
     lxc_path: Annotated[str, Parameter(help="Where LXC has it [default: /var/lib/lxc].")] = "",
     memory: Annotated[str, Parameter(help="What its processes may take, for example 512M or 2G.")] = "512M",
     address: Annotated[str, Parameter(help="The address that it has, for example 10.77.0.10/24.")] = "",
-    gateway: Gateway = "",
+    gateway: Annotated[str, Parameter(help="[default: the first address of its network]")] = "",
     disk: Annotated[str, Parameter(help="Room for all of its files, for example 2G.")] = "",
     root: Root = None,
     json: Json = False,

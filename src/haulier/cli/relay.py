@@ -9,12 +9,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from haulier.cli.common import GuestName
 from haulier.guests.model import check_name
 from haulier.network.relay import Relay, accept_addresses
 
 
 def relay(
-    guest: str,
+    guest: GuestName,
     /,
     *,
     listen: Annotated[str, Parameter(help="Where clients connect, for example 0.0.0.0:443.")],
@@ -25,11 +26,6 @@ def relay(
     """Run HAProxy at this host, an edge gateway: clients of plain TCP keep their connections when the guest moves.
 
     It needs no agent. It stays in the foreground; Ctrl-C ends it, and its connections.
-
-    Parameters
-    ----------
-    guest
-        Name of the guest, whose policy is mptcp.
     """
     made = Relay(check_name(guest), listen, to, directory.absolute())
     if show:
