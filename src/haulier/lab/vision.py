@@ -29,6 +29,8 @@ KEPT = 400
 """Answers that stay in memory."""
 FILES = 1600
 """Pictures that stay on disk."""
+QUALITY = 85
+"""Of these, as cameras have it."""
 HEIGHT, WIDTH = 240, 320
 CONTRAST = 22.0
 """Standard deviation of a scene, in grey levels."""
@@ -71,6 +73,7 @@ class Camera:
     def shot(self, seed: int) -> Any:
         """The picture that the camera takes of the scene, u8 (HEIGHT, WIDTH)."""
         cv2, numpy, light = self._cv2, self._numpy, self._light
+        cv2.GaussianBlur(light, (3, 3), 0, dst=light)  # no lens is sharper
         cv2.setRNGSeed(seed & 0x7FFFFFFF)
         cv2.randn(self._octave, 0, 16 * NOISE)
         light += self._octave
@@ -99,7 +102,8 @@ class Looking(Service):
         image, found = self.look(int(seed))
         self.looked += 1
         self._answers.append(found)
-        self.cv2.imwrite(str(DIRECTORY / f"{self.looked % FILES}.jpg"), image)
+        quality = [self.cv2.IMWRITE_JPEG_QUALITY, QUALITY]
+        self.cv2.imwrite(str(DIRECTORY / f"{self.looked % FILES}.jpg"), image, quality)
         self._log.write(f"{time.time():.3f} {self.looked} {seed} {found}\n")
         return {**found, "looked": self.looked, "seconds": round(time.monotonic() - began, 3)}
 
