@@ -47,6 +47,7 @@ def one(stage: Any, source: str, target: str, paths: int, seed: int, memory_mib:
         "downtime_ms": report["downtime_ms"],
         "wire_mb": sum(crossed) / 1e6,
         "second": crossed[1] / sum(crossed),
+        "report": report,
     }
 
 
@@ -73,6 +74,7 @@ class Moving:
             self._mbps = mbps
         self._seed += 1
         found = one(self._stage, self._at, self._to, paths, self._seed, mib)
+        del found["report"]  # too long to keep
         self._at, self._to = self._to, self._at
         return found
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 from experiments import model, paths
 from experiments.live_migration import GUEST, RECORDS, Case, Use, adopted
-from experiments.measuring import crossing
+from experiments.measuring import checks, crossing
 from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
@@ -157,6 +157,7 @@ def handoff(way: str, off: str) -> Experiment:
                 use.stop()
     finally:
         del os.environ[VARIABLE]
+    found.checks += checks(way, report, crossed, None)
     disk = report["disk"]["origin"]
     figures = {"MB": crossed.bytes / 1e6, "disk MB": disk["wire_bytes"] / 1e6, "total s": report["total_s"]}
     figures["chunks as recipes"] = disk["chunks_recipe"]
@@ -166,8 +167,9 @@ def handoff(way: str, off: str) -> Experiment:
 
 def striping() -> Experiment:
     """Two paths, and one of them taken away: the rows of the experiment about paths, under other names."""
-    found = new()
-    for row in paths.sweep(25, (32,), 1).rows:
+    found, swept = new(), paths.sweep(25, (32,), 1)
+    found.checks += swept.checks
+    for row in swept.rows:
         way = ALL if row.way == paths.WAYS[2] else "without striping (one of the two paths)"
         figures = {name: row.get(name) for name in ("MB", "total s", "downtime ms")}
         found.rows.append(Row(way, f"two paths: {row.setting}", Kind.MEASURED, figures))

@@ -10,6 +10,7 @@ from typing import Any
 from report import Target
 
 from experiments import model, published
+from experiments.measuring import checks, crossing
 from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 
 connection: Any = importlib.import_module("connection")
@@ -51,7 +52,9 @@ def sweep(rate: int, memory: tuple[int, ...], runs: int) -> Experiment:
         for mib in memory:
             for paths in [1, 2] * runs:
                 seed += 1
-                one = handoffs.one(stage, at, to, paths, seed, mib)
+                with crossing(stage) as crossed:
+                    one = handoffs.one(stage, at, to, paths, seed, mib)
+                found.checks += checks(f"{setting(rate, mib)}, {WAYS[paths]}", one["report"], crossed, None)
                 figures = {"total s": one["total_s"], "downtime ms": one["downtime_ms"], "MB": one["wire_mb"]}
                 figures |= {"share of the second path": one["second"], "Mbps": rate, "MiB": mib}
                 found.rows.append(Row(WAYS[paths], setting(rate, mib), Kind.MEASURED, figures))
