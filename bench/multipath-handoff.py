@@ -1,8 +1,8 @@
 """Whole handoffs of a VM over one path and two equal ones, in turn; its memory does not compress. Needs root.
 
-Memory from 256 MiB to 1 GiB over paths of 50 Mbit/s, and 256 MiB over paths of 5 to 100 Mbit/s (128 MiB at 10, 64 at 5).
---only takes cells, MBPS/MIB, with wildcards (50/*). With --parts FOLDER each handoff is kept there, and not measured again;
---steps N measures so many handoffs more.
+Memory from 256 MiB to 1 GiB over paths of 50 Mbit/s, and 256 MiB over paths of 5 to 100 Mbit/s (128 MiB at 10, 64 at
+5). --only takes cells, MBPS/MIB, with wildcards (50/*). With --parts FOLDER each handoff is kept there, and is not
+measured again; --steps N measures so many handoffs more.
 """
 
 from __future__ import annotations
