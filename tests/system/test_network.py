@@ -274,6 +274,11 @@ def test_a_guests_own_address_may_be_ipv6(made: Template, address: str) -> None:
         clients = [six_client, OneConnection(lab)] if also else [six_client]
         try:
             oslo.facts("guest", "net", "web1", "keep")
+            # Where a tunnel would lead over IPv6, with links of 1500 bytes.
+            said = "packets of 1430 bytes whole, as the path takes 1500"
+            assert any(said in text for text in oslo.facts("plan", "web1", "--to", "lisbon")["clients"])
+            (path,) = oslo.facts("doctor", "--network")["tunnel_mtu"]["lisbon"]
+            assert path["found"] == path["route"] == 1500 and said in path["advice"], path
             hook.write_text("#!/bin/sh\nexit 1\n")
             for home in ("lisbon", "oslo"):
                 handoff = standing.begin("web1")
