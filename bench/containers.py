@@ -11,7 +11,6 @@ so many cells more.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import shutil
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from experiments.parts import chosen  # noqa: E402
 from report import Report, Target  # noqa: E402
 
 from haulier.chunks.store import ChunkStore  # noqa: E402
@@ -213,14 +213,8 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
     apps = ["none", "game", "memory", "video", "faces"]
     cells: list[Cell] = [(app, mbps, at) for mbps in (100, 50, 10) for at in (FOUND, ABSENT) for app in apps]
     cells += [("shop", mbps, SHARED) for mbps in (100, 50, 10)]
-    cells = [cell for cell in (QUICK if quick and not only else cells) if not only or chosen(cell, only)]
+    cells = [cell for cell in (QUICK if quick and not only else cells) if chosen("/".join(map(str, cell)), only)]
     return run_cells(cells, parts, steps)
-
-
-def chosen(cell: Cell, only: Sequence[str]) -> bool:
-    """Whether one of the patterns is that of the cell."""
-    name = "/".join(map(str, cell))
-    return any(fnmatch.fnmatch(name, pattern + "/*" * (2 - pattern.count("/"))) for pattern in only)
 
 
 def run_cells(cells: list[Cell], parts: Path | None = None, steps: int = 0) -> Report:

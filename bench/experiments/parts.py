@@ -1,10 +1,11 @@
-"""Units of experiments, kept in a folder as they end: a long run that was interrupted goes on with what is missing."""
+"""What ended of a long run, kept in a folder: a run that was interrupted goes on with what is missing."""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ class Parts:
         """What was kept of the unit `name`, else what it finds now. Raises Enough."""
         return from_dict(self.facts(name, lambda: unit().as_dict()))
 
-    def facts(self, name: str, unit: Callable[[], Any]) -> Any:
-        """The same for a unit that finds what JSON can hold."""
+    def kept(self, name: str) -> Any:
+        """What was kept under that name; None if nothing was."""
         path = self.path(name)
-        if path is not None and path.exists():
-            return json.loads(path.read_text())
+        return json.loads(path.read_text()) if path is not None and path.exists() else None
+
+    def facts(self, name: str, unit: Callable[[], Any]) -> Any:
+        """The same for a unit that finds what JSON can hold, and not null. What raises is not kept."""
+        if (old := self.kept(name)) is not None:
+            return old
         if self._steps and self._run >= self._steps:
             raise Enough(name)
         self._run += 1
         found = unit()
-        if path is not None:
+        if (path := self.path(name)) is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_suffix(".new")
             temporary.write_text(json.dumps(found))
@@ -46,6 +51,12 @@ class Parts:
             return None
         readable = "".join(letter if letter.isalnum() else "-" for letter in name)[:60]
         return self._folder / f"{readable}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}.json"
+
+
+def chosen(name: str, only: Sequence[str]) -> bool:
+    """Whether one of the patterns is that of a cell, A/B/C; a pattern may leave out what follows. No patterns: all."""
+    padded = (pattern + "/*" * (name.count("/") - pattern.count("/")) for pattern in only)
+    return not only or any(fnmatch.fnmatch(name, pattern) for pattern in padded)
 
 
 def joined(whole: Experiment, some: Iterable[Experiment]) -> Experiment:

@@ -11,7 +11,7 @@ import pytest
 import report
 from experiments import extrapolate, live_migration, measuring, page, plots, published
 from experiments.model import Bars, Check, Experiment, Handoff, Kind, Row, best, from_dict, merged
-from experiments.parts import Enough, Parts, joined
+from experiments.parts import Enough, Parts, chosen, joined
 
 SETTING = "10 Mbps, 50 ms, 1024 MiB, FACES"
 
@@ -223,6 +223,22 @@ def test_what_was_kept_is_not_run_again(tmp_path: Path) -> None:
     second = Parts(tmp_path)
     whole = joined(Experiment("x", "x", "x"), [second.do(name, lambda name=name: unit(name)) for name in "ab"])
     assert ran == ["a", "b"] and [each.way for each in whole.rows] == ["a", "b"]
+
+
+def test_what_failed_is_not_kept(tmp_path: Path) -> None:
+    def fails() -> list[dict[str, str]]:
+        raise OSError("no")
+
+    parts = Parts(tmp_path)
+    with pytest.raises(OSError):
+        parts.facts("cell", fails)
+    assert parts.kept("cell") is None
+    assert parts.facts("cell", lambda: [{"a": "b"}]) == [{"a": "b"}] == Parts(tmp_path).facts("cell", fails)
+
+
+def test_a_pattern_may_leave_out_the_end_of_a_name() -> None:
+    assert chosen("stock best/50/2500", ()) and chosen("stock best/50/2500", ["x", "stock*/50"])
+    assert chosen("stock best/50/2500", ["*/*/2500"]) and not chosen("stock best/50/2500", ["stock best/10", "*/*/300"])
 
 
 def test_names_that_look_alike_are_kept_apart(tmp_path: Path) -> None:
