@@ -2,8 +2,8 @@
 
 Recorded: one guest with four loads in turn (idle; a table in memory that changes; files that come and go; a large cache
 of random bytes). Each time all of its memory goes through the page codec against the golden snapshot and the disk, and
-what would go into zstd is kept, batch by batch. Then zstd is run for real on these batches, at each level, and under
-the controller with its changes of level, and CPU time is measured; the link and the share of a core are virtual: a
+what would be compressed is kept, batch by batch. Then zstd and xz are run for real on these batches, at each level, and
+under the controller with its changes of level, and CPU time is measured; link and share of a core are virtual: a
 batch is encoded while the link sends the ones before it, and at most 0.3 s of link wait in between. One core means that
 half of it is left beside the guest, two that all of it is. The changing link goes 5 -> 35 -> 5 Mbps at 5 and 10 s, a
 tenth of the time that the published experiment takes; the hog leaves a quarter of the core for two seconds of four.
@@ -32,8 +32,7 @@ from haulier.chunks.blocks import StoreBlockFinder  # noqa: E402
 from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.compress import StreamCompressor  # noqa: E402
 from haulier.compress.controller import Controller, Link, Profile  # noqa: E402
-from haulier.compress.profile import LEVELS, LONG_LEVEL, NEAR_LOG, measure  # noqa: E402
-from haulier.compress.stream import DEFAULT_WINDOW_LOG  # noqa: E402
+from haulier.compress.profile import LEVELS, compressor, measure  # noqa: E402
 from haulier.guests.command import RAM_ID  # noqa: E402
 from haulier.handoff import retained  # noqa: E402
 from haulier.handoff.journal import Journal  # noqa: E402
@@ -101,21 +100,16 @@ def record(found: Scenario, load: dict[str, Any]) -> list[bytes]:
     return recorder.batches
 
 
-def compressor(level: int) -> StreamCompressor:
-    long = level >= LONG_LEVEL
-    return StreamCompressor(level, DEFAULT_WINDOW_LOG if long else NEAR_LOG, long)
-
-
 Costs = list[tuple[int, float]]
 """For each batch: bytes on the wire, CPU seconds."""
 
 
 def fixed(batches: list[bytes], level: int) -> Costs:
-    one = compressor(level)
+    compress, _ = compressor(level)
     out = []
     for batch in batches:
         began = time.thread_time()
-        wire = len(one.compress(batch))
+        wire = len(compress(batch))
         out.append((wire, time.thread_time() - began))
     return out
 
@@ -171,11 +165,11 @@ def controlled(batches: list[bytes], profile: Profile, link: Varying, cpu: Varyi
     pipe, seen = Pipe(link, cpu), Link(link(0.0))
     control = Controller(profile, link(0.0), cpu(0.0))
     level = control.begin(0.0).level
-    one = compressor(level)
+    compress, _ = compressor(level)
     share = cpu(0.0)
     for batch in batches:
         began = time.thread_time()
-        wire = len(one.compress(batch))
+        wire = len(compress(batch))
         cpu_s = time.thread_time() - began
         pipe.push(wire, cpu_s)
         control.note(len(batch), wire, cpu_s)
@@ -184,7 +178,7 @@ def controlled(batches: list[bytes], profile: Profile, link: Varying, cpu: Varyi
         rate = link(pipe.now) if full else wire / max(1e-9, cpu_s / share)
         if control.decide(pipe.now, max(1.0, seen.note(rate, full)), share).level != level:
             level = control.choice.level
-            one = compressor(level)
+            compress, _ = compressor(level)
     return pipe.free, len(control.changes) - 1
 
 

@@ -13,9 +13,10 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from haulier.compress import xz
 from haulier.errors import Corrupt, HaulierError, UsageError
 from haulier.memory.base import MemoryBase
-from haulier.memory.proxy import FRESH, OPAQUE, PAGES, TABLE, SourceProxy, TargetProxy, WireBatch
+from haulier.memory.proxy import FRESH, OPAQUE, PACKED, PAGES, TABLE, SourceProxy, TargetProxy, WireBatch
 from tests.memory.finders import Disk
 from tests.support.qemustream import PAGE, Writer, changed, mapped_ram, page_of, small
 
@@ -393,17 +394,37 @@ def test_noise_with_a_good_header(tmp_path: Path) -> None:
 def test_the_level_may_change_between_any_two_batches(tmp_path: Path) -> None:
     writer = busy(5)
     out, into = source(tmp_path, level=1), target(tmp_path)
-    levels = [9, 9, 1, -5, 15]
+    levels = [9, 9, 1, 22, 1, -5, 20, 26, 15]
     given = b""
-    fresh = 0
+    fresh = packed = 0
     for number, at in enumerate(range(0, len(writer.data), 60_000)):
         some = batches(out, writer.data[at : at + 60_000])
         fresh += sum(bool(batch.data[0] & FRESH) for batch in some)
+        packed += sum(bool(batch.data[0] & PACKED) for batch in some)
         given += deliver(into, some)
         out.set_level(levels[number % len(levels)])
     assert given == writer.data and out.finish() == into.digest()
-    assert fresh >= 4
+    assert fresh >= 3 and packed >= 2
     assert out.counters.plain_bytes > 0
+
+
+def test_a_stream_may_begin_with_xz_and_zstd_goes_on_where_it_was(tmp_path: Path) -> None:
+    writer = busy(5)
+    out, into = source(tmp_path, level=22), target(tmp_path)
+    given, kinds = b"", []
+    for number, at in enumerate(range(0, len(writer.data), 60_000)):
+        out.set_level([22, 5, 20, 5][number % 4])
+        some = batches(out, writer.data[at : at + 60_000])
+        kinds += [batch.data[0] & (FRESH | PACKED) for batch in some if batch.data[0] != TABLE]
+        given += deliver(into, some)
+    assert given == writer.data and out.finish() == into.digest()
+    assert kinds.count(FRESH) == 1 and PACKED in kinds and 0 in kinds
+
+
+def test_an_xz_batch_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
+    for contents in (b"noise" * 10, xz.pack(22, bytes(101)), xz.pack(22, bytes(99)), xz.pack(22, bytes(100))[:-1]):
+        with pytest.raises(Corrupt):
+            target(tmp_path).feed(HEAD.pack(OPAQUE | PACKED, 0, 100, 100, bytes(16)) + contents)
 
 
 def test_the_cpu_time_of_compression_is_counted_by_the_clock_that_was_given(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import time
 
 from haulier.cli.common import Json, Root, load_site, print_json, print_table, size
 from haulier.compress import profile as profiles
+from haulier.compress.xz import name_of
 from haulier.handoff.adapting import keep_profile, profile_path
 from haulier.handoff.calibration import sample
 
@@ -34,7 +35,7 @@ def calibrate(*, root: Root = None, json: Json = False) -> None:
         print_json(facts)
         return
     print_table(
-        ("LEVEL", "PAGES A SECOND", "BYTES BECOME"),
-        [(cost.level, f"{size(cost.speed)}", f"{100 * cost.ratio:.1f} %") for cost in profile.costs],
+        ("MODE", "PAGES A SECOND", "BYTES BECOME"),
+        [(name_of(cost.level), f"{size(cost.speed)}", f"{100 * cost.ratio:.1f} %") for cost in profile.costs],
     )
     print(f"measured in {facts['seconds']} s with {size(len(pages))} of {origin}")

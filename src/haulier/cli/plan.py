@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from haulier.cli.common import GuestName, Json, Root, client, console, plain, print_json, print_table, size
+from haulier.compress.xz import name_of
 from haulier.errors import by_code
 
 
@@ -60,7 +61,7 @@ def _show(found: dict[str, Any]) -> None:
     rows += [(f"  pages {kind}", count) for kind, count in amount["memory_pages"].items()]
     if "converges" in found:
         rows.append(("  dirtied meanwhile", size(amount["again"])))
-        rows.append(("mode", f"zstd level {found['mode']['level']}; the {found['limit']} is the limit"))
+        rows.append(("mode", f"{name_of(found['mode']['level'])}; the {found['limit']} is the limit"))
         if not found["converges"]:
             rows.append(("converges", "no: the guest dirties memory faster than the link carries it"))
             rows.append(("", "what could be allowed: --allow auto-converge slows it, --allow post-copy sends it first"))

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from haulier.cli.common import Json, Root, client, print_json, print_table, size
 from haulier.cli.handoff import prefetched, summary
+from haulier.compress.xz import name_of
 
 
 def status(
@@ -160,7 +161,7 @@ def _explained(state: dict[str, Any], report: dict[str, Any]) -> list[tuple[str,
         rows.append((f"after {change['at']:.1f} s", change["why"]))
     for level, fix in told.get("learnt", {}).items():
         text = f"{fix['speed']:.2f} of the profile's speed, {fix['ratio']:.2f} of its bytes"
-        rows.append((f"level {level} of this guest", text))
+        rows.append((f"{name_of(int(level))} of this guest", text))
     if told:
         rows.append(("codec's share of its core", f"{100 * told['cpu_share']:.0f} %"))
         rows.append(("profile", "measured here" if told["calibrated"] else "not measured here: 'haulier calibrate'"))

@@ -1,4 +1,4 @@
-"""Owns the codecs that turn bytes into fewer bytes: one streaming zstd context per direction.
+"""Owns the codecs that turn bytes into fewer bytes: one streaming zstd context per direction, and xz batch by batch.
 
 Never touches sockets, files, clocks or threads.
 """

@@ -1,9 +1,10 @@
 """Which compression pays now: a pure function of what the link takes, what CPU is left, and what each mode costs.
 
 Throughput of a mode is the smaller of what the CPU makes and what the link takes, in plain bytes a second:
-``min(cpu * speed, link / ratio)``. The mode with the most wins; among modes within 3 % of it the fastest, which
-leaves most of the CPU to the guests. A profile (`profile`) says what modes cost on this host; what this guest's pages
-really cost and yield corrects it, mode by mode, while the handoff runs.
+``min(cpu * speed, link / ratio)``. The mode with the most wins, less 3 % for one that takes all of the CPU that is
+left, and in proportion for less: what is gained has to be worth what guests could have had. A profile (`profile`)
+says what modes cost on this host; what this guest's pages really cost and yield corrects it, mode by mode, while the
+handoff runs.
 
 A mode is changed only for a gain of 6 %, after it was in use for half a second, and what a mode was found to be worth
 is remembered: so on constant input there are few changes, and then none.
@@ -15,8 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from haulier.compress.xz import name_of
+
 NEAR: Final = 0.03
-"""Modes whose throughput differs by no more than this count as equal."""
+"""By so much a mode that takes all of the CPU has to be better than one that takes none."""
 GAIN: Final = 1.06
 """A change has to promise so much ..."""
 DWELL_S: Final = 0.5
@@ -31,7 +34,7 @@ PROBE: Final = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """A zstd level on this host: plain bytes a CPU second takes, and what a plain byte becomes on the wire."""
+    """A level of zstd or xz on this host: plain bytes a CPU second takes, and what a plain byte becomes on the wire."""
 
     level: int
     speed: float
@@ -67,8 +70,10 @@ DEFAULT: Final = Profile(
         Cost(5, 150e6, 0.2136, 1 << 21),
         Cost(7, 75e6, 0.2066, 1 << 25),
         Cost(9, 57e6, 0.2046, 1 << 25),
-        Cost(12, 29e6, 0.2033, 1 << 25),
-        Cost(15, 10e6, 0.2026, 1 << 25),
+        Cost(20, 27e6, 0.1901, 1 << 20),
+        Cost(22, 22e6, 0.1856, 1 << 20),
+        Cost(24, 7e6, 0.181, 1 << 20),
+        Cost(26, 4.8e6, 0.1778, 1 << 20),
     )
 )
 """Measured on one core of a small host, of a booted guest's memory (21 November 2026), less a fifth of the speed."""
@@ -110,16 +115,22 @@ def choose(profile: Profile, link: float, cpu: float, fixes: Mapping[int, Correc
     found = [
         (*throughput(cost, profile.encode, link, cpu, fixes.get(cost.level, mean)), cost) for cost in profile.costs
     ]
-    most = max(rate for rate, _, _ in found)
-    # Fastest first in the profile: of equals the fastest, which leaves the most to the guests.
-    rate, limit, cost = next(one for one in found if one[0] >= most * (1 - NEAR))
+
+    def worth(one: tuple[float, str, Cost]) -> float:
+        rate, limit, cost = one
+        speed = cost.speed * fixes.get(cost.level, mean).speed
+        busy = 1.0 if limit == "cpu" else rate * (profile.encode + 1 / speed) / cpu
+        return rate * (1 - NEAR * busy)
+
+    # Fastest first in the profile: of equals the fastest.
+    rate, limit, cost = max(found, key=worth)
     return Choice(cost, rate, limit, explain(cost, rate, limit, link, cpu))
 
 
 def explain(cost: Cost, rate: float, limit: str, link: float, cpu: float) -> str:
     """Why, in one line."""
     return (
-        f"zstd level {cost.level}: {rate / 1e6:.0f} MB/s of pages, as much as the {limit} allows "
+        f"{name_of(cost.level)}: {rate / 1e6:.0f} MB/s of pages, as much as the {limit} allows "
         f"(link {link * 8 / 1e6:.1f} Mbit/s, {cpu:.2f} cores)"
     )
 

@@ -1,18 +1,21 @@
-"""Measures what zstd's levels cost and yield on this host, of pages like those that handoffs send."""
+"""Measures what the levels of zstd and xz cost and yield on this host, of pages like those that handoffs send."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import msgspec
 
+from haulier.compress import xz
 from haulier.compress.controller import DEFAULT, Cost, Profile
 from haulier.compress.stream import DEFAULT_WINDOW_LOG, StreamCompressor
 from haulier.errors import Corrupt, UsageError
 
-LEVELS: Final = (-5, 1, 2, 3, 5, 7, 9, 12, 15)
+LEVELS: Final = (-5, 1, 2, 3, 5, 7, 9, *(xz.FIRST_LEVEL + preset for preset in (0, 2, 4, 6)))
+"""Those of zstd above 9 make more bytes than xz does, and take longer."""
 NEAR_LOG: Final = 21
 PIECE: Final = 256 * 1024
 LONG_LEVEL: Final = 7
@@ -20,24 +23,38 @@ PATIENCE_S: Final = 1.2
 """CPU seconds for one level; what a slow level does not get to in that time is extrapolated."""
 
 
+def compressor(level: int) -> tuple[Callable[[bytes], bytes], int]:
+    """What compresses batch after batch at that level, as handoffs do, and the bytes that it looks back over."""
+    if xz.is_xz(level):
+        return partial(xz.pack, level), xz.DICTIONARY
+    log = DEFAULT_WINDOW_LOG if level >= LONG_LEVEL else NEAR_LOG
+    return StreamCompressor(level, log, level >= LONG_LEVEL).compress, 1 << log
+
+
 def measure(sample: bytes, clock: Callable[[], float] = time.thread_time, now: float = 0.0) -> Profile:
     """The profile by `sample`, some megabytes of pages. UsageError if it is too small to tell."""
     if len(sample) < 4 * PIECE:
         raise UsageError(f"a sample of {len(sample)} bytes is too small to measure compression with")
     costs = []
+    first: list[int] = []
     for level in LEVELS:
-        log = DEFAULT_WINDOW_LOG if level >= LONG_LEVEL else NEAR_LOG
-        compressor = StreamCompressor(level, log, level >= LONG_LEVEL)
-        compressor.compress(sample[:PIECE])  # tables are made with the first bytes
+        compress, memory = compressor(level)
+        compress(sample[:PIECE])  # tables are made with the first bytes
         done = wire = 0
+        passed: list[int] = []
         began = clock()
         for at in range(PIECE, len(sample), PIECE):
             piece = sample[at : at + PIECE]
-            wire += len(compressor.compress(piece))
+            wire += len(compress(piece))
             done += len(piece)
+            passed.append(wire)
             if clock() - began > PATIENCE_S:
                 break
-        costs.append(Cost(level, done / max(1e-9, clock() - began), wire / done, 1 << log))
+        took = clock() - began
+        first = first or passed
+        # Where patience ended the sample may be denser than all of it is: what the first level made of both tells.
+        ratio = wire / first[len(passed) - 1] * first[-1] / (len(sample) - PIECE)
+        costs.append(Cost(level, done / max(1e-9, took), ratio, memory))
     return Profile(tuple(costs), DEFAULT.encode, now).frontier()
 
 
@@ -52,7 +69,8 @@ def decode(data: bytes) -> Profile:
         profile = msgspec.json.decode(data, type=Profile)
     except msgspec.MsgspecError as error:
         raise Corrupt(f"the profile of compression makes no sense ({error}): run 'haulier calibrate'") from None
-    sound = all(cost.speed > 0 and 0 < cost.ratio < 10 and -50 <= cost.level <= 19 for cost in profile.costs)
+    most = xz.FIRST_LEVEL + xz.PRESETS
+    sound = all(cost.speed > 0 and 0 < cost.ratio < 10 and -50 <= cost.level < most for cost in profile.costs)
     if not profile.costs or not sound or profile.encode <= 0:
         raise Corrupt("the profile of compression makes no sense: run 'haulier calibrate'")
     return profile.frontier()

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from haulier.agent.site import Site
 from haulier.compress import profile as profiles
-from haulier.compress.controller import DEFAULT, Choice, Controller, Link, Profile
+from haulier.compress.controller import DEFAULT, Choice, Controller, Link, Profile, choose
 from haulier.durable import write_atomically
 from haulier.errors import HaulierError
 from haulier.memory.proxy import SourceProxy
@@ -44,6 +44,11 @@ def profile_of(site: Site) -> Profile:
 
 def keep_profile(site: Site, profile: Profile) -> None:
     write_atomically(profile_path(site), profiles.encode(profile))
+
+
+def level_at(site: Site, rate_bps: float) -> int:
+    """The level that a handoff from this site begins with on such a link."""
+    return choose(profile_of(site).frontier(), max(rate_bps, 1.0) / 8, site.cpu_cap or 1.0).level
 
 
 class Adapting:

@@ -79,8 +79,11 @@ def learn(past: Sequence[Took], default: Pace | None = None) -> Pace:
     return pace
 
 
-def make(found: Sampled, rate_bps: float, rtt_s: float, pace: Pace | None = None) -> dict[str, Any]:
-    """The forecast as JSON values: {"bytes", "seconds", "downtime_ms", "converges", "mode", ...}."""
+def make(found: Sampled, rate_bps: float, rtt_s: float, pace: Pace | None = None, level: int = 0) -> dict[str, Any]:
+    """The forecast as JSON values: {"bytes", "seconds", "downtime_ms", "converges", "mode", ...}.
+
+    `level`: what memory was sampled with.
+    """
     pace = pace or Pace()
     disk = found.disk_wire + found.missing_wire
     first = found.memory_wire
@@ -97,7 +100,6 @@ def make(found: Sampled, rate_bps: float, rtt_s: float, pace: Pace | None = None
     seconds = pace.fixed_s + 6 * rtt_s + max(scan, wire / link)
     downtime = 2.5 * rtt_s + pace.downtime_s
     spread = (2.0 * (found.memory_error**2 + found.disk_error**2) ** 0.5 + 0.5 * again) / wire
-    level = level_for(rate_bps)
     return {
         "bytes": {
             "total": round(wire),
@@ -118,7 +120,7 @@ def make(found: Sampled, rate_bps: float, rtt_s: float, pace: Pace | None = None
         "rate_bps": rate_bps,
         "rtt_s": rtt_s,
         "dirty_bps": found.dirty_bps,
-        "mode": {"level": level, "blocks": True, "xor": True},
+        "mode": {"level": level or level_for(rate_bps), "blocks": True, "xor": True},
     }
 
 

@@ -16,9 +16,9 @@ import msgspec
 
 from haulier.agent.site import Site
 from haulier.chunks.blocks import StoreBlockFinder
-from haulier.compress.stream import level_for
 from haulier.durable import write_atomically
 from haulier.handoff import forecast, retained, sampling
+from haulier.handoff.adapting import level_at
 from haulier.handoff.forecast import MOST_REMEMBERED, Pace, Took
 from haulier.handoff.messages import Job
 from haulier.handoff.residence import guest_paths
@@ -92,9 +92,9 @@ def small(
     base = retained.open_base(site, job.guest, uuid, picture)
     mirror = site.mirror(job.handoff).with_name(f"sample-{job.handoff}")
     ram = guest_paths(site, job.guest).ram
-    level = job.options.level or level_for(rate_bps)
+    level = job.options.level or level_at(site, rate_bps)
     found = sampling.memory(ram, base, finder, level, mirror, runs=RUNS, looks_s=LOOKS_S)
-    return forecast.make(found, rate_bps, rtt_s, pace(site)) | {"made": "small sample"}
+    return forecast.make(found, rate_bps, rtt_s, pace(site), level) | {"made": "small sample"}
 
 
 def told(made: dict[str, Any] | None, report: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import msgspec
 from haulier.agent.site import Site
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
-from haulier.compress.stream import level_for
 from haulier.containers.container import Container
 from haulier.containers.preflight import host_facts
 from haulier.disks.rounds import DiskRounds
@@ -25,6 +24,7 @@ from haulier.errors import Conflict, GuestError
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu
 from haulier.handoff import clients, container_plan, forecast, foretold, readdressing, retained, sampling
+from haulier.handoff.adapting import level_at
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import GuestRow, Journal
 from haulier.handoff.messages import LEAVE_BYTES, Job, Offer, Options
@@ -76,7 +76,7 @@ def make_plan(
             base = retained.open_base(site, spec.name, spec.uuid, picture)
             rate = rate or DEFAULT_RATE_BPS
             sample = site.mirror("plan").with_name(f"sample-plan-{guest}-{os.getpid()}")
-            level = (options.level if options is not None else 0) or level_for(rate)
+            level = (options.level if options is not None else 0) or level_at(site, rate)
             sampled = sampling.memory(guest_paths(site, guest).ram, base, StoreBlockFinder(index, space), level, sample)
             rounds = DiskRounds(qemu.qmp, "disk0", guest_paths(site, guest).rounds_sock)
             chunks, disk_wire, disk_error = sampling.disk(rounds, index, space, peer.lacking)
@@ -100,7 +100,7 @@ def make_plan(
         missing=missing,
         missing_wire=missing / CHUNK * per_missing,
     )
-    made = forecast.make(sampled, rate, rtt, foretold.pace(site))
+    made = forecast.make(sampled, rate, rtt, foretold.pace(site), level)
     made["bytes"]["left_behind"] = left
     for name, layer in layers.items():
         layer["wire"] = round(layer["missing"] / CHUNK * per_missing)

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 
 from haulier.chunks.manifest import Manifest
-from haulier.compress.stream import level_for
 from haulier.errors import Cancelled, Corrupt, GuestError, HandoffFailed, HaulierError, Unsupported
 from haulier.guests.command import RAM_ID
 from haulier.guests.model import GuestSpec
 from haulier.handoff import agreeing, attempts, retained
+from haulier.handoff.adapting import level_at
 from haulier.handoff.control import failure
 from haulier.handoff.convergence import window
 from haulier.handoff.custody import record_of
@@ -101,7 +101,7 @@ class PrefetchSource(VmSource):
             self.site.mirror(self.job.handoff),
             base,
             self._finder,
-            level=self.job.options.level or level_for(self._rate),
+            level=self.job.options.level or level_at(self.site, self._rate),
         )
         for batch in proxy.name({RAM_ID: self.paths.ram.stat().st_size}):
             self._carry(batch.data)

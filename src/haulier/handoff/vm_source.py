@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from haulier.agent.site import Site
+from haulier.compress.xz import name_of
 from haulier.disks.export import DiskExport
 from haulier.disks.heat import hot_chunks, pack
 from haulier.disks.rounds import DiskRounds, Round
@@ -132,7 +133,7 @@ class VmSource(SourceHandoff):
         super()._observe()
         if self._adapting is not None:
             status = self.progress.status
-            status.mode, status.why = f"zstd level {self._adapting.level}", self._adapting.choice.reason
+            status.mode, status.why = name_of(self._adapting.level), self._adapting.choice.reason
         if self._token.serving and self._pump is not None:
             served.observe(self.qemu, self.progress, self._pump)
 

@@ -6,8 +6,9 @@ A wire batch is
 
 little-endian. Kinds: OPAQUE (the raw bytes, compressed), TABLE (the RAM blocks; stands for no bytes of the stream),
 PAGES (columns, compressed), AHEAD (the same; for the mirrors only, never for QEMU). FRESH added to a kind: the contents
-begin a new zstd frame. The target checks sequence number, lengths and checksum before it gives out any byte. An unknown
-stream is carried as OPAQUE batches, with a warning.
+begin a new zstd frame; PACKED: they are by xz, on their own, and zstd's frame knows nothing of them. The target checks
+sequence number, lengths and checksum before it gives out any byte. An unknown stream is carried as OPAQUE batches, with
+a warning.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import xxhash
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from haulier.compress import StreamCompressor, StreamDecompressor
+from haulier.compress import StreamCompressor, StreamDecompressor, xz
 from haulier.compress.stream import DEFAULT_WINDOW_LOG, MAX_WINDOW_LOG
 from haulier.errors import Corrupt, HaulierError, UsageError
 from haulier.memory.base import MemoryBase
@@ -40,6 +41,7 @@ TABLE: Final = 2
 PAGES: Final = 3
 AHEAD: Final = 4
 FRESH: Final = 0x80
+PACKED: Final = 0x40
 
 BATCH: Final = 512 << 10
 """Raw bytes in a batch at most, unless a single token is larger (it never is)."""
@@ -167,6 +169,8 @@ class SourceProxy:
         self._clock = clock
         self._window_log, self._long = window_log, long
         self.level = level
+        """Of zstd, or from `xz.FIRST_LEVEL` on of xz."""
+        self._zstd_level = level
         self._compressor = self._new_compressor()
         self._fresh = False
         self._early: Mirror | None = None
@@ -180,20 +184,22 @@ class SourceProxy:
         self._input: deque[memoryview] = deque()
 
     def _new_compressor(self) -> StreamCompressor:
-        long = self.level >= LONG_LEVEL if self._long is None else self._long
+        level = 1 if xz.is_xz(self._zstd_level) else self._zstd_level
+        long = level >= LONG_LEVEL if self._long is None else self._long
         log = self._window_log if long else min(self._window_log, NEAR_WINDOW_LOG)
-        return StreamCompressor(self.level, log, long)
+        return StreamCompressor(level, log, long)
 
     def set_level(self, level: int) -> None:
-        """From the next batch on: a new zstd frame, which knows nothing of what went before."""
-        if level != self.level:
-            self.level = level
+        """From the next batch on. Another one of zstd's begins a new frame, which knows nothing of what went before."""
+        self.level = level
+        if not xz.is_xz(level) and level != self._zstd_level:
+            self._zstd_level = level
             self._compressor = self._new_compressor()
             self._fresh = self.counters.batches > 0
 
     def _compress(self, *parts: Buffer) -> bytes:
         began = self._clock()
-        data = self._compressor.compress(*parts)
+        data = xz.pack(self.level, *parts) if xz.is_xz(self.level) else self._compressor.compress(*parts)
         self.counters.compress_s += self._clock() - began
         self.counters.plain_bytes += sum(len(memoryview(part).cast("B")) for part in parts)
         return data
@@ -359,10 +365,12 @@ class SourceProxy:
         return batch
 
     def _batch(self, kind: int, raw: int, plain: int, checksum: bytes, data: bytes) -> WireBatch:
-        fresh = 0
-        if self._fresh and kind != TABLE:
-            fresh, self._fresh = FRESH, False
-        head = _HEAD.pack(kind | fresh, self._sequence, raw, plain, checksum)
+        how = 0
+        if kind != TABLE and xz.is_xz(self.level):
+            how = PACKED
+        elif kind != TABLE and self._fresh:
+            how, self._fresh = FRESH, False
+        head = _HEAD.pack(kind | how, self._sequence, raw, plain, checksum)
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         self.counters.batches += 1
         return WireBatch(head + data, 0 if kind == AHEAD else raw)
@@ -474,16 +482,17 @@ class TargetProxy:
         self._sequence = (sequence + 1) & 0xFFFFFFFF
         self.wire_bytes += len(data)
         contents = memoryview(data)[_HEAD.size :]
+        packed = bool(kind & PACKED)
         if kind & FRESH:
-            kind &= ~FRESH
             self._decompressor = StreamDecompressor(self._max_window_log)
+        kind &= ~(FRESH | PACKED)
         if kind == TABLE:
             self._begin(bytes(contents), raw_length, plain_length)
             return b""
         if kind not in (OPAQUE, PAGES, AHEAD):
             raise Corrupt(f"batch {sequence} is of an unknown kind {kind}")
         self.came = self.came[:0]
-        plain = self._decompressor.decompress(contents, plain_length)
+        plain = (xz.unpack if packed else self._decompressor.decompress)(contents, plain_length)
         if len(plain) != plain_length:
             raise Corrupt(f"batch {sequence} holds {len(plain)} bytes, not the {plain_length} announced")
         if kind == OPAQUE:
