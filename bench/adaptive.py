@@ -8,39 +8,48 @@ batch is encoded while the link sends the ones before it, and at most 0.3 s of l
 half of it is left beside the guest, two that all of it is. The changing link goes 5 -> 35 -> 5 Mbps at 5 and 10 s, a
 tenth of the time that the published experiment takes; the hog leaves a quarter of the core for two seconds of four.
 
+--only takes loads. With --parts FOLDER streams are kept there once they are recorded (so that what follows needs no
+guest), and the cells of a load when they are done; --steps N plays so many loads more.
+
 "oracle" picks the level for each batch knowing link, share and the batch's true cost at each level. The ratio is the
 controller's time over the best of the fixed levels and the oracle; below 1.00 it beat both.
 """
 
 from __future__ import annotations
 
+import struct
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from experiments.parts import Enough, Parts, chosen  # noqa: E402
 from report import Report, Target  # noqa: E402
 
 from haulier.chunks.blocks import StoreBlockFinder  # noqa: E402
 from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.compress import StreamCompressor  # noqa: E402
 from haulier.compress.controller import Controller, Link, Profile  # noqa: E402
-from haulier.compress.profile import LEVELS, compressor, measure  # noqa: E402
+from haulier.compress.profile import LEVELS, compressor, measure, trial  # noqa: E402
+from haulier.compress.xz import name_of  # noqa: E402
 from haulier.guests.command import RAM_ID  # noqa: E402
 from haulier.handoff import retained  # noqa: E402
+from haulier.handoff.calibration import of_base  # noqa: E402
 from haulier.handoff.journal import Journal  # noqa: E402
 from haulier.handoff.residence import guest_paths, spec_of  # noqa: E402
 from haulier.handoff.shared import blocks_of, golden_manifest  # noqa: E402
 from haulier.lab.clients import Workload  # noqa: E402
 from haulier.lab.scenario import GUEST_ADDRESS, Scenario, scenario, template, wan  # noqa: E402
 from haulier.memory.ahead import AheadReader  # noqa: E402
+from haulier.memory.base import MemoryBase  # noqa: E402
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy  # noqa: E402
 from haulier.units import PAGE  # noqa: E402
 
@@ -98,6 +107,22 @@ def record(found: Scenario, load: dict[str, Any]) -> list[bytes]:
         ram = guest_paths(site, "web1").ram
         encode_all(proxy, ram, lambda: sum(map(len, recorder.batches)) >= MOST)
     return recorder.batches
+
+
+def save(path: Path, batches: Sequence[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(b"".join(struct.pack("<I", len(batch)) + batch for batch in batches))
+    temporary.rename(path)
+
+
+def load(path: Path) -> list[bytes]:
+    data, at, found = path.read_bytes(), 0, []
+    while at < len(data):
+        (size,) = struct.unpack_from("<I", data, at)
+        found.append(data[at + 4 : at + 4 + size])
+        at += 4 + size
+    return found
 
 
 Costs = list[tuple[int, float]]
@@ -167,6 +192,7 @@ def controlled(batches: list[bytes], profile: Profile, link: Varying, cpu: Varyi
     level = control.begin(0.0).level
     compress, _ = compressor(level)
     share = cpu(0.0)
+    before = b""
     for batch in batches:
         began = time.thread_time()
         wire = len(compress(batch))
@@ -175,7 +201,13 @@ def controlled(batches: list[bytes], profile: Profile, link: Varying, cpu: Varyi
         control.note(len(batch), wire, cpu_s)
         share = 0.9 * share + 0.1 * cpu(pipe.now)
         full = pipe.full
-        rate = link(pipe.now) if full else wire / max(1e-9, cpu_s / share)
+        if before and (levels := control.due(full)):
+            began = time.thread_time()
+            control.learn(trial(levels, before, batch))
+            pipe.now += (time.thread_time() - began) / cpu(pipe.now)
+        before = batch
+        # What is acknowledged is never more than the link carries.
+        rate = link(pipe.now) if full else min(link(pipe.now), wire / max(1e-9, cpu_s / share))
         if control.decide(pipe.now, max(1.0, seen.note(rate, full)), share).level != level:
             level = control.choice.level
             compress, _ = compressor(level)
@@ -199,10 +231,26 @@ def scenes(quick: bool) -> dict[str, tuple[Varying, Varying]]:
     return found
 
 
-def streams(loads: Sequence[str] = tuple(LOADS)) -> dict[str, list[bytes]]:
-    with scenario("bench-adaptive", template(512), [wan("100mbit", "5ms")]) as found:
-        found.start_guest()
-        return {name: record(found, LOADS[name]) for name in loads}
+def streams(loads: Sequence[str] = tuple(LOADS), folder: Path | None = None) -> dict[str, list[bytes]]:
+    """Recorded batches by load; those that are in the folder are taken from there."""
+    kept = {name: folder / f"stream-{name}" for name in loads} if folder is not None else {}
+    if not kept or not all(path.exists() for path in kept.values()):
+        with scenario("bench-adaptive", template(512), [wan("100mbit", "5ms")]) as found:
+            found.start_guest()
+            recorded = {name: record(found, LOADS[name]) for name in loads}
+        for name, path in kept.items():
+            save(path, recorded[name])
+        return recorded
+    return {name: load(path) for name, path in kept.items()}
+
+
+def calibrated() -> Profile:
+    """As `haulier calibrate` measures it at the sites: by memory of their golden snapshot."""
+    base = MemoryBase.from_mapped_ram(template(512).golden.path / "memory")
+    try:
+        return measure(of_base(base))
+    finally:
+        base.close()
 
 
 @dataclass(frozen=True)
@@ -217,15 +265,18 @@ class Cell:
     """By level."""
     changes: int
 
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> Cell:
+        """From JSON, which has only text for keys."""
+        return cls(**{**kept, "fixed": {int(level): took for level, took in kept["fixed"].items()}})
+
 
 def cells(recorded: dict[str, list[bytes]], quick: bool) -> Iterator[Cell]:
     """Every recorded stream in every scene."""
+    profile = calibrated()
     for load, batches in recorded.items():
         if quick:
             batches = batches[: len(batches) // 3]
-        # As `haulier calibrate` does, of other pages than those that follow.
-        other = next(name for name in recorded if name != load)
-        profile = measure(b"".join(recorded[other])[: 12 << 20])
         tables = {level: fixed(batches, level) for level in LEVELS}
         for name, (link, cpu) in scenes(quick).items():
             took = {level: play(costs, link, cpu) for level, costs in tables.items()}
@@ -233,12 +284,35 @@ def cells(recorded: dict[str, list[bytes]], quick: bool) -> Iterator[Cell]:
             yield Cell(load, name, mine, oracle(tables, link, cpu), took, changes)
 
 
-def run(quick: bool) -> Report:
+def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Report:
+    kept, notes = Parts(parts, steps), []
+    recorded = streams(folder=parts)
+    found: list[Cell] = []
+    for name, batches in recorded.items():
+        if not chosen(name, only):
+            continue
+        try:
+            unit = partial(played, {name: batches}, quick)
+            found += [Cell.of(each) for each in kept.keep(f"adaptive{' quick' * quick}: {name}", unit)]
+        except Enough:
+            notes.append(f"not run yet: {name}")
+    return told(found, notes)
+
+
+def played(recorded: dict[str, list[bytes]], quick: bool) -> list[dict[str, Any]]:
+    found = []
+    for cell in cells(recorded, quick):
+        print(f"{time.strftime('%H:%M:%S')} {cell}", file=sys.stderr, flush=True)
+        found.append(asdict(cell))
+    return found
+
+
+def told(found: Sequence[Cell], notes: Sequence[str] = ()) -> Report:
     rows: list[dict[str, Any]] = []
     times: dict[int, list[float]] = {level: [] for level in LEVELS}
     ours: list[float] = []
     changing: dict[str, list[float]] = {"ours": [], **{str(level): [] for level in LEVELS}}
-    for cell in cells(streams(), quick):
+    for cell in found:
         took = cell.fixed
         best = min(took, key=lambda level: took[level])
         least = min(took[best], cell.oracle)
@@ -256,7 +330,7 @@ def run(quick: bool) -> Report:
                 "scene": cell.scene,
                 "ours s": cell.ours,
                 "best fixed s": took[best],
-                "level": best,
+                "mode": name_of(best),
                 "oracle s": cell.oracle,
                 "level 5 s": took[5],
                 "worst s": max(took.values()),
@@ -276,5 +350,8 @@ def run(quick: bool) -> Report:
             Target.at_least(f"gain over level {single} where things change", 1 - sum(changing["ours"]) / steady, 0.15),
         ],
         link="virtual",
-        notes=[f"mean regret of level {level}: {mean[level]:.3f}, worst {max(times[level]):.2f}" for level in LEVELS],
+        notes=[
+            *notes,
+            *(f"{name_of(level)}: mean regret {mean[level]:.3f}, worst {max(times[level]):.2f}" for level in LEVELS),
+        ],
     )

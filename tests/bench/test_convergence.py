@@ -53,5 +53,7 @@ def test_what_was_given_up_is_not_tried_with_a_faster_guest(monkeypatch: pytest.
     assert [each["done"] for each in report.rows] == ["yes", "given up", *["no: nor at 50 pages/s"] * 3]
     assert any("it fell over" in note for note in report.notes)
     assert [note for note in report.notes if note.startswith("not run yet")]
+    both = convergence.run(False, ["haulier/10/50", "haulier --allow post-copy/10/50"], tmp_path)
+    assert [each["done"] for each in both.rows] == ["yes", "as without"] and all(target.ok for target in both.targets)
     again = convergence.run(False, ways[:2], tmp_path)
     assert ran[3:] == [("haulier", pages) for pages in convergence.DIRTY[1:]] and len(again.rows) == 8

@@ -18,10 +18,11 @@ from haulier.compress.controller import (
     Cost,
     Link,
     Profile,
+    all_fixes,
     choose,
-    mean_of,
     throughput,
 )
+from haulier.compress.xz import name_of
 from haulier.errors import Corrupt, UsageError
 
 links = st.floats(1e4, 1e9)
@@ -31,7 +32,7 @@ cores = st.floats(0.05, 4)
 @st.composite
 def profiles(draw: st.DrawFn) -> Profile:
     count = draw(st.integers(1, 9))
-    levels = draw(st.lists(st.integers(-20, 19), min_size=count, max_size=count, unique=True))
+    levels = draw(st.lists(st.integers(-20, 29), min_size=count, max_size=count, unique=True))
     return Profile(
         tuple(Cost(level, draw(st.floats(1e6, 1e9)), draw(st.floats(0.05, 1.0))) for level in levels)
     ).frontier()
@@ -52,9 +53,9 @@ def test_more_cpu_never_gets_a_faster_mode(found: Profile, link: float, one: flo
 @given(profiles(), links, cores)
 def test_nothing_promises_more_than_the_choice_but_by_a_hair(found: Profile, link: float, cpu: float) -> None:
     choice = choose(found, link, cpu)
-    rates = [throughput(cost, found.encode, link, cpu, Correction())[0] for cost in found.costs]
+    rates = [throughput(cost, found.encode, link, cpu)[0] for cost in found.costs]
     assert choice.promises >= max(rates) * (1 - NEAR)
-    assert choice.limit in choice.reason and f"level {choice.level}" in choice.reason
+    assert choice.limit in choice.reason and name_of(choice.level) in choice.reason
 
 
 def test_slow_links_get_high_levels_and_fast_ones_low() -> None:
@@ -62,6 +63,12 @@ def test_slow_links_get_high_levels_and_fast_ones_low() -> None:
     assert levels == sorted(levels, reverse=True) and levels[0] >= 7 and levels[-1] <= 1
     # With a tenth of a core a slow level is too dear even for a slow link.
     assert choose(DEFAULT, 20 * 125e3, 0.1).level < choose(DEFAULT, 20 * 125e3, 1.0).level
+
+
+def sent(found: Profile, truth: dict[int, Correction], level: int) -> tuple[int, int, float]:
+    """What a level really makes of half a megabyte."""
+    cost, fix = next(cost for cost in found.costs if cost.level == level), truth.get(level, Correction())
+    return 1 << 19, int((1 << 19) * cost.ratio * fix.ratio), (1 << 19) / (cost.speed * fix.speed)
 
 
 def drive(found: Profile, truth: dict[int, Correction], link: float, cpu: float, steps: int = 400) -> Controller:
@@ -73,6 +80,7 @@ def drive(found: Profile, truth: dict[int, Correction], link: float, cpu: float,
         cost = control.choice.cost
         fix = truth.get(cost.level, Correction())
         control.note(512 * 1024, int(512 * 1024 * cost.ratio * fix.ratio), 512 * 1024 / (cost.speed * fix.speed))
+        control.learn({level: sent(found, truth, level) for level in control.due(full=True)})
         now += 0.1
         control.decide(now, link, cpu)
     return control
@@ -87,6 +95,10 @@ def test_on_constant_input_it_settles(found: Profile, link: float, cpu: float, s
     assert all(at < 30 for at, _ in control.changes), "it goes on changing"
 
 
+def slower(cost: Cost) -> Cost:
+    return Cost(cost.level, cost.speed / 6, cost.ratio, cost.memory)
+
+
 def test_what_the_guest_really_costs_decides() -> None:
     link = 50 * 125e3
     assert choose(DEFAULT, link, 1.0).level > 2
@@ -94,8 +106,9 @@ def test_what_the_guest_really_costs_decides() -> None:
     truth = {cost.level: Correction(speed=1 / 6) for cost in DEFAULT.costs}
     control = drive(DEFAULT, truth, link, 1.0)
     assert control.choice.level < choose(DEFAULT, link, 1.0).level
-    best = max(throughput(cost, DEFAULT.encode, link, 1.0, truth[cost.level])[0] for cost in DEFAULT.costs)
-    real = throughput(control.choice.cost, DEFAULT.encode, link, 1.0, truth[control.choice.level])[0]
+    really = [slower(cost) for cost in DEFAULT.costs]
+    best = max(throughput(cost, DEFAULT.encode, link, 1.0)[0] for cost in really)
+    real = throughput(slower(control.choice.cost), DEFAULT.encode, link, 1.0)[0]
     assert real >= best / GAIN / (1 + NEAR)
 
 
@@ -110,7 +123,8 @@ def test_a_link_that_changes_is_followed_at_once_but_not_at_every_batch() -> Non
             now += 0.05
             control.decide(now, mbps * 125e3, 1.0)
         seen.append(control.choice.level)
-    assert seen[1] < seen[0] and seen[2] == seen[0]
+    # Caution has gone, so that it may end with a slower one than it began with.
+    assert seen[1] < seen[0] <= seen[2]
     assert len(control.changes) <= 6
 
 
@@ -131,7 +145,51 @@ def test_a_link_that_was_not_kept_full_may_carry_more_than_was_seen() -> None:
 def test_modes_that_another_beats_in_both_are_left_out() -> None:
     found = Profile((Cost(9, 40e6, 0.3), Cost(5, 90e6, 0.29), Cost(1, 300e6, 0.4))).frontier()
     assert [cost.level for cost in found.costs] == [1, 5]
-    assert mean_of([]) == Correction() and mean_of([Correction(4, 1), Correction(1, 1)]).speed == pytest.approx(2)
+
+
+def test_a_mode_that_was_not_tried_has_what_its_neighbour_was_found_to_have() -> None:
+    known = all_fixes(DEFAULT, {5: Correction(2, 1), 22: Correction(1, 0.5)})
+    assert known[3] == known[-5] == Correction(2, 1) and known[26] == known[20] == Correction(1, 0.5)
+    assert set(all_fixes(DEFAULT, {}).values()) == {Correction()}
+
+
+def test_pages_that_compress_badly_are_not_held_against_the_mode_in_use() -> None:
+    """On a link of 10 Mbps text and random bytes come in turns: what is known of modes stays what it is."""
+    control = Controller(DEFAULT, 10 * 125e3)
+    control.begin(0.0)
+    now = 0.0
+    for number in range(200):
+        cost = control.choice.cost
+        ratio = 1.0 if number // 4 % 2 else 0.1
+        control.note(1 << 19, int((1 << 19) * ratio), (1 << 19) / cost.speed)
+        now += 0.3
+        control.decide(now, 10 * 125e3, 1.0)
+    assert len(control.changes) <= 3
+    assert control.fixes == {}
+
+
+def test_trials_of_the_same_pages_tell_modes_apart() -> None:
+    control = Controller(DEFAULT, 10 * 125e3)
+    control.begin(0.0)
+    first = control.choice.level
+    assert control.due(True) == ()
+    control.note(1 << 20, 1 << 18, 0.01)
+    levels = control.due(True)
+    assert first in levels and len(levels) > 2 and max(control.due(False)) <= first
+    # Preset 2 makes twice the bytes here that the profile says, against the mode in use.
+    truth = {level: Correction(1.0, 2.0 if level == 22 else 1.0) for level in levels}
+    control.learn({level: sent(DEFAULT, truth, level) for level in levels})
+    assert control.fixes[22].ratio / control.fixes[20].ratio == pytest.approx(2, rel=0.01)
+    assert control.due(True) == ()
+
+
+def test_a_trial_tells_of_the_same_pages() -> None:
+    chosen = random.Random(2)
+    data = b"".join(chosen.randbytes(20) + b"some text that repeats " * 4 for _ in range(2000))
+    ticks = iter(range(100))
+    found = profile.trial((1, 5, 22), data[:1000], data, lambda: float(next(ticks)))
+    assert set(found) == {1, 5, 22} and all(plain == len(data) and took == 1.0 for plain, _, took in found.values())
+    assert all(wire < plain for plain, wire, _ in found.values())
 
 
 def test_a_profile_is_measured_in_order_and_comes_back_as_it_was() -> None:

@@ -25,7 +25,7 @@ def site(tmp_path: Path) -> Site:
 
 @pytest.fixture
 def proxy(tmp_path: Path) -> SourceProxy:
-    proxy = SourceProxy(tmp_path / "mirror", level=5, clock=time.thread_time)
+    proxy = SourceProxy(tmp_path / "mirror", level=5, clock=time.thread_time, recent=True)
     proxy.name({"ram0": 4096 * PAGE})
     return proxy
 

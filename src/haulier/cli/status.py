@@ -159,6 +159,9 @@ def _explained(state: dict[str, Any], report: dict[str, Any]) -> list[tuple[str,
         rows.append(("now", state["why"]))
     for change in told.get("changes", []):
         rows.append((f"after {change['at']:.1f} s", change["why"]))
+    if content := told.get("content"):
+        text = f"{content['speed']:.2f} of the profile's speed, {content['ratio']:.2f} of its bytes"
+        rows.append(("what was sent", text))
     for level, fix in told.get("learnt", {}).items():
         text = f"{fix['speed']:.2f} of the profile's speed, {fix['ratio']:.2f} of its bytes"
         rows.append((f"{name_of(int(level))} of this guest", text))

@@ -3,8 +3,8 @@
 Throughput of a mode is the smaller of what the CPU makes and what the link takes, in plain bytes a second:
 ``min(cpu * speed, link / ratio)``. The mode with the most wins, less 3 % for one that takes all of the CPU that is
 left, and in proportion for less: what is gained has to be worth what guests could have had. A profile (`profile`)
-says what modes cost on this host; what this guest's pages really cost and yield corrects it, mode by mode, while the
-handoff runs.
+says what modes cost on this host; trials of the same pages of this guest with modes like the one in use correct it
+while the handoff runs.
 
 A mode is changed only for a gain of 6 %, after it was in use for half a second, and what a mode was found to be worth
 is remembered: so on constant input there are few changes, and then none.
@@ -12,11 +12,11 @@ is remembered: so on constant input there are few changes, and then none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from haulier.compress.xz import name_of
+from haulier.compress.xz import is_xz, name_of
 
 NEAR: Final = 0.03
 """By so much a mode that takes all of the CPU has to be better than one that takes none."""
@@ -24,10 +24,23 @@ GAIN: Final = 1.06
 """A change has to promise so much ..."""
 DWELL_S: Final = 0.5
 """... and the present mode must have been tried for so long."""
+URGENT: Final = 1.25
+"""... unless it promises so much, or the link has to wait for the CPU."""
 LEAST_BYTES: Final = 256 * 1024
 """Plain bytes below which a mode has not been tried."""
-KEPT: Final = 0.7
-"""How much of a correction outlives the next measurement."""
+KEPT: Final = 0.93
+"""How much of what was seen counts when so many more plain bytes were."""
+BELIEVED: Final = 3
+"""Measurements that the profile counts for."""
+TRIAL_BYTES: Final = 1 << 20
+"""Plain bytes between the first trials ..."""
+EARLY_TRIALS: Final = 4
+LATER_BYTES: Final = 12 << 20
+"""... and between later ones."""
+NEIGHBOURS: Final = 2
+"""Modes on either side of the one in use that are tried."""
+CAUTION: Final = 0.5
+"""Of the CPU, so much is counted on for xz before anything of the guest's pages is known."""
 PROBE: Final = 1.5
 """A link that is not kept full may carry so many times what it is seen to carry."""
 
@@ -101,25 +114,20 @@ class Choice:
         return self.cost.level
 
 
-def throughput(cost: Cost, encode: float, link: float, cpu: float, fix: Correction) -> tuple[float, str]:
+def throughput(cost: Cost, encode: float, link: float, cpu: float) -> tuple[float, str]:
     """Plain bytes a second, and "link" or "cpu". `link`: bytes a second; `cpu`: cores' worth of time for it."""
-    made = cpu / (encode + 1 / (cost.speed * fix.speed))
-    taken = link / max(1e-9, cost.ratio * fix.ratio)
+    made = cpu / (encode + 1 / cost.speed)
+    taken = link / max(1e-9, cost.ratio)
     return (made, "cpu") if made < taken else (taken, "link")
 
 
-def choose(profile: Profile, link: float, cpu: float, fixes: Mapping[int, Correction] | None = None) -> Choice:
-    """The mode for a link of `link` bytes a second and `cpu` cores. Modes not yet tried take the mean correction."""
-    fixes = fixes or {}
-    mean = mean_of(fixes.values())
-    found = [
-        (*throughput(cost, profile.encode, link, cpu, fixes.get(cost.level, mean)), cost) for cost in profile.costs
-    ]
+def choose(profile: Profile, link: float, cpu: float) -> Choice:
+    """The mode for a link of `link` bytes a second and `cpu` cores."""
+    found = [(*throughput(cost, profile.encode, link, cpu), cost) for cost in profile.costs]
 
     def worth(one: tuple[float, str, Cost]) -> float:
         rate, limit, cost = one
-        speed = cost.speed * fixes.get(cost.level, mean).speed
-        busy = 1.0 if limit == "cpu" else rate * (profile.encode + 1 / speed) / cpu
+        busy = 1.0 if limit == "cpu" else rate * (profile.encode + 1 / cost.speed) / cpu
         return rate * (1 - NEAR * busy)
 
     # Fastest first in the profile: of equals the fastest.
@@ -135,15 +143,14 @@ def explain(cost: Cost, rate: float, limit: str, link: float, cpu: float) -> str
     )
 
 
-def mean_of(fixes: Iterable[Correction]) -> Correction:
-    """The geometric mean; 1 for none."""
-    known = list(fixes)
-    if not known:
-        return Correction()
-    speed = ratio = 1.0
-    for fix in known:
-        speed, ratio = speed * fix.speed, ratio * fix.ratio
-    return Correction(speed ** (1 / len(known)), ratio ** (1 / len(known)))
+def all_fixes(profile: Profile, fixes: Mapping[int, Correction]) -> dict[int, Correction]:
+    """By level: what was measured, else that of the nearest mode that was tried; none was: 1."""
+    tried = [number for number, cost in enumerate(profile.costs) if cost.level in fixes]
+    found = {}
+    for number, cost in enumerate(profile.costs):
+        nearest = min(tried, key=lambda other: abs(other - number), default=None)
+        found[cost.level] = Correction() if nearest is None else fixes[profile.costs[nearest].level]
+    return found
 
 
 @dataclass
@@ -162,9 +169,18 @@ class Link:
         return self.known if full else max(self.known, seen * PROBE)
 
 
+Tried = Mapping[int, tuple[int, int, float]]
+"""By level, of the same pages: plain bytes, bytes on the wire, CPU seconds of compression."""
+
+
 @dataclass
 class Controller:
-    """Decides batch by batch. Times in seconds are arguments; sizes in bytes."""
+    """Decides batch by batch. Times in seconds are arguments; sizes in bytes.
+
+    `fixes`: what trials of the same pages told of modes, over the profile; `content`: what the mode in use costs and
+    yields of what is being sent just now, over what profile and trials say of it. The latter is of the pages and not
+    of the mode, so it holds for all of them: else each mode would be judged by other pages.
+    """
 
     profile: Profile
     link: float
@@ -172,19 +188,43 @@ class Controller:
     cap: float = 0.0
     """Cores at most, by the operator's word; 0 = no limit."""
     fixes: dict[int, Correction] = field(default_factory=dict)
+    content: Correction = field(default_factory=Correction)
     changes: list[tuple[float, Choice]] = field(default_factory=list)
+    trials: int = 0
+    _seen: int = 0
+    _tried_at: int = 0
     _plain: int = 0
     _wire: int = 0
     _cpu_s: float = 0.0
+    _due: tuple[float, float] = (0.0, 0.0)
+    """Bytes on the wire and CPU seconds that profile and trials say of what was sent, the latest counting most ..."""
+    _came: tuple[float, float] = (0.0, 0.0)
+    """... and what came of it."""
     _since: float = 0.0
-    _tried: int = 0
+    _used: int = 0
 
     def __post_init__(self) -> None:
         self.profile = self.profile.frontier()
-        self.choice = choose(self.profile, self.link, self._share(), self.fixes)
+        self.choice = choose(self.profile, self.link, self._share())
+        if is_xz(self.choice.level):
+            self.choice = choose(self.profile, self.link, CAUTION * self._share())
 
     def _share(self) -> float:
         return min(self.cpu, self.cap) if self.cap else self.cpu
+
+    def _now(self) -> Profile:
+        """What modes cost of the pages that are being sent."""
+        fixed, content = all_fixes(self.profile, self.fixes), self.content
+        costs = (
+            Cost(
+                cost.level,
+                cost.speed * fixed[cost.level].speed * content.speed,
+                cost.ratio * fixed[cost.level].ratio * content.ratio,
+                cost.memory,
+            )
+            for cost in self.profile.costs
+        )
+        return Profile(tuple(costs), self.profile.encode, self.profile.made)
 
     def begin(self, now: float) -> Choice:
         """The first mode, by the profile alone."""
@@ -193,38 +233,72 @@ class Controller:
         return self.choice
 
     def note(self, plain: int, wire: int, cpu_s: float) -> None:
-        """What a batch cost: so many bytes went into zstd, so many came out, and encoding took so much CPU."""
+        """What a batch cost: so many bytes went into the codec, so many came out, and that took so much CPU."""
         self._plain += plain
         self._wire += wire
         self._cpu_s += cpu_s
-        self._tried += plain
+        self._used += plain
+        self._seen += plain
         if self._plain < LEAST_BYTES:
             return
-        cost = self.choice.cost
-        zstd_s = max(self._cpu_s - self.profile.encode * self._plain, 0.1 * self._cpu_s, 1e-9)
-        now = Correction(self._plain / zstd_s / cost.speed, self._wire / self._plain / cost.ratio)
-        old = self.fixes.get(cost.level)
-        if old is not None:
-            now = Correction(KEPT * old.speed + (1 - KEPT) * now.speed, KEPT * old.ratio + (1 - KEPT) * now.ratio)
-        self.fixes[cost.level] = now
+        cost, fix = self.choice.cost, all_fixes(self.profile, self.fixes)[self.choice.level]
+        due = (self._plain * cost.ratio * fix.ratio, self._plain / (cost.speed * fix.speed))
+        if not self._due[0]:
+            # As much is believed of the profile as of so many bytes that were seen.
+            self._due = self._came = (due[0] * BELIEVED, due[1] * BELIEVED)
+        self._due = (KEPT * self._due[0] + due[0], KEPT * self._due[1] + due[1])
+        self._came = (KEPT * self._came[0] + self._wire, KEPT * self._came[1] + self._cpu_s)
+        self.content = Correction(self._due[1] / max(1e-9, self._came[1]), self._came[0] / self._due[0])
         self._plain = self._wire = 0
         self._cpu_s = 0.0
+
+    def due(self, full: bool) -> tuple[int, ...]:
+        """Levels to be tried with the pages that were just sent, for `learn`; none when it is not the time.
+
+        `full`: the link has enough to go on with meanwhile. While it has not, only faster modes are worth a trial.
+        """
+        wait = TRIAL_BYTES if self.trials < EARLY_TRIALS else LATER_BYTES
+        if self._seen < LEAST_BYTES or (self._tried_at and self._seen - self._tried_at < wait):
+            return ()
+        levels = [cost.level for cost in self.profile.costs]
+        at = levels.index(self.choice.level)
+        return tuple(levels[max(0, at - NEIGHBOURS) : at + (NEIGHBOURS if full else 0) + 1])
+
+    def learn(self, tried: Tried) -> None:
+        """What modes cost of the same pages, the mode in use among them: by that one the others are judged."""
+        self._tried_at = self._seen
+        self.trials += 1
+        if self.choice.level not in tried:
+            return
+        costs = {cost.level: cost for cost in self.profile.costs}
+        found = {
+            level: Correction(plain / max(cpu_s, 1e-9) / costs[level].speed, max(wire, 1) / plain / costs[level].ratio)
+            for level, (plain, wire, cpu_s) in tried.items()
+            if plain and level in costs
+        }
+        mine, fix = found[self.choice.level], all_fixes(self.profile, self.fixes)[self.choice.level]
+        for level, one in found.items():
+            now = Correction(fix.speed * one.speed / mine.speed, fix.ratio * one.ratio / mine.ratio)
+            old = self.fixes.get(level, now)
+            self.fixes[level] = Correction((old.speed * now.speed) ** 0.5, (old.ratio * now.ratio) ** 0.5)
 
     def decide(self, now: float, link: float, cpu: float) -> Choice:
         """The mode for the next batch."""
         self.link, self.cpu = link, cpu
-        if now - self._since < DWELL_S or self._tried < LEAST_BYTES:
-            return self.choice
-        share = self._share()
-        best = choose(self.profile, link, share, self.fixes)
-        fix = self.fixes.get(self.choice.level, Correction())
-        rate, limit = throughput(self.choice.cost, self.profile.encode, link, share, fix)
-        if best.level != self.choice.level and best.promises >= GAIN * rate:
-            self.choice = best
-            self._since, self._tried = now, 0
+        share, known = self._share(), self._now()
+        mine = next(cost for cost in known.costs if cost.level == self.choice.level)
+        rate, limit = throughput(mine, known.encode, link, share)
+        best = choose(known, link, share)
+        waits = self._used < LEAST_BYTES or (
+            limit == "link" and now - self._since < DWELL_S and best.promises < URGENT * rate
+        )
+        if not waits and best.level != self.choice.level and best.promises >= GAIN * rate:
+            cost = next(cost for cost in self.profile.costs if cost.level == best.level)
+            self.choice = Choice(cost, best.promises, best.limit, best.reason)
+            self._since, self._used = now, 0
             self._plain = self._wire = 0
             self._cpu_s = 0.0
-            self.changes.append((now, best))
+            self.changes.append((now, self.choice))
         else:
             cost = self.choice.cost
             self.choice = Choice(cost, rate, limit, explain(cost, rate, limit, link, share))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
 import msgspec
 
 from haulier.compress import xz
-from haulier.compress.controller import DEFAULT, Cost, Profile
+from haulier.compress.controller import DEFAULT, Cost, Profile, Tried
 from haulier.compress.stream import DEFAULT_WINDOW_LOG, StreamCompressor
 from haulier.errors import Corrupt, UsageError
 
@@ -56,6 +56,19 @@ def measure(sample: bytes, clock: Callable[[], float] = time.thread_time, now: f
         ratio = wire / first[len(passed) - 1] * first[-1] / (len(sample) - PIECE)
         costs.append(Cost(level, done / max(1e-9, took), ratio, memory))
     return Profile(tuple(costs), DEFAULT.encode, now).frontier()
+
+
+def trial(levels: Sequence[int], before: bytes, data: bytes, clock: Callable[[], float] = time.thread_time) -> Tried:
+    """What each of the levels makes of `data`, by codecs that have seen `before`, what was sent just before it."""
+    found = {}
+    for level in levels:
+        compress, _ = compressor(level)
+        if not xz.is_xz(level):
+            compress(before)
+        began = clock()
+        wire = len(compress(data))
+        found[level] = (len(data), wire, clock() - began)
+    return found
 
 
 def encode(profile: Profile) -> bytes:

@@ -93,6 +93,9 @@ class Adapting:
         if plain:
             self._controller.note(plain, wire, counters.compress_s - self._cpu_s)
             self._plain, self._wire, self._cpu_s = counters.plain_bytes, counters.wire_bytes, counters.compress_s
+        if (levels := self._controller.due(full)) and len(proxy.recent) > 1:
+            before, data = proxy.recent
+            self._controller.learn(profiles.trial(levels, before, data))
         link = self._link.note(rate_bps / 8, full)
         before = self.choice.level
         self.choice = self._controller.decide(time.monotonic() - self._began, max(link, 1.0), self._share)
@@ -113,6 +116,11 @@ class Adapting:
                 {"at": round(at, 2), "level": choice.level, "why": choice.reason}
                 for at, choice in controller.changes[:MOST_CHANGES]
             ],
+            "content": {
+                "speed": round(controller.content.speed, 3),
+                "ratio": round(controller.content.ratio, 3),
+                "trials": controller.trials,
+            },
             "learnt": {
                 str(level): {"speed": round(fix.speed, 3), "ratio": round(fix.ratio, 3)}
                 for level, fix in sorted(controller.fixes.items())

@@ -22,7 +22,7 @@ def sample(site: Site) -> tuple[bytes, str]:
         with contextlib.suppress(HaulierError, OSError):
             base = MemoryBase.from_mapped_ram(path)
             try:
-                found = _of_base(base)
+                found = of_base(base)
             finally:
                 base.close()
             if len(found) >= MIB:
@@ -33,7 +33,7 @@ def sample(site: Site) -> tuple[bytes, str]:
     return found, "this system's libraries"
 
 
-def _of_base(base: MemoryBase) -> bytes:
+def of_base(base: MemoryBase) -> bytes:
     """Runs of pages, evenly spaced over the largest block."""
     name = max(base.blocks, key=lambda block: base.blocks[block])
     view = base.view(name)

@@ -108,7 +108,7 @@ class Preparation:
 
     def _sender(self, picture: str, base: MemoryBase | None) -> MemorySender:
         paths = guest_paths(self._site, self._spec.name)
-        proxy = SourceProxy(self._site.mirror(self._handoff), base, self.finder, clock=time.thread_time)
+        proxy = SourceProxy(self._site.mirror(self._handoff), base, self.finder, clock=time.thread_time, recent=True)
         try:
             ahead = AheadReader(paths.ram, RAM_ID)
             if (mirror := proxy.prepare()) is not None and RAM_ID in mirror.first:

@@ -143,11 +143,13 @@ class SourceProxy:
         long: bool | None = None,
         clock: Callable[[], float] = lambda: 0.0,
         broken: Broken | None = None,
+        recent: bool = False,
     ) -> None:
         """`elsewhere`: also look for pages anywhere in the base; pays only if the base is of another boot.
 
         `long`: let zstd look back over the whole window; by default from level 7 on, because below speed matters more.
-        `broken`: the stream is one of post-copy that goes on; both mirrors begin anew.
+        `broken`: the stream is one of post-copy that goes on; both mirrors begin anew. `recent`: keep what the last two
+        batches held.
         Memory: the mirror's file, 1 << window_log bytes, and a few megabytes.
         """
         if not PAGE <= batch_bytes <= BATCH:
@@ -168,6 +170,8 @@ class SourceProxy:
         self._batch_bytes = batch_bytes
         self._clock = clock
         self._window_log, self._long = window_log, long
+        self.recent: deque[bytes] = deque(maxlen=2 if recent else 0)
+        """What the last two batches held, for trials of other levels with it."""
         self.level = level
         """Of zstd, or from `xz.FIRST_LEVEL` on of xz."""
         self._zstd_level = level
@@ -201,7 +205,10 @@ class SourceProxy:
         began = self._clock()
         data = xz.pack(self.level, *parts) if xz.is_xz(self.level) else self._compressor.compress(*parts)
         self.counters.compress_s += self._clock() - began
-        self.counters.plain_bytes += sum(len(memoryview(part).cast("B")) for part in parts)
+        views = [memoryview(part).cast("B") for part in parts]
+        self.counters.plain_bytes += sum(map(len, views))
+        if self.recent.maxlen:
+            self.recent.append(b"".join(views))
         return data
 
     def prepare(self) -> Mirror | None:
