@@ -175,9 +175,8 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
                 name = f"{way}/{mbps}/{pages}"
                 if not chosen(name, only):
                     continue
-                if known := without_running(
-                    way, pages, given_up, [row for row in rows if row["Mbps"] == mbps and not quick]
-                ):
+                so_far = [row for row in rows if row["Mbps"] == mbps and not quick]
+                if known := without_running(way, pages, given_up, so_far):
                     rows.append({"how": way, "pages/s": pages, "Mbps": mbps, "done": known})
                     continue
                 try:

@@ -149,7 +149,7 @@ def test_modes_that_another_beats_in_both_are_left_out() -> None:
 
 def test_a_mode_that_was_not_tried_has_what_its_neighbour_was_found_to_have() -> None:
     known = all_fixes(DEFAULT, {5: Correction(2, 1), 22: Correction(1, 0.5)})
-    assert known[3] == known[-5] == Correction(2, 1) and known[26] == known[20] == Correction(1, 0.5)
+    assert known[3] == known[-5] == Correction(2, 1) and known[26] == known[24] == Correction(1, 0.5)
     assert set(all_fixes(DEFAULT, {}).values()) == {Correction()}
 
 

@@ -94,8 +94,8 @@ class Adapting:
             self._controller.note(plain, wire, counters.compress_s - self._cpu_s)
             self._plain, self._wire, self._cpu_s = counters.plain_bytes, counters.wire_bytes, counters.compress_s
         if (levels := self._controller.due(full)) and len(proxy.recent) > 1:
-            before, data = proxy.recent
-            self._controller.learn(profiles.trial(levels, before, data))
+            earlier, last = proxy.recent
+            self._controller.learn(profiles.trial(levels, earlier, last))
         link = self._link.note(rate_bps / 8, full)
         before = self.choice.level
         self.choice = self._controller.decide(time.monotonic() - self._began, max(link, 1.0), self._share)
