@@ -18,6 +18,8 @@ LEVELS: Final = (-5, 1, 2, 3, 5, *(xz.FIRST_LEVEL + preset for preset in (0, 2, 
 """Those of zstd above 5 make no fewer bytes of what the page logic leaves, and from 15 on more than xz, and slower."""
 NEAR_LOG: Final = 21
 PIECE: Final = 256 * 1024
+TRIAL: Final = 128 * 1024
+"""Bytes that are tried: few, because the link may run dry meanwhile."""
 LONG_LEVEL: Final = 7
 PATIENCE_S: Final = 1.2
 """CPU seconds for one level; what a slow level does not get to in that time is extrapolated."""
@@ -59,12 +61,12 @@ def measure(sample: bytes, clock: Callable[[], float] = time.thread_time, now: f
 
 
 def trial(levels: Sequence[int], before: bytes, data: bytes, clock: Callable[[], float] = time.thread_time) -> Tried:
-    """What each of the levels makes of `data`, by codecs that have seen `before`, what was sent just before it."""
-    found = {}
+    """What each of the levels makes of the beginning of `data`, by codecs that have seen what was sent `before`."""
+    data, found = data[:TRIAL], {}
     for level in levels:
         compress, _ = compressor(level)
         if not xz.is_xz(level):
-            compress(before)
+            compress(before[-TRIAL:])
         began = clock()
         wire = len(compress(data))
         found[level] = (len(data), wire, clock() - began)
