@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from haulier.compress import xz
 from haulier.errors import Corrupt, HaulierError, UsageError
+from haulier.memory import proxy as proxies
 from haulier.memory.base import MemoryBase
 from haulier.memory.proxy import FRESH, OPAQUE, PACKED, PAGES, TABLE, SourceProxy, TargetProxy, WireBatch
 from tests.memory.finders import Disk
@@ -391,7 +392,8 @@ def test_noise_with_a_good_header(tmp_path: Path) -> None:
             target(tmp_path).feed(HEAD.pack(kind, 0, 100, 100, bytes(16)) + b"noise" * 10)
 
 
-def test_the_level_may_change_between_any_two_batches(tmp_path: Path) -> None:
+def test_the_level_may_change_between_any_two_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxies, "LEAST_PACKED", 100)
     writer = busy(5)
     out, into = source(tmp_path, level=1), target(tmp_path)
     levels = [9, 9, 1, 22, 1, -5, 20, 26, 15]
@@ -408,7 +410,21 @@ def test_the_level_may_change_between_any_two_batches(tmp_path: Path) -> None:
     assert out.counters.plain_bytes > 0
 
 
-def test_a_stream_may_begin_with_xz_and_zstd_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_small_batches_go_through_zstd_which_knows_what_went_before(tmp_path: Path) -> None:
+    out, into = source(tmp_path, level=22, recent=True), target(tmp_path)
+    pages = np.random.default_rng(3).integers(0, 9, (32, PAGE), np.uint8)
+    some = out.name({"ram0": 64 * PAGE})
+    for first, count in ((0, 2), (2, 30), (32, 1)):
+        some += out.ahead("ram0", np.arange(first, first + count), pages[:count] + np.uint8(first))
+    assert deliver(into, some) == b""
+    assert [batch.data[0] & PACKED for batch in some] == [0, 0, PACKED, 0]
+    assert [len(data) >= proxies.LEAST_TRIED for data in out.recent] == [True]
+
+
+def test_a_stream_may_begin_with_xz_and_zstd_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxies, "LEAST_PACKED", 100)
     writer = busy(5)
     out, into = source(tmp_path, level=22), target(tmp_path)
     given, kinds = b"", []

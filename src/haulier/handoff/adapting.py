@@ -18,7 +18,7 @@ from haulier.compress import profile as profiles
 from haulier.compress.controller import DEFAULT, Choice, Controller, Link, Profile, choose
 from haulier.durable import write_atomically
 from haulier.errors import HaulierError
-from haulier.memory.proxy import SourceProxy
+from haulier.memory.proxy import LEAST_PACKED, SourceProxy
 
 log = logging.getLogger(__name__)
 MOST_CHANGES: Final = 200
@@ -90,9 +90,10 @@ class Adapting:
             return
         counters = proxy.counters
         plain, wire = counters.plain_bytes - self._plain, counters.wire_bytes - self._wire
-        if plain:
+        # Of what is small no mode can be judged: headers and calls are what it costs.
+        if plain >= LEAST_PACKED:
             self._controller.note(plain, wire, counters.compress_s - self._cpu_s)
-            self._plain, self._wire, self._cpu_s = counters.plain_bytes, counters.wire_bytes, counters.compress_s
+        self._plain, self._wire, self._cpu_s = counters.plain_bytes, counters.wire_bytes, counters.compress_s
         if (levels := self._controller.due(full)) and len(proxy.recent) > 1:
             earlier, last = proxy.recent
             self._controller.learn(profiles.trial(levels, earlier, last))

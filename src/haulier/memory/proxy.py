@@ -53,6 +53,10 @@ LONG_LEVEL: Final = 7
 """From here on zstd looks back over the whole window: of guest memory it earns less than it costs."""
 NEAR_WINDOW_LOG: Final = 21
 """The window without long-distance matching: more is never found, and only strains the caches."""
+LEAST_PACKED: Final = 16 << 10
+"""Bytes below which a batch goes through zstd, which knows what went before, whatever the level is."""
+LEAST_TRIED: Final = 64 << 10
+"""Bytes of a batch with which other levels may be tried."""
 _OVERHEAD: Final = 1 << 20
 _HEAD: Final = struct.Struct("<BIII16s")
 
@@ -171,10 +175,11 @@ class SourceProxy:
         self._clock = clock
         self._window_log, self._long = window_log, long
         self.recent: deque[bytes] = deque(maxlen=2 if recent else 0)
-        """What the last two batches held, for trials of other levels with it."""
+        """What the last two batches of some size held, for trials of other levels with it."""
         self.level = level
         """Of zstd, or from `xz.FIRST_LEVEL` on of xz."""
         self._zstd_level = level
+        self._packed = False
         self._compressor = self._new_compressor()
         self._fresh = False
         self._early: Mirror | None = None
@@ -203,11 +208,13 @@ class SourceProxy:
 
     def _compress(self, *parts: Buffer) -> bytes:
         began = self._clock()
-        data = xz.pack(self.level, *parts) if xz.is_xz(self.level) else self._compressor.compress(*parts)
-        self.counters.compress_s += self._clock() - began
         views = [memoryview(part).cast("B") for part in parts]
-        self.counters.plain_bytes += sum(map(len, views))
-        if self.recent.maxlen:
+        size = sum(map(len, views))
+        self._packed = xz.is_xz(self.level) and size >= LEAST_PACKED
+        data = xz.pack(self.level, *parts) if self._packed else self._compressor.compress(*parts)
+        self.counters.compress_s += self._clock() - began
+        self.counters.plain_bytes += size
+        if self.recent.maxlen and size >= LEAST_TRIED:
             self.recent.append(b"".join(views))
         return data
 
@@ -373,7 +380,7 @@ class SourceProxy:
 
     def _batch(self, kind: int, raw: int, plain: int, checksum: bytes, data: bytes) -> WireBatch:
         how = 0
-        if kind != TABLE and xz.is_xz(self.level):
+        if kind != TABLE and self._packed:
             how = PACKED
         elif kind != TABLE and self._fresh:
             how, self._fresh = FRESH, False
