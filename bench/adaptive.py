@@ -50,7 +50,7 @@ from haulier.lab.clients import Workload  # noqa: E402
 from haulier.lab.scenario import GUEST_ADDRESS, Scenario, scenario, template, wan  # noqa: E402
 from haulier.memory.ahead import AheadReader  # noqa: E402
 from haulier.memory.base import MemoryBase  # noqa: E402
-from haulier.memory.proxy import AHEAD_PAGES, SourceProxy  # noqa: E402
+from haulier.memory.proxy import AHEAD_PAGES, LEAST_PACKED, LEAST_TRIED, SourceProxy  # noqa: E402
 from haulier.units import PAGE  # noqa: E402
 
 LOADS: dict[str, dict[str, Any]] = {
@@ -198,10 +198,11 @@ def controlled(batches: list[bytes], profile: Profile, link: Varying, cpu: Varyi
         wire = len(compress(batch))
         cpu_s = time.thread_time() - began
         pipe.push(wire, cpu_s)
-        control.note(len(batch), wire, cpu_s)
+        if len(batch) >= LEAST_PACKED:
+            control.note(len(batch), wire, cpu_s)
         share = 0.9 * share + 0.1 * cpu(pipe.now)
         full = pipe.full
-        if before and (levels := control.due(full)):
+        if before and len(batch) >= LEAST_TRIED and (levels := control.due(full)):
             began = time.thread_time()
             control.learn(trial(levels, before, batch))
             pipe.now += (time.thread_time() - began) / cpu(pipe.now)

@@ -73,6 +73,16 @@ def test_the_codec_takes_the_level_that_the_link_asks_for(proxy: SourceProxy, mo
     assert all("Mbit/s" in change["why"] for change in told["changes"]) and told["learnt"]
 
 
+def test_small_batches_tell_nothing_of_modes(proxy: SourceProxy) -> None:
+    deciding = Adapting(DEFAULT, 10e6)
+    pages = np.random.default_rng(1).integers(0, 20, (2, PAGE), dtype=np.uint8)
+    for at in range(0, 400, 2):
+        deciding.step(proxy, 10e6, True)
+        proxy.ahead("ram0", np.arange(at, at + 2), pages)
+    content = deciding.report()["content"]
+    assert content == {"speed": 1.0, "ratio": 1.0, "trials": 0} and not proxy.recent
+
+
 def test_near_the_end_no_level_is_slow(proxy: SourceProxy) -> None:
     proxy.set_level(15)
     Adapting(DEFAULT, 1e6).step(proxy, 1e6, True, ending=True)

@@ -6,7 +6,7 @@ left, and in proportion for less: what is gained has to be worth what guests cou
 says what modes cost on this host; trials of the same pages of this guest with modes like the one in use correct it
 while the handoff runs.
 
-A mode is changed only for a gain of 6 %, after it was in use for half a second, and what a mode was found to be worth
+A mode is changed only for a gain of 3 %, after it was in use for half a second, and what a mode was found to be worth
 is remembered: so on constant input there are few changes, and then none.
 """
 
@@ -20,7 +20,7 @@ from haulier.compress.xz import is_xz, name_of
 
 NEAR: Final = 0.03
 """By so much a mode that takes all of the CPU has to be better than one that takes none."""
-GAIN: Final = 1.06
+GAIN: Final = 1.03
 """A change has to promise so much ..."""
 DWELL_S: Final = 0.5
 """... and the present mode must have been tried for so long."""
