@@ -294,7 +294,7 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
             continue
         try:
             unit = partial(played, {name: batches}, quick)
-            found += [Cell.of(each) for each in kept.keep(f"adaptive{' quick' * quick}: {name}", unit)]
+            found += [Cell.of(each) for each in kept.facts(f"adaptive{' quick' * quick}: {name}", unit)]
         except Enough:
             notes.append(f"not run yet: {name}")
     return told(found, notes)

@@ -297,7 +297,7 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
         if not chosen(name, only):
             continue
         try:
-            rows.append(kept.keep(f"bytes{' quick' * quick}: {name}", partial(one, name, quick)))
+            rows.append(kept.facts(f"bytes{' quick' * quick}: {name}", partial(one, name, quick)))
         except Enough:
             notes.append(f"not run yet: {name}")
             continue
