@@ -253,14 +253,15 @@ class Controller:
     def due(self, full: bool) -> tuple[int, ...]:
         """Levels to be tried with the pages that were just sent, for `learn`; none when it is not the time.
 
-        `full`: the link has enough to go on with meanwhile. While it has not, only faster modes are worth a trial.
+        `full`: the link has enough to go on with meanwhile. While it has not, no time is to be lost with trials: what
+        is known of the mode in use tells how much faster than the profile this guest's pages go through all of them.
         """
         wait = TRIAL_BYTES if self.trials < EARLY_TRIALS else LATER_BYTES
-        if self._seen < LEAST_BYTES or (self._tried_at and self._seen - self._tried_at < wait):
+        if not full or self._seen < LEAST_BYTES or (self._tried_at and self._seen - self._tried_at < wait):
             return ()
         levels = [cost.level for cost in self.profile.costs]
         at = levels.index(self.choice.level)
-        return tuple(levels[max(0, at - NEIGHBOURS) : at + (NEIGHBOURS if full else 0) + 1])
+        return tuple(levels[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1])
 
     def learn(self, tried: Tried) -> None:
         """What modes cost of the same pages, the mode in use among them: by that one the others are judged."""
