@@ -43,11 +43,15 @@ def test_files_come_out_as_they_went_in(tmp_path: Path) -> None:
     sender, receiver = CheckpointSender(), CheckpointReceiver(out, 1000)
     trial = list(sender.files(source, trial=True))
     before = sender.wire_bytes
-    real = list(sender.files(source))
     numbers = np.array([5, 6, 7, 900, 2], np.int64)
+    early = sender.layout(0, [("pages-1.img", numbers[:3])], early=True)
     layout = sender.layout(33, [("pages-1.img", numbers[:3])])
+    real = list(sender.files(source))
     last = sender.end(77, [("pages-1.img", numbers)])
-    for message in [*trial, layout, *real, last]:
+    for message in [*trial, early]:
+        receiver.handle(message)
+    assert receiver.layout is not None and not receiver.settled
+    for message in [layout, *real, last]:
         receiver.handle(message)
     names = {"core-1.img", "files.img", "empty.img", "tmpfs-dev-7.tar.gz.img"}
     assert {path.name for path in out.iterdir()} == names
@@ -55,7 +59,7 @@ def test_files_come_out_as_they_went_in(tmp_path: Path) -> None:
     assert receiver.end is not None and receiver.end.stream == 77
     ((name, found),) = receiver.pages
     assert (name, found.tolist()) == ("pages-1.img", numbers.tolist())
-    assert receiver.layout is not None and receiver.layout[0] == 33
+    assert receiver.settled and receiver.layout is not None and receiver.layout[0] == 33
     assert receiver.layout[1][0][1].tolist() == [5, 6, 7]
     with pytest.raises(Corrupt):
         receiver.handle(sender.digests([b"d" * 16] * 2))
@@ -169,6 +173,22 @@ def test_a_draft_follows_the_picture_and_the_pages_asked_for(tmp_path: Path) -> 
     draft.follow(numbers)
     assert draft.written == before + 1
     assert draft.digest() == digest_of_pages(picture[numbers])
+    draft.close()
+
+
+def test_a_draft_of_an_empty_picture_takes_only_what_came(tmp_path: Path) -> None:
+    picture, touched = np.zeros((100, PAGE), np.uint8), np.zeros(100, np.bool_)
+    path, numbers = tmp_path / "pages-1.img", np.arange(90, 20, -1, dtype=np.int64)
+    draft = Draft(path, picture, touched)
+    draft.begin(numbers)
+    for came in (range(30, 40), range(85, 95), range(38, 42)):
+        picture[came] += 7
+        touched[came] = True
+        draft.follow(numbers)
+        assert path.read_bytes() == picture[numbers].tobytes()
+        assert draft.digest() == digest_of_pages(picture[numbers])
+    # Those beyond the file are no part of it.
+    assert draft.written == 10 + 6 + 4
     draft.close()
 
 

@@ -73,6 +73,8 @@ class Layout(msgspec.Struct, frozen=True, tag="layout", tag_field="type"):
 
     stream: int
     pages: list[PagesFile]
+    early: bool = False
+    """Before the first round: what comes may be put together as it comes. Another one follows after the round."""
 
 
 class End(msgspec.Struct, frozen=True, tag="end", tag_field="type"):
@@ -149,9 +151,9 @@ class CheckpointSender:
     def _part(self, names: list[tuple[str, int]], plain: bytes, trial: bool) -> bytes:
         return self._encode(Part(names, len(plain), self._compressor.compress(plain), trial))
 
-    def layout(self, stream: int, pages: Numbered) -> bytes:
+    def layout(self, stream: int, pages: Numbered, *, early: bool = False) -> bytes:
         """Tells what files of pages will be like, so that the target can put them together before the dump."""
-        return self._encode(Layout(stream, self._pages(pages)))
+        return self._encode(Layout(stream, self._pages(pages), early))
 
     def end(self, stream: int, pages: Numbered, borrowed: Sequence[Borrowed] = ()) -> bytes:
         """After `files`, the last message but one: what the restore needs."""
@@ -197,6 +199,9 @@ class CheckpointReceiver:
     def __init__(self, folder: Path, max_pages: int) -> None:
         self.folder = folder
         self.layout: tuple[int, Numbered] | None = None
+        """The latest one: from how many raw bytes of the picture on it holds, and the pages."""
+        self.settled = False
+        """It is the one that came after the first round."""
         self.end: End | None = None
         self.pages: Numbered = []
         self.digests: list[bytes] | None = None
@@ -218,7 +223,9 @@ class CheckpointReceiver:
         if isinstance(decoded, Part):
             self._part(decoded)
         elif isinstance(decoded, Layout):
-            self.layout = decoded.stream, self._numbers(decoded.pages)
+            pages = self._numbers(decoded.pages)
+            self.settled = not decoded.early
+            self.layout = decoded.stream, pages
         elif isinstance(decoded, End):
             self._end(decoded)
         elif len(decoded.pages) != len(self.pages) or self.end is None:
@@ -316,6 +323,12 @@ class Draft:
         self._digests: list[bytes] = []
         self.written = 0
         """Pages that were taken, all in all."""
+
+    def begin(self, numbers: NDArray[np.int64]) -> None:
+        """It is the file of the pages of these numbers, which are all zero as yet unless they were touched."""
+        self._file.truncate(len(numbers) * PAGE)
+        self._numbers = numbers
+        self._digests = [b""] * -(-len(numbers) // _SEGMENT)
 
     def follow(self, numbers: NDArray[np.int64]) -> None:
         """Makes the file that of the pages of these numbers, as they are now."""

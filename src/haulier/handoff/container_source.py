@@ -193,6 +193,7 @@ class ContainerSource(SourceHandoff):
         picture = PictureSource(mirror, pages, base, self._finder, level=level, window_log=window_log)
         self._picture = picture
         self._session.send(Channel.MEMORY, picture.begin().data)
+        self._send_layout(early=True)
 
     def _memory_round(self) -> dict[str, Any]:
         """Compares all memory with what the target has and sends what differs; returns when nearly all has left."""
@@ -244,12 +245,12 @@ class ContainerSource(SourceHandoff):
                 self.progress.left(0, self._memory_left())
         return len(rows)
 
-    def _send_layout(self) -> None:
+    def _send_layout(self, *, early: bool = False) -> None:
         """Which pages the dump will have, as the trial had them: the target puts them together while there is time."""
         picture, session = self._picture, self._session
         assert picture is not None and session is not None
         pages = [(one.name, self._numbers(one)) for one in self._trial_pages]
-        session.send(Channel.CHECKPOINT, self._files.layout(picture.counters.raw_bytes, pages))
+        session.send(Channel.CHECKPOINT, self._files.layout(picture.counters.raw_bytes, pages, early=early))
 
     def _numbers(self, pages: PagesOf) -> NDArray[np.int64]:
         """Numbers in the picture, in the order of the file."""

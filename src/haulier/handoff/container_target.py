@@ -14,8 +14,11 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Final
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from haulier.agent.containers import arriving
 from haulier.chunks.manifest import Manifest
@@ -42,6 +45,8 @@ from haulier.session import Session
 from haulier.units import BLOCKS_PER_CHUNK, PAGE
 
 log = logging.getLogger(__name__)
+DRAFT_BYTES: Final = 16 << 20
+"""So much more of the picture is put into the files of pages at once, as it comes."""
 
 
 class ContainerTarget(TargetHandoff):
@@ -58,7 +63,14 @@ class ContainerTarget(TargetHandoff):
     _check_digests = b""
     _restoring: Restoring | None = None
     _hasher: _Hasher | None = None
-    _reserve = Reserve(0)
+    _reserve: Reserve | None = None
+    _blank = True
+    """The picture was all zero at first."""
+    _touched: NDArray[np.bool_] | None = None
+    _drafted = -1
+    """The raw bytes from which on the layout holds that was drafted last, and ..."""
+    _drafted_at = 0
+    """... those that were there then."""
     _drafts_made = False
     _prepared = False
 
@@ -81,11 +93,11 @@ class ContainerTarget(TargetHandoff):
         self._images = images_dir(self.site, self.job.handoff)
         self._images.mkdir(mode=0o700, parents=True, exist_ok=True)
         base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
+        self._blank = base is None
         pages = picture_pages(spec.memory_mib)
         self._proxy = TargetProxy(self.site.mirror(self.job.handoff), base, self._space, max_memory=pages * PAGE)
         self._checkpoint = CheckpointReceiver(self._images, pages)
         self._drafts: dict[str, Draft] = {}
-        self._drafted = False
         self._feeding = threading.Lock()
         self._tasks: queue.Queue[tuple[Manifest, bool] | str | None] = queue.Queue()
         self._changed = threading.Condition()
@@ -101,6 +113,9 @@ class ContainerTarget(TargetHandoff):
         try:
             with self._feeding:
                 self._proxy.feed(data)
+                if self._touched is None and self._proxy.mirror is not None:
+                    # From the first page on.
+                    self._touched = self._proxy.watch()
         except Exception as error:
             self.control.tell(error)
         self._came()
@@ -115,9 +130,14 @@ class ContainerTarget(TargetHandoff):
     def _came(self) -> None:
         layout = self._checkpoint.layout
         with self._changed:
-            if layout is not None and not self._drafted and self._proxy and self._proxy.raw_bytes >= layout[0]:
-                self._drafted = True
-                self._tasks.put("draft")
+            if layout is not None and self._touched is not None:
+                assert self._proxy is not None
+                raw = self._proxy.raw_bytes
+                # A layout of no bytes more than the one before counts, too: nothing may have changed at all.
+                stream = layout[0] + self._checkpoint.settled
+                if (stream > self._drafted and raw >= layout[0]) or raw >= self._drafted_at + DRAFT_BYTES:
+                    self._drafted, self._drafted_at = stream, raw
+                    self._tasks.put("settled" if self._checkpoint.settled and raw >= layout[0] else "draft")
             self._changed.notify_all()
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
@@ -133,11 +153,7 @@ class ContainerTarget(TargetHandoff):
         try:
             while (task := self._tasks.get()) is not None:
                 if isinstance(task, str):
-                    assert self._checkpoint.layout is not None
-                    self._assemble(self._checkpoint.layout[1])
-                    self._reserve = Reserve(sum(len(numbers) for _, numbers in self._checkpoint.layout[1]) * PAGE)
-                    self._drafts_made = True
-                    self._maybe_prepared()
+                    self._draft(settled=task == "settled")
                     continue
                 manifest, final = task
                 self._unpack(manifest)
@@ -150,6 +166,17 @@ class ContainerTarget(TargetHandoff):
         except Exception as error:
             if not self._closing:
                 self.control.tell(error)
+
+    def _draft(self, *, settled: bool) -> None:
+        """What is there of the files of pages; `settled`: all that the first round brought is."""
+        assert self._checkpoint.layout is not None
+        pages = self._checkpoint.layout[1]
+        self._assemble(pages)
+        if self._reserve is None:
+            self._reserve = Reserve(sum(len(numbers) for _, numbers in pages) * PAGE)
+        if settled:
+            self._drafts_made = True
+            self._maybe_prepared()
 
     def _unpack(self, manifest: Manifest) -> None:
         """Layers and namespace, once all chunks of the layers are here."""
@@ -206,7 +233,7 @@ class ContainerTarget(TargetHandoff):
         self._hasher = _Hasher([self._drafts[name] for name, _ in self._checkpoint.pages])
         # Beside it: CRIU needs some milliseconds before it fills memory, as giving this back does. Not earlier either,
         # for a virtual host may give what lies free to its own host within those.
-        releasing = threading.Thread(target=self._reserve.release, name="reserve", daemon=True)
+        releasing = threading.Thread(target=self._release, name="reserve", daemon=True)
         releasing.start()
         container.finish_restore(self._restoring)
         releasing.join()
@@ -228,6 +255,10 @@ class ContainerTarget(TargetHandoff):
 
     _closing = False
 
+    def _release(self) -> None:
+        if self._reserve is not None:
+            self._reserve.release()
+
     def _dump_is_here(self) -> bool:
         end = self._checkpoint.end
         return self._closing or (end is not None and self._proxy is not None and self._proxy.raw_bytes >= end.stream)
@@ -239,10 +270,13 @@ class ContainerTarget(TargetHandoff):
             mirror = self._proxy.mirror
             if mirror is None or list(mirror.blocks) != [PICTURE]:
                 raise Corrupt("the pages of a container came as something else: run the same haulier at both sites")
-            touched, picture = self._proxy.watch(), mirror.view
+            assert self._touched is not None
+            touched, picture = self._touched, mirror.view
         for name, numbers in pages:
             if name not in self._drafts:
                 self._drafts[name] = Draft(self._images / name, picture, touched)
+                if self._blank:
+                    self._drafts[name].begin(numbers)
             self._drafts[name].follow(numbers)
             if self._checkpoint.end is None:
                 self._drafts[name].digest()
@@ -311,7 +345,7 @@ class ContainerTarget(TargetHandoff):
             self._builder.join(120)
         if self._restoring is not None and not self._running:
             self._restoring.abort()
-        self._reserve.release()
+        self._release()
         if self._hasher is not None:
             self._hasher.join()
         for draft in getattr(self, "_drafts", {}).values():
