@@ -1,11 +1,13 @@
-"""Containers handed over by haulier and by the published method (rsync, dump, rsync, restore), the same ones, in turn.
+"""Containers and virtual machines handed over by haulier and by the published method (rsync, dump, rsync, restore), the
+same ones, in turn.
 
 Applications: none, a game, 110 MB of random memory that changes, a server of a 180 MB file, and (not in --quick, which
-would have to fetch OpenCV) face detection; the application's layer found at the target or not; and a trip back.
+would have to fetch OpenCV) face detection; the application's layer found at the target or not; and a trip back. Virtual
+machines have 256 MiB, the same applications, and all of their image at the target.
 
---only takes cells, APPLICATION[/MBPS[/AT]], each part with wildcards: memory/100, */10/no. With --parts FOLDER the rows
-of each cell are kept there when it is done, and cells that are there already are not measured again; --steps N measures
-so many cells more.
+--only takes cells, KIND[/APPLICATION[/MBPS[/AT]]], each part with wildcards: runc/memory/100, runc/*/10/no, vm. With
+--parts FOLDER the rows of each cell are kept there when it is done, and cells that are there already are not measured
+again; --steps N measures so many cells more.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,11 +34,16 @@ from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.containers.importing import layers_of  # noqa: E402
 from haulier.containers.layers import layer_id, make_layers, regions  # noqa: E402
 from haulier.containers.model import ContainerSpec  # noqa: E402
-from haulier.errors import GuestError, HaulierError  # noqa: E402
-from haulier.lab import seed_method  # noqa: E402
+from haulier.durable import write_atomically  # noqa: E402
+from haulier.errors import GuestError, HaulierError, UsageError  # noqa: E402
+from haulier.guests.qemu import Qemu  # noqa: E402
+from haulier.handoff.residence import guest_paths  # noqa: E402
+from haulier.lab import seed_method, serving  # noqa: E402
 from haulier.lab.container_clients import Download, Talk  # noqa: E402
 from haulier.lab.containers import container_template  # noqa: E402
-from haulier.lab.scenario import GUEST_ADDRESS, LabSite, Scenario, scenario, wan  # noqa: E402
+from haulier.lab.demo import stock_sites  # noqa: E402
+from haulier.lab.scenario import GUEST_ADDRESS, Filled, LabSite, Scenario, scenario, template, wan  # noqa: E402
+from haulier.lab.services import PORT  # noqa: E402
 
 HOST = GUEST_ADDRESS.partition("/")[0]
 RTT_S = 0.04
@@ -42,16 +51,22 @@ SETTLE_S = 1.0
 APPS = {"none": "base", "game": "game", "memory": "memory", "video": "video", "faces": "faces", "shop": "shop"}
 FOUND, ABSENT, SHARED = "yes", "no", "libraries"
 """What the target has of the application: its layers; the base; the base, and another with the same libraries."""
+RUNC, VM = "runc", "vm"
+SERVED = ("none", "game", "memory", "video", "faces")
+RATES = (100, 50, 10)
 QUICK = [
-    ("none", 100, FOUND),
-    ("game", 100, FOUND),
-    ("game", 10, FOUND),
-    ("memory", 100, FOUND),
-    ("video", 100, FOUND),
-    ("game", 100, ABSENT),
-    ("shop", 100, SHARED),
+    (RUNC, "none", 100, FOUND),
+    (RUNC, "game", 100, FOUND),
+    (RUNC, "game", 10, FOUND),
+    (RUNC, "memory", 100, FOUND),
+    (RUNC, "video", 100, FOUND),
+    (RUNC, "game", 100, ABSENT),
+    (RUNC, "shop", 100, SHARED),
 ]
-Cell = tuple[str, int, str]
+Cell = tuple[str, str, int, str]
+"""Kind of guest, application, Mbit/s, what the target has."""
+LISTENS_S = 180.0
+"""Importing OpenCV takes half a minute under emulation."""
 
 
 class Pinger:
@@ -84,16 +99,43 @@ class Pinger:
 
 
 class _Streamed:
+    """Fetches the file, again when it has it: its longest time without a byte, the time for asking again included."""
+
     def __init__(self, lab: Any) -> None:
+        self._lab = lab
+        self._over = threading.Event()
+        self._error = ""
+        self._longest = 0.0
         self._download = Download(lab, "client", HOST, "/video")
-        while self._download.received < 1e6:
+        while self._download.received < 1e6 and not self._download.error:
             time.sleep(0.05)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            one = self._download
+            while not (one.digest or one.error or self._over.wait(0.02)):
+                pass
+            self._longest = max(self._longest, one.longest_gap)
+            self._error = self._error or one.error
+            if self._over.is_set() or self._error:
+                return
+            one.close()
+            asked = time.monotonic()
+            try:
+                self._download = Download(self._lab, "client", HOST, "/video")
+            except HaulierError as error:
+                self._error = repr(error)
+                return
+            self._longest = max(self._longest, time.monotonic() - asked)
 
     def gap_ms(self) -> float | None:
         time.sleep(SETTLE_S)
-        gap, error = self._download.longest_gap, self._download.error
+        self._over.set()
+        self._thread.join(90)
         self._download.close()
-        return None if error else round(gap * 1000)
+        return None if self._error else round(self._longest * 1000)
 
 
 class _Nobody:
@@ -105,6 +147,21 @@ def client_of(app: str, lab: Any) -> Any:
     if app in ("none", "shop"):
         return _Nobody()
     return _Streamed(lab) if app == "video" else Pinger(lab)
+
+
+def wait_for(lab: Scenario, app: str) -> None:
+    """Until the application's service listens."""
+    if app == "none":
+        return
+    port = 80 if app == "video" else PORT
+    deadline = time.monotonic() + LISTENS_S
+    while True:
+        with contextlib.suppress(OSError):
+            lab.lab.call("client", lambda: socket.create_connection((HOST, port), timeout=2)).close()
+            return
+        if time.monotonic() > deadline:
+            raise GuestError(f"the service {app} does not listen at {HOST}:{port}")
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -121,9 +178,14 @@ def running(lab: Scenario, app: str, name: str) -> Iterator[Any]:
     try:
         yield client
     finally:
-        for site in (lab.oslo, lab.lisbon, lab.oslo, lab.lisbon):
-            with contextlib.suppress(HaulierError):
-                site.haulier("guest", "remove", name, "--force")
+        remove(lab, name)
+
+
+def remove(lab: Scenario, name: str) -> None:
+    """The guest is at neither site, wherever it was."""
+    for site in (lab.oslo, lab.lisbon, lab.oslo, lab.lisbon):
+        with contextlib.suppress(HaulierError):
+            site.haulier("guest", "remove", name, "--force")
 
 
 def forget_layer(lab: Scenario, kept: tuple[str, ...]) -> None:
@@ -164,36 +226,81 @@ def layers_of_image(lab: Scenario, image: str) -> list[str]:
 
 def ours(lab: Scenario, app: str, back: bool) -> list[dict[str, Any]]:
     """Figures of a handoff by haulier, and if asked for of the way back."""
-    found = []
     with running(lab, app, "bench1") as client:
-        for source, target in (("oslo", "lisbon"), ("lisbon", "oslo"))[: 2 if back else 1]:
-            before = lab.wan_bytes()
-            done = lab.hand_over("bench1", source, target)
-            report = done.get("report", done)
-            found.append({"total": report["total_s"], "mb": (lab.wan_bytes() - before) / 1e6})
-            found[-1] |= {"down": report["downtime_ms"], "gap": client.gap_ms() if len(found) == 1 else None}
-            found[-1]["marks"] = report["switchover_ms"]
-            if back:
-                time.sleep(SETTLE_S)
+        return there_and_back(lab, client, 2 if back else 1)
+
+
+def there_and_back(lab: Scenario, client: Any, ways: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for source, target in (("oslo", "lisbon"), ("lisbon", "oslo"))[:ways]:
+        before = lab.wan_bytes()
+        done = lab.hand_over("bench1", source, target)
+        report = done.get("report", done)
+        found.append({"total": report["total_s"], "mb": (lab.wan_bytes() - before) / 1e6})
+        found[-1] |= {"down": report["downtime_ms"], "gap": client.gap_ms() if len(found) == 1 else None}
+        found[-1]["marks"] = report["switchover_ms"]
+        if ways > 1:
+            time.sleep(SETTLE_S)
     return found
 
 
 def theirs(lab: Scenario, app: str, back: bool) -> list[dict[str, Any]]:
     """The same by the published method."""
-    found = []
     with running(lab, app, "bench1") as client:
-        done = seed_method.move(lab, "bench1", lab.oslo, lab.lisbon, HOST)
-        found.append({"total": done.total_s, "mb": done.wire_bytes / 1e6, "down": done.downtime_ms})
-        found[-1]["gap"] = client.gap_ms()
+        found = of_seed(seed_method.move(lab, "bench1", lab.oslo, lab.lisbon, HOST)) | {"gap": client.gap_ms()}
         seed_method.end(lab.lisbon, "bench1")
-    return found
+    return [found]
 
 
-def row(app: str, mbps: int, found: str, one: dict[str, Any], other: dict[str, Any]) -> dict[str, object]:
+def of_seed(done: seed_method.SeedResult) -> dict[str, Any]:
+    return {"total": done.total_s, "mb": done.wire_bytes / 1e6, "down": done.downtime_ms}
+
+
+# -- virtual machines
+
+
+def used(lab: Scenario, app: str, qemu: Qemu) -> Any:
+    """The application runs in the guest, and has been used a moment; its client."""
+    lab.route("oslo")
+    if app != "none":
+        serving.start(qemu, app)
+        wait_for(lab, app)
+    client = client_of(app, lab.lab)
+    time.sleep(2 * SETTLE_S)
+    return client
+
+
+def our_vm(lab: Scenario, app: str) -> list[dict[str, Any]]:
+    """Figures of a handoff by haulier there and back."""
+    lab.start_guest("bench1", memory=f"{serving.MEMORY_MIB}M", image=serving.NAME)
+    try:
+        qemu = Qemu.adopt(guest_paths(lab.oslo.site, "bench1"))
+        try:
+            client = used(lab, app, qemu)
+        finally:
+            qemu.close()
+        return there_and_back(lab, client, 2)
+    finally:
+        remove(lab, "bench1")
+
+
+def their_vm(lab: Scenario, app: str) -> list[dict[str, Any]]:
+    """The same by the published method."""
+    with stock_sites(lab) as (qemu, there, receive):
+        client = used(lab, app, qemu)
+        done, _ = seed_method.move_vm(lab, qemu, there.overlay, receive, HOST)
+        return [of_seed(done) | {"gap": client.gap_ms()}]
+
+
+# -- rows
+
+
+def row(kind: str, app: str, mbps: int, found: str, one: dict[str, Any], other: dict[str, Any]) -> dict[str, object]:
     return {
         "downtime ratio": other["down"] / one["down"],
         "bytes ratio": other["mb"] / one["mb"],
         "time ratio": other["total"] / one["total"],
+        "kind": kind,
         "application": app,
         "layer at target": found,
         "Mbit/s": mbps,
@@ -210,34 +317,55 @@ def row(app: str, mbps: int, found: str, one: dict[str, Any], other: dict[str, A
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Report:
-    apps = ["none", "game", "memory", "video", "faces"]
-    cells: list[Cell] = [(app, mbps, at) for mbps in (100, 50, 10) for at in (FOUND, ABSENT) for app in apps]
-    cells += [("shop", mbps, SHARED) for mbps in (100, 50, 10)]
+    cells: list[Cell] = [(RUNC, app, mbps, at) for mbps in RATES for at in (FOUND, ABSENT) for app in SERVED]
+    cells += [(RUNC, "shop", mbps, SHARED) for mbps in RATES]
+    cells += [(VM, app, mbps, FOUND) for mbps in RATES for app in SERVED]
     cells = [cell for cell in (QUICK if quick and not only else cells) if chosen("/".join(map(str, cell)), only)]
+    if not cells:
+        raise UsageError(f"no cell is called {', '.join(only)}: say KIND/APPLICATION/MBPS/AT, as runc/memory/100/yes")
     return run_cells(cells, parts, steps)
 
 
 def run_cells(cells: list[Cell], parts: Path | None = None, steps: int = 0) -> Report:
-    """Both methods for each cell, those of one rate and one state of the target in one lab."""
+    """Both methods for each cell, those of one kind, one rate and one state of the target in one lab."""
     done: dict[Cell, list[dict[str, object]]] = {}
     for cell in cells if parts is not None else ():
         if (part := part_of(parts, cell)).exists():
             done[cell] = json.loads(part.read_text())
     due = [cell for cell in cells if cell not in done]
     due = due[: steps or None]
-    made = container_template(faces=any(app == "faces" for app, _, _ in due))
-    for mbps, at in dict.fromkeys(cell[1:] for cell in due):
-        with scenario("bench-ct", made, [wan(f"{mbps}mbit", f"{RTT_S / 2 * 1000:g}ms")]) as lab:
-            unpack_layers(lab)
-            for cell in due:
-                if cell[1:] == (mbps, at):
+    faces = any(cell[1] == "faces" for cell in due)
+    failed: list[str] = []
+    while due:
+        kind, _, mbps, at = due[0]
+        with scenario("bench-ct", made_for(kind, faces), [wan(f"{mbps}mbit", f"{RTT_S / 2 * 1000:g}ms")]) as lab:
+            if kind == RUNC:
+                unpack_layers(lab)
+            for cell in [cell for cell in due if (cell[0], *cell[2:]) == (kind, mbps, at)]:
+                due.remove(cell)
+                name, began = "/".join(map(str, cell)), time.monotonic()
+                try:
                     done[cell] = compare(lab, *cell)
-                    if parts is not None:
-                        parts.mkdir(parents=True, exist_ok=True)
-                        part_of(parts, cell).write_text(json.dumps(done[cell]))
+                except (HaulierError, OSError, subprocess.SubprocessError) as error:
+                    # The rest is measured in a lab of its own.
+                    failed.append(f"{name} failed: {error}")
+                    print(failed[-1], file=sys.stderr, flush=True)
+                    break
+                print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+                if parts is not None:
+                    parts.mkdir(parents=True, exist_ok=True)
+                    write_atomically(part_of(parts, cell), json.dumps(done[cell]).encode())
     rows = [row for cell in cells for row in done.get(cell, ())]
-    rates = sorted({mbps for _, mbps, _ in cells}, reverse=True)
-    return Report(rows, targets(rows), f"{', '.join(str(rate) for rate in rates)} Mbit/s, 40 ms round trip", NOTES)
+    rates = sorted({cell[2] for cell in cells}, reverse=True)
+    setting = f"{', '.join(str(rate) for rate in rates)} Mbit/s, 40 ms round trip"
+    return Report(rows, targets(rows), setting, NOTES + failed)
+
+
+def made_for(kind: str, faces: bool) -> Filled:
+    """What sites start from."""
+    if kind == VM:
+        return template(serving.MEMORY_MIB, application=serving.application())
+    return container_template(faces=faces)
 
 
 def part_of(parts: Path, cell: Cell) -> Path:
@@ -245,24 +373,26 @@ def part_of(parts: Path, cell: Cell) -> Path:
     return parts / f"containers-{'-'.join(map(str, cell))}.json"
 
 
-def compare(lab: Scenario, app: str, mbps: int, at: str) -> list[dict[str, object]]:
+def compare(lab: Scenario, kind: str, app: str, mbps: int, at: str) -> list[dict[str, object]]:
     """The rows of one cell."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, method in (("rsync", theirs), ("haulier", ours)):
+    if kind == VM:
+        found = {"rsync": their_vm(lab, app), "haulier": our_vm(lab, app)}
+    for name, method in (("rsync", theirs), ("haulier", ours)) if kind == RUNC else ():
         if at != FOUND:
             forget_layer(lab, ("base",) if at == ABSENT else ("base", "servers"))
         found[name] = method(lab, app, back=at == FOUND)
     one, other = found["haulier"], found["rsync"]
-    rows = [row(app, mbps, at, one[0], other[0])]
+    rows = [row(kind, app, mbps, at, one[0], other[0])]
     if len(one) > 1:
-        # The published method keeps nothing of the container: its way back is its way there.
-        rows.append(row(app, mbps, BACK, one[1], other[0]))
+        # The published method keeps nothing of the guest: its way back is its way there.
+        rows.append(row(kind, app, mbps, BACK, one[1], other[0]))
     return rows
 
 
 BACK = "way back"
 NOTES = [
-    "the published method's way back is taken to be as its way there: it keeps nothing of a container that left",
+    "the published method's way back is taken to be as its way there: it keeps nothing of a guest that left",
     "downtime: from the freeze until the processes run; gap: the longest time without an answer that a client saw",
     "libraries: the target has another application with the same libraries, in a layer that was built apart",
 ]
@@ -274,6 +404,8 @@ def targets(rows: list[dict[str, object]]) -> list[Target]:
 
     there = [r for r in rows if r["layer at target"] in (FOUND, ABSENT)]
     again = [r for r in rows if r["layer at target"] in (BACK, SHARED)]
+    if not rows:
+        return []
     found = [Target.at_most("longest downtime ms", max(of("haulier ms down", rows)), 500)]
     if gaps := of("haulier ms gap", rows):
         found.append(Target.at_most("longest gap of a client ms", max(gaps), 800))

@@ -38,7 +38,7 @@ def units(form: Form) -> dict[str, Callable[[], Experiment]]:
 
 def cells(wanted: list[tuple[str, int, str]]) -> Experiment:
     found = new()
-    for row in containers.run_cells(wanted).rows:
+    for row in containers.run_cells([(containers.RUNC, *cell) for cell in wanted]).rows:
         setting = f"{row['application']}, {row['Mbit/s']} Mbps, layer at target: {row['layer at target']}"
         for way, name in ((OURS, "haulier"), (THEIRS, "rsync")):
             figures = {

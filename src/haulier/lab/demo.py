@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,15 @@ class Demo:
 @contextlib.contextmanager
 def stock_pair(lab: Scenario) -> Iterator[tuple[Qemu, Qemu]]:
     """The same clone as haulier's guest at oslo, and a QEMU that waits for it at lisbon; no agents."""
+    with stock_sites(lab) as (source, there, receive):
+        create_overlay(there.overlay, source.spec.disk_size)
+        yield source, receive()
+
+
+@contextlib.contextmanager
+def stock_sites(lab: Scenario) -> Iterator[tuple[Qemu, GuestPaths, Callable[[], Qemu]]]:
+    """The same clone as haulier's guest at oslo; the files that it will have at lisbon, where its disk is served, and
+    what starts a QEMU there that waits for it, once its overlay is there. All that runs is ended with the block."""
     assert isinstance(lab.template, Template)
     golden = lab.template.golden
     spec = golden.spec(GUEST, address=GUEST_ADDRESS, gateway="10.77.0.1", mac="52:54:00:77:00:10")
@@ -229,6 +238,12 @@ def stock_pair(lab: Scenario) -> Iterator[tuple[Qemu, Qemu]]:
     exports: list[DiskExport] = []
     where = {site: lab.lab.namespace(site) for site in ("oslo", "lisbon")}
     paths = {site: GuestPaths(lab.work / site / "stock", Path("/dev/shm/haulier-stock")) for site in where}
+    there = paths["lisbon"]
+
+    def receive() -> Qemu:
+        opened.append(Qemu.start(spec, there, incoming=True, nic=tap, netns=where["lisbon"]))
+        return opened[-1]
+
     try:
         for namespace in where.values():
             create_tap(tap, netns=namespace)
@@ -236,17 +251,13 @@ def stock_pair(lab: Scenario) -> Iterator[tuple[Qemu, Qemu]]:
             golden, spec, paths["oslo"], store_dir=lab.work / "oslo" / "store", tap=tap, netns=where["oslo"]
         )
         opened.append(source)
-        there = paths["lisbon"]
         there.prepare()
         exports.append(
             DiskExport.start(
                 lab.work / "lisbon" / "store", golden.manifest_name, there.nbd_sock, there.nbd_ctl, there.nbd_log
             )
         )
-        create_overlay(there.overlay, spec.disk_size)
-        target = Qemu.start(spec, there, incoming=True, nic=tap, netns=where["lisbon"])
-        opened.append(target)
-        yield source, target
+        yield source, there, receive
     finally:
         for qemu in opened:
             qemu.kill()

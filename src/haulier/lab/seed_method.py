@@ -1,8 +1,9 @@
-"""The published way of handing a container over, to be measured beside haulier: rsync the application layer while it
+"""The published way of handing a service over, to be measured beside haulier: rsync the application layer while it
 runs, stop and dump it, rsync what it wrote and the dump, restore.
 
 After Machen, Wang, Leung, Ko, Salonidis: Live service migration in mobile edge clouds (2018), with their LXC replaced
-by runc and with rsync's own compression on. It moves a container that haulier runs, and leaves haulier's records alone.
+by runc and with rsync's own compression on. `move` moves a container that haulier runs, and leaves haulier's records
+alone; `move_vm` a virtual machine, whose state is saved to a file as `virsh save` does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,11 +26,14 @@ from haulier.containers.bundle import criu_options
 from haulier.containers.container import Container
 from haulier.containers.layers import layer_id, regions
 from haulier.errors import GuestError, Unsupported
+from haulier.guests.qemu import Qemu
 from haulier.handoff.residence import container_paths
 from haulier.lab.scenario import LabSite, Scenario
 
 PORT: Final = 7990
 _RSYNC_S: Final = 1200
+_STATE_S: Final = 120
+"""For saving and for loading the state of a virtual machine."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,7 @@ def move(scenario: Scenario, guest: str, source: LabSite, target: LabSite, addre
     wan = lab.address(target.name, lab.links_between("oslo", "lisbon")[0])
 
     def rsync(folder: Path, there: Path) -> None:
-        command = ["rsync", "-azX", "--delete", f"{folder}/", f"rsync://{wan}:{PORT}/root{there}/"]
-        done = subprocess.run(
-            lab.command(source.name, command), capture_output=True, text=True, timeout=_RSYNC_S, check=False
-        )
-        if done.returncode:
-            raise GuestError(f"rsync failed: {done.stderr[-500:]}")
+        _rsync(source, wan, "--delete", f"{folder}/", f"{there}/")
 
     with _daemon(target, wan):
         before, began = scenario.wan_bytes(), time.monotonic()
@@ -111,6 +110,58 @@ def move(scenario: Scenario, guest: str, source: LabSite, target: LabSite, addre
     for folder in images.values():
         shutil.rmtree(folder, ignore_errors=True)
     return SeedResult(done_at - began, sent, (done_at - stop) * 1000)
+
+
+def move_vm(
+    scenario: Scenario, qemu: Qemu, overlay: Path, receive: Callable[[], Qemu], address: str
+) -> tuple[SeedResult, Qemu]:
+    """Moves a virtual machine from oslo to lisbon, where it runs afterwards, and the client's route leads there.
+
+    `overlay` is where `receive` expects what it wrote to its disk when it starts the QEMU that takes it. The base
+    image and the application are at lisbon.
+    """
+    lab, source, target = scenario.lab, scenario.oslo, scenario.lisbon
+    wan = lab.address(target.name, lab.links_between("oslo", "lisbon")[0])
+    here, there = qemu.paths.ram_dir / "seed.state", qemu.paths.ram_dir / "seed.state-there"
+    overlay.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _daemon(target, wan):
+            before, began = scenario.wan_bytes(), time.monotonic()
+            _rsync(source, wan, str(qemu.paths.overlay), str(overlay))
+            stop = time.monotonic()
+            qemu.stop()
+            qemu.set_capabilities(events=True)
+            mark = qemu.qmp.mark()
+            qemu.migrate_uri(f"file:{here}")
+            qemu.wait_migration({"completed"}, _STATE_S, since=mark)
+            qemu.quit()
+            _rsync(source, wan, str(qemu.paths.overlay), str(overlay))
+            _rsync(source, wan, str(here), str(there))
+            arrived = receive()
+            arrived.set_capabilities(events=True, late_block_activate=True)
+            mark = arrived.qmp.mark()
+            arrived.prepare_incoming(f"file:{there}")
+            arrived.wait_migration({"completed"}, _STATE_S, since=mark)
+            arrived.wait_status({"paused"}, _STATE_S)
+            arrived.cont()
+            lab.route_guest("client", address, target.name)
+            done_at = time.monotonic()
+            sent = scenario.wan_bytes() - before
+    finally:
+        for state in (here, there):
+            state.unlink(missing_ok=True)
+    return SeedResult(done_at - began, sent, (done_at - stop) * 1000), arrived
+
+
+def _rsync(source: LabSite, wan: str, *words: str) -> None:
+    """`words`: options, what is sent, and where to on the other host."""
+    *options, here, there = words
+    command = ["rsync", "-azX", *options, here, f"rsync://{wan}:{PORT}/root{there}"]
+    done = subprocess.run(
+        source.lab.command(source.name, command), capture_output=True, text=True, timeout=_RSYNC_S, check=False
+    )
+    if done.returncode:
+        raise GuestError(f"rsync failed: {done.stderr[-500:]}")
 
 
 def _restore(spec: object, paths: containers.ContainerPaths, lower: list[Path], images: Path) -> None:
