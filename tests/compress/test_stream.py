@@ -99,3 +99,17 @@ def test_level_bounds() -> None:
 
 def test_level_by_link() -> None:
     assert level_for(10e6) == level_for(50e6) == 5 and level_for(1e9) == 2
+
+
+def test_what_both_ends_have_costs_little() -> None:
+    known = os.urandom(30_000)
+    data = known[10_000:20_000] + b"and something new"
+    plain = StreamCompressor(19, 20).compress(data)
+    into, back = StreamCompressor(19, 20, False, known), StreamDecompressor(27, known)
+    packed = into.compress(data)
+    assert len(packed) < 100 < len(plain)
+    assert back.decompress(packed, len(data)) == data
+    again = into.compress(known[:5000], data)
+    assert back.decompress(again, 5000 + len(data)) == known[:5000] + data
+    with pytest.raises(Corrupt):
+        StreamDecompressor().decompress(packed, len(data))

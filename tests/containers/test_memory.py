@@ -14,7 +14,16 @@ import pytest
 
 from haulier.containers.bundle import config, criu_options
 from haulier.containers.convergence import LEAST_S, MOST_ROUNDS, Round, Rounds
-from haulier.containers.memory import FRAME, Places, Reserve, areas_of, picture_pages, read_processes
+from haulier.containers.memory import (
+    FRAME,
+    Places,
+    Reserve,
+    areas_of,
+    changed_copies,
+    kernel_pages,
+    picture_pages,
+    read_processes,
+)
 from haulier.containers.model import ContainerSpec, ImageConfig, parse_user
 from haulier.containers.preflight import differences, explain, host_facts, scan
 from haulier.errors import Corrupt, NoRoom, Unsupported, UsageError
@@ -52,6 +61,29 @@ def everything(pid: int) -> dict[tuple[tuple[str, int], int], bytes]:
         for piece in read_processes(areas_of([pid]))
         for page, contents in zip(piece.pages.tolist(), piece.contents, strict=True)
     }
+
+
+@pytest.mark.root
+def test_pages_of_programs_are_found_as_their_files_have_them(child: subprocess.Popen[str]) -> None:
+    now = everything(child.pid)
+    alike = pages = 0
+    for changed in changed_copies(areas_of([child.pid])):
+        piece = changed.original()
+        assert len(piece.pages) == len(changed.at) == len(piece.contents)
+        for page, was, at in zip(piece.pages.tolist(), piece.contents, changed.at.tolist(), strict=True):
+            with open(changed.path, "rb") as file:
+                file.seek(at * PAGE)
+                assert file.read(PAGE).ljust(PAGE, b"\0") == was.tobytes()
+            is_now = np.frombuffer(now[(piece.key, page)], np.uint8)
+            pages += 1
+            alike += int((is_now == was).mean() > 0.5)
+    # Data of programs is mostly as it was, or this would be of no use.
+    assert pages > 10
+    assert alike > pages / 2
+
+
+def test_what_the_kernel_puts_into_a_process_is_a_program() -> None:
+    assert kernel_pages()[:4] == b"\x7fELF" and len(kernel_pages()) % PAGE == 0
 
 
 @pytest.mark.root

@@ -15,7 +15,7 @@ from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.containers.files import region_reader, walk, write_tree
 from haulier.containers.importing import import_container, import_layer
-from haulier.containers.layers import make_layers
+from haulier.containers.layers import chunks_of, make_layers
 from haulier.containers.model import ContainerSpec
 from haulier.containers.tree import Entry, Space, Tree, sequential
 from haulier.containers.upper import TICKS_NS, UpperRounds, load_signatures, save_signatures
@@ -95,6 +95,31 @@ def test_a_base_is_below(tmp_path: Path) -> None:
         spec = ContainerSpec(layers=tuple(meta["layers"]), command=("x",))
         lower = make_layers(tmp_path / "layers", store, spec, app)
         assert [sorted(path.name for path in folder.iterdir()) for folder in lower] == [["base"], ["app"]]
+
+
+def test_the_chunks_that_hold_pages_of_files(tmp_path: Path) -> None:
+    data = os.urandom(3 * CHUNK)
+    for name, size in (("base", len(data)), ("app", CHUNK)):
+        (tmp_path / name / "lib").mkdir(parents=True)
+        (tmp_path / name / "lib" / name).write_bytes(data[:size])
+    (tmp_path / "base/lib/hidden").write_bytes(data[CHUNK:])
+    (tmp_path / "app/lib/hidden").write_bytes(os.urandom(2 * BLOCK))
+    with ChunkStore(tmp_path / "store") as store:
+        base = import_container(store, "base", tmp_path / "base")
+        app = import_container(store, "app", tmp_path / "app", base="base")
+        spec = ContainerSpec(layers=(len(base), len(app) - len(base)), command=("x",))
+
+        def held(**wanted: set[int]) -> list[bytes]:
+            named = {f"lib/{name}".encode(): pages for name, pages in wanted.items()}
+            return [store.get(fp) for fp in chunks_of(spec, app, store, named)]
+
+        assert held(base={BLOCKS_PER_CHUNK + 3}) == [data[CHUNK : 2 * CHUNK]]
+        assert set(held(base={0, 2 * BLOCKS_PER_CHUNK})) == {data[:CHUNK], data[2 * CHUNK :]}
+        assert held(app={5}) == [data[:CHUNK]]
+        # Of the file that is seen, not of the one below it; nothing of what lies beyond its end, or is no file.
+        (seen,) = held(hidden={0, 1})
+        assert (tmp_path / "app/lib/hidden").read_bytes() in seen
+        assert held(hidden={7}) == held(nothing={0}) == []
 
 
 def test_a_disk_of_a_vm_is_no_base(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import os
 import socket
 import ssl
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +34,8 @@ CONNECT_S: Final = 10.0
 MAX_ANSWER: Final = 32 << 20
 _POLL_S: Final = 0.2
 _LACKING_BATCH: Final = 16384
+_WORTH_PACKING: Final = 1024
+"""Bytes of a request from which on it is compressed."""
 _PROBE_SIZES: Final = (128 << 10, 512 << 10)
 """The first opens the connection's window, the second is timed."""
 
@@ -118,6 +121,9 @@ class Client:
         """One request; the answer is a JSON object. Raises what the agent reports, PeerError if it does not answer."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data is not None else {}
+        if data is not None and len(data) >= _WORTH_PACKING:
+            data = zlib.compress(data, 9)
+            headers["Content-Encoding"] = "deflate"
         connection = self._connect(timeout)
         try:
             connection.request(method, path, data, headers)

@@ -19,7 +19,7 @@ from haulier.agent.handoffs import MAX_EPOCH
 from haulier.agent.site import check_name
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.containers.preflight import differences
+from haulier.containers.preflight import differences, same_kernel_pages
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, NotTrusted, UnknownThing, Unsupported, UsageError
 from haulier.guests.accel import postcopy_missing, probe, qemu_info, qemu_version
 from haulier.guests.golden import IMAGE_PREFIX
@@ -139,7 +139,12 @@ def take(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) ->
         address = _address_for(core, spec)
     complete = found.manifest and not found.missing_bytes
     accept = msgspec.structs.replace(
-        accept, qemu=_qemu(), accelerator=probe().kind, complete=complete, site_address=address
+        accept,
+        qemu=_qemu(),
+        accelerator=probe().kind,
+        complete=complete,
+        site_address=address,
+        same_vdso=same_kernel_pages(offer.host),
     )
     _remember(core, offer, accept)
     return dict(msgspec.to_builtins(accept))

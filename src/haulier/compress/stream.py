@@ -30,14 +30,21 @@ def level_for(link_bps: float) -> int:
     return 5 if link_bps < FAST_LINK_BPS else 2
 
 
+def _raw(dictionary: bytes) -> zstd.ZstdDict | None:
+    return zstd.ZstdDict(dictionary, is_raw=True) if dictionary else None
+
+
 class StreamCompressor:
     """One zstd frame without end.
 
     `level` is zstd's; `window_log` is the base-2 logarithm of the window in bytes; `long` turns long-distance matching
-    on, which finds what was sent tens of megabytes ago at a small price.
+    on, which finds what was sent tens of megabytes ago at a small price. `dictionary` is what the peer has as well, as
+    if it had been sent before.
     """
 
-    def __init__(self, level: int = 3, window_log: int = DEFAULT_WINDOW_LOG, long: bool = True) -> None:
+    def __init__(
+        self, level: int = 3, window_log: int = DEFAULT_WINDOW_LOG, long: bool = True, dictionary: bytes = b""
+    ) -> None:
         if not MIN_WINDOW_LOG <= window_log <= MAX_WINDOW_LOG:
             raise UsageError(f"window_log {window_log} is outside {MIN_WINDOW_LOG} to {MAX_WINDOW_LOG}")
         options: dict[int, int] = {
@@ -47,7 +54,7 @@ class StreamCompressor:
             zstd.CompressionParameter.checksum_flag: 0,
         }
         try:
-            self._zstd = zstd.ZstdCompressor(options=options)
+            self._zstd = zstd.ZstdCompressor(options=options, zstd_dict=_raw(dictionary))
         except (ValueError, zstd.ZstdError) as error:
             raise UsageError(f"zstd does not take level {level}: {error}") from error
 
@@ -61,8 +68,9 @@ class StreamCompressor:
 class StreamDecompressor:
     """The other end of a StreamCompressor. After any error the context is useless: end the session."""
 
-    def __init__(self, max_window_log: int = MAX_WINDOW_LOG) -> None:
-        self._zstd = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: max_window_log})
+    def __init__(self, max_window_log: int = MAX_WINDOW_LOG, dictionary: bytes = b"") -> None:
+        options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: max_window_log}
+        self._zstd = zstd.ZstdDecompressor(_raw(dictionary), options=options)
 
     def decompress(self, data: Buffer, max_out: int) -> bytes:
         """What `data` holds, `max_out` bytes at most; Corrupt if it is more, or is not zstd, or ends the frame."""

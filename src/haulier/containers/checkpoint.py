@@ -21,6 +21,7 @@ from haulier.compress import StreamCompressor, StreamDecompressor
 from haulier.containers.files import read_inside
 from haulier.containers.images import NAME, PAGES_NAME
 from haulier.containers.restoring import DESCRIPTORS, HELD, INVENTORY
+from haulier.containers.usual import usual_dump
 from haulier.errors import Corrupt
 from haulier.memory import sparse, varint
 from haulier.units import PAGE
@@ -122,7 +123,8 @@ class CheckpointSender:
     def __init__(self, expected: int = 0) -> None:
         """`expected` bytes a dump has beside its pages, more or less; 0: not known."""
         small = 0 < expected < SMALL
-        self._compressor = StreamCompressor(BEST_LEVEL if small else _LEVEL, 20 if small else _WINDOW_LOG, False)
+        level, window_log = (BEST_LEVEL, 20) if small else (_LEVEL, _WINDOW_LOG)
+        self._compressor = StreamCompressor(level, window_log, False, usual_dump())
         self.wire_bytes = 0
 
     def files(self, folder: Path, borrowed: Sequence[Borrowed] = (), *, trial: bool = False) -> Iterator[bytes]:
@@ -206,7 +208,7 @@ class CheckpointReceiver:
         self.pages: Numbered = []
         self.digests: list[bytes] | None = None
         self._max_pages = max_pages
-        self._decompressor = StreamDecompressor()
+        self._decompressor = StreamDecompressor(dictionary=usual_dump())
         self._hasher = xxhash.xxh3_128()
         self._open: list[tuple[str, int]] = []
         self._data = bytearray()

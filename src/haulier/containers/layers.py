@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from haulier.chunks.manifest import Manifest
@@ -51,6 +51,26 @@ def make_layers(
                 progress(number / len(spec.layers), f"unpacking layer {number + 1} of {len(spec.layers)}")
             _make(root, place, store, region)
         found.append(place)
+    return found
+
+
+def chunks_of(
+    spec: ContainerSpec, manifest: Manifest, store: ChunkStore, wanted: Mapping[bytes, set[int]]
+) -> set[bytes]:
+    """Fingerprints of the chunks of the layers that hold these pages of files (path without the first slash)."""
+    found: set[bytes] = set()
+    left = dict(wanted)
+    for region in reversed(regions(spec, manifest)):
+
+        def get(chunk: int, region: Manifest = region) -> bytes:
+            return store.get(region[chunk])
+
+        for entry in Tree.read(region_reader(get), len(region) * BLOCKS_PER_CHUNK).entries:
+            # What a higher layer has hides what is below it.
+            pages = left.pop(entry.path, None)
+            if pages:
+                blocks = [block for first, many in entry.pairs for block in range(first, first + many)]
+                found |= {region[blocks[page] // BLOCKS_PER_CHUNK] for page in pages if page < len(blocks)}
     return found
 
 

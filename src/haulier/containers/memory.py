@@ -8,6 +8,8 @@ addresses, so the places hold for the way back as well.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import mmap
 import os
 import re
@@ -41,6 +43,24 @@ Key = tuple[str, int]
 def picture_pages(memory_mib: int) -> int:
     """Pages of the picture of a container with that much memory; the same at both sites. Unused ones cost nothing."""
     return max(2048, 4 * memory_mib) * MIB // PAGE
+
+
+@functools.cache
+def kernel_pages() -> bytes:
+    """The code that this host's kernel puts into every process ([vdso]), which a dump has as pages of its own; b"" if
+    there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith("[vdso]"):
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                with open("/proc/self/mem", "rb", 0) as memory:
+                    return os.pread(memory.fileno(), end - start, start)
+    return b""
+
+
+def kernel_digest() -> str:
+    """Of these pages: hosts of the same kernel and processor have the same."""
+    return hashlib.blake2b(kernel_pages(), digest_size=8).hexdigest()
 
 
 class Places:
@@ -145,6 +165,50 @@ def read_processes(areas: Areas) -> Iterator[Piece]:
                 for line in lines:
                     yield from _area(line, ("p", inner), memory.fileno(), pagemap.fileno(), shared)
         except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Pages of a file of which a process has changed copies of its own: a program's data and what was linked into it.
+
+    `root` is where the process sees "/"; `pages` are the numbers in its address space, `at` those in the file.
+    """
+
+    key: Key
+    root: Path
+    path: str
+    pages: NDArray[np.int64]
+    at: NDArray[np.int64]
+
+    def original(self) -> Piece:
+        """What the file of that name has there; OSError without one. A file that was replaced gives other pages."""
+        parts: list[bytes] = []
+        with (self.root / self.path.lstrip("/")).open("rb", 0) as file:
+            for position, count in sparse.runs(self.at):
+                data = os.pread(file.fileno(), count * PAGE, int(self.at[position]) * PAGE)
+                parts.append(data.ljust(count * PAGE, b"\0"))
+        return Piece(self.key, self.pages, np.frombuffer(b"".join(parts), np.uint8).reshape(-1, PAGE))
+
+
+def changed_copies(areas: Areas) -> Iterator[Changed]:
+    """All of them; what goes away meanwhile is left out."""
+    for pid, lines in areas.items():
+        try:
+            key = ("p", _inner_pid(pid))
+            with open(f"/proc/{pid}/pagemap", "rb", 0) as pagemap:
+                for line in lines:
+                    fields = line.split(None, 5)
+                    if len(fields) < 6 or not fields[5].startswith("/") or fields[1][3] != "p":
+                        continue
+                    start, end = (int(part, 16) // PAGE for part in fields[0].split("-"))
+                    many = min(_MAP_PAGES, end - start)
+                    flags = np.frombuffer(os.pread(pagemap.fileno(), many * 8, start * 8), np.uint64)
+                    rows = np.flatnonzero(((flags & _PRESENT) != 0) & ((flags & _FILE) == 0)).astype(np.int64)
+                    if len(rows):
+                        at = rows + int(fields[2], 16) // PAGE
+                        yield Changed(key, Path(f"/proc/{pid}/root"), fields[5], rows + start, at)
+        except (OSError, ValueError):
             continue
 
 

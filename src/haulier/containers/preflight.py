@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from haulier.containers.criu import find_criu
+from haulier.containers.memory import kernel_digest
 from haulier.containers.runc import runc_version
 from haulier.containers.sockets import SO_DOMAIN, SO_PROTOCOL, borrowed
 from haulier.errors import Unsupported
@@ -106,6 +107,7 @@ def host_facts() -> dict[str, str]:
         "criu": find_criu().version,
         "runc": runc_version(),
         "cpu": " ".join(sorted(cpu_flags())),
+        "vdso": kernel_digest(),
     }
 
 
@@ -138,6 +140,11 @@ def differences(theirs: dict[str, str]) -> list[str]:
     if _numbers(theirs.get("criu", ""))[:1] != _numbers(ours["criu"])[:1]:
         found.append(f"it has CRIU {ours['criu']}, the other site {theirs.get('criu', 'none')[:40]} (install the same)")
     return found
+
+
+def same_kernel_pages(theirs: dict[str, str]) -> bool:
+    """Whether a host with these facts puts the same code into every process as this one does."""
+    return theirs.get("vdso") == kernel_digest()
 
 
 _HARMLESS: Final = frozenset({"ibrs", "ibpb", "stibp", "ssbd", "ibrs_enhanced", "arch_perfmon", "pdcm", "aperfmperf"})

@@ -29,7 +29,16 @@ from haulier.containers.convergence import Round, Rounds
 from haulier.containers.dumping import Dumping
 from haulier.containers.files import region_reader
 from haulier.containers.images import PagesOf, pages_of
-from haulier.containers.memory import Areas, Places, areas_of, picture_pages, read_processes
+from haulier.containers.layers import chunks_of
+from haulier.containers.memory import (
+    Areas,
+    Places,
+    areas_of,
+    changed_copies,
+    kernel_pages,
+    picture_pages,
+    read_processes,
+)
 from haulier.containers.preflight import explain, host_facts, scan
 from haulier.containers.queues import Queues
 from haulier.containers.tree import Tree
@@ -74,6 +83,8 @@ class ContainerSource(SourceHandoff):
     _upper: UpperRounds
     _places: Places
     _trial_s = 0.0
+    _based = False
+    """The target has a picture of it from an earlier stay."""
     _ready = False
     _frozen = False
     _files: CheckpointSender
@@ -131,6 +142,14 @@ class ContainerSource(SourceHandoff):
             raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {explain(str(error))}") from None
         for path in folder.iterdir():
             path.unlink()
+
+    def _worth_indexing(self) -> set[bytes]:
+        """Of layers that the target has, memory resembles little more than the data of programs that run."""
+        wanted: dict[bytes, set[int]] = {}
+        for changed in changed_copies(areas_of(self.container.pids())):
+            wanted.setdefault(os.fsencode(changed.path.lstrip("/")), set()).update(changed.at.tolist())
+        assert self.spec.container is not None
+        return chunks_of(self.spec.container, self._manifest, self._store, wanted)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -190,7 +209,9 @@ class ContainerSource(SourceHandoff):
         if not self.job.options.level and sum(one.count for one in self._trial_pages) * PAGE < SMALL_MEMORY:
             level, window_log = BEST_LEVEL, 20
         mirror = self.site.mirror(self.job.handoff)
-        picture = PictureSource(mirror, pages, base, self._finder, level=level, window_log=window_log)
+        self._based = bool(accept.memory_base)
+        known = kernel_pages() if accept.same_vdso else b""
+        picture = PictureSource(mirror, pages, base, self._finder, level=level, window_log=window_log, dictionary=known)
         self._picture = picture
         self._session.send(Channel.MEMORY, picture.begin().data)
         self._send_layout(early=True)
@@ -201,6 +222,8 @@ class ContainerSource(SourceHandoff):
         assert picture is not None and session is not None
         began, wire = time.time(), picture.counters.wire_bytes
         seen = sent = 0
+        if not self._memory_rounds and not self._based:
+            self._send_files_pages()
         for numbers, contents in self._gathered():
             seen += len(numbers)
             sent += self._send_pages(numbers, contents)
@@ -229,6 +252,14 @@ class ContainerSource(SourceHandoff):
                 numbers, contents, count = [], [], 0
         if count:
             yield np.concatenate(numbers), np.concatenate(contents)
+
+    def _send_files_pages(self) -> None:
+        """What the target has in the container's files of pages that were changed: only the changes follow then."""
+        for changed in changed_copies(areas_of(self.container.pids())):
+            with contextlib.suppress(OSError):
+                piece = changed.original()
+                known = self._finder.find(piece.contents) >= 0
+                self._send_pages(self._places.numbers(piece.key, piece.pages[known]), piece.contents[known])
 
     def _send_pages(self, numbers: NDArray[np.int64], contents: NDArray[np.uint8]) -> int:
         picture, session = self._picture, self._session

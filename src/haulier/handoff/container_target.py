@@ -27,7 +27,8 @@ from haulier.containers.checkpoint import CheckpointReceiver, Draft, Numbered
 from haulier.containers.container import Container
 from haulier.containers.files import region_reader, write_tree
 from haulier.containers.layers import make_layers, regions, sync_files
-from haulier.containers.memory import Reserve, picture_pages
+from haulier.containers.memory import Reserve, kernel_pages, picture_pages
+from haulier.containers.preflight import same_kernel_pages
 from haulier.containers.restoring import Restoring
 from haulier.containers.tree import Tree
 from haulier.containers.upper import save_signatures
@@ -95,7 +96,9 @@ class ContainerTarget(TargetHandoff):
         base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
         self._blank = base is None
         pages = picture_pages(spec.memory_mib)
-        self._proxy = TargetProxy(self.site.mirror(self.job.handoff), base, self._space, max_memory=pages * PAGE)
+        known = kernel_pages() if same_kernel_pages(self.offer.host) else b""
+        mirror = self.site.mirror(self.job.handoff)
+        self._proxy = TargetProxy(mirror, base, self._space, max_memory=pages * PAGE, dictionary=known)
         self._checkpoint = CheckpointReceiver(self._images, pages)
         self._drafts: dict[str, Draft] = {}
         self._feeding = threading.Lock()

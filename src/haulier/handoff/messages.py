@@ -85,7 +85,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     qemu: str = ""
     accelerator: str = ""
     host: dict[str, str] = {}
-    """Of a container: what its processes rely on ("kernel", "criu", "cpu": its flags)."""
+    """Of a container: what its processes rely on ("kernel", "criu", "cpu": its flags), and a digest of what the kernel
+    puts into each ("vdso")."""
     options: Options = Options()
 
 
@@ -108,6 +109,8 @@ class Accept(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: str = ""
     site_address: str = ""
     """The address that the guest will have there, of the site's pool, with the policy mptcp."""
+    same_vdso: bool = False
+    """Of a container: the kernel there puts the same code into each process; pages are compressed against it."""
 
 
 class Resumption(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -43,7 +44,17 @@ class MemorySender:
 class Preparation:
     """Of one handoff at its source. Work goes on in one thread of its own until `settle`."""
 
-    def __init__(self, site: Site, store: ChunkStore, handoff: str, spec: GuestSpec, manifest: Manifest) -> None:
+    def __init__(
+        self,
+        site: Site,
+        store: ChunkStore,
+        handoff: str,
+        spec: GuestSpec,
+        manifest: Manifest,
+        worth: Callable[[], set[bytes]] | None = None,
+    ) -> None:
+        """`worth` tells which chunks to index where the target has all of them already; None: always all."""
+        self._worth = worth
         self._site, self._store, self._handoff, self._spec, self._manifest = site, store, handoff, spec, manifest
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._finder = self._pool.submit(self._index)
@@ -64,7 +75,8 @@ class Preparation:
         `memory`: what sends memory as well, but for a picture of an attempt, which must be agreed on first. Conflict
         when what both hold is gone meanwhile.
         """
-        again = not accept.golden or bool(accept.images)
+        foreseen = accept.golden if self._worth is None else accept.complete
+        again = not foreseen or bool(accept.images)
         if again or not self._foreseen(accept.memory_base):
             self._drop_memory()
         if again:
@@ -94,7 +106,8 @@ class Preparation:
         golden = golden_manifest(self._store, self._spec.golden) if accept is None or accept.golden else None
         images = images_by_digest(self._store, accept.images) if accept is not None else []
         ready = self._site.golden / self._spec.golden / "blocks.idx"
-        return StoreBlockFinder(*blocks_of(self._store, self._manifest, golden, ready, images))
+        only = self._worth() if self._worth is not None and (accept is None or accept.complete) else None
+        return StoreBlockFinder(*blocks_of(self._store, self._manifest, golden, ready, images, only))
 
     def _foreseen(self, picture: str) -> bool:
         if self._memory is not None:

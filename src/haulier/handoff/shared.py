@@ -62,9 +62,14 @@ def block_space(
 
 
 def blocks_of(
-    store: ChunkStore, base: Manifest, golden: Manifest | None, ready: Path, images: Sequence[Manifest] = ()
+    store: ChunkStore,
+    base: Manifest,
+    golden: Manifest | None,
+    ready: Path,
+    images: Sequence[Manifest] = (),
+    only: set[bytes] | None = None,
 ) -> tuple[BlockIndex, BlockSpace]:
-    """The block space as a handoff begins, and where blocks are to be found in it.
+    """The block space as a handoff begins, and where blocks are to be found in it: of all chunks, or of `only` these.
 
     `ready`: the file with the golden snapshot's own index, used if it is there and both sites have the snapshot.
     """
@@ -73,6 +78,8 @@ def blocks_of(
     space.append(fps)
     # What still lies elsewhere can be referred to by nobody.
     missing = set(store.missing(fps))
+    if only is not None:
+        missing |= set(fps) - only
     if missing:
         fps = [ZERO if fp in missing else fp for fp in fps]
     if golden is None or not ready.exists():

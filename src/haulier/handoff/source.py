@@ -293,10 +293,15 @@ class SourceHandoff(ABC):
     def _prepare(self, epoch: int) -> Offer:
         """The offer; what both sites hold is indexed from here on, while the target looks at it."""
         manifest = self._manifest = self._store.load_manifest(self.row.manifest)
-        self._preparation = Preparation(self.site, self._store, self.job.handoff, self.spec, manifest)
+        worth = self._worth_indexing if self.spec.container is not None else None
+        self._preparation = Preparation(self.site, self._store, self.job.handoff, self.spec, manifest, worth)
         offer = make_offer(self.site, self._store, self.job, self.row, manifest, epoch)
         options = msgspec.structs.replace(self.job.options, transport=self._transport)
         return msgspec.structs.replace(offer, accelerator=self._accelerator(), host=self._host(), options=options)
+
+    def _worth_indexing(self) -> set[bytes]:
+        """Chunks whose blocks memory may have as well, where the target has them all; of others there is no use."""
+        return set()
 
     def _settle(self, accept: Accept) -> None:
         assert self._preparation is not None

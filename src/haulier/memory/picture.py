@@ -40,7 +40,8 @@ _HEAD: Final = struct.Struct("<BIII16s")
 class PictureSource:
     """The source's end. `pages` is how many the picture has; the mirror's file is made at once.
 
-    One thread at a time. What `send` gives has to reach the peer, in order.
+    `dictionary` is what both hosts have, whatever runs. One thread at a time. What `send` gives has to reach the peer,
+    in order.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class PictureSource:
         *,
         level: int = 3,
         window_log: int = DEFAULT_WINDOW_LOG,
+        dictionary: bytes = b"",
     ) -> None:
         self.mirror = Mirror.create(mirror, {PICTURE: pages * PAGE}, base)
         self.counters = Counters()
         long = level >= 3
-        self._compressor = StreamCompressor(level, window_log if long else NEAR_WINDOW_LOG, long)
+        self._compressor = StreamCompressor(level, window_log if long else NEAR_WINDOW_LOG, long, dictionary)
         self._encoder = PageEncoder(self.mirror, finder)
         self._sequence = 0
         self._digest = blake3()

@@ -423,8 +423,10 @@ class TargetProxy:
         *,
         max_window_log: int = MAX_WINDOW_LOG,
         max_memory: int = 1 << 40,
+        dictionary: bytes = b"",
     ) -> None:
-        """`max_memory`: bytes of guest memory, all RAM blocks together, that the peer may announce."""
+        """`max_memory`: bytes of guest memory, all RAM blocks together, that the peer may announce. `dictionary`: as
+        the peer's `PictureSource` has it, for its first frame."""
         self.raw_bytes = 0
         self.wire_bytes = 0
         self.mirror: Mirror | None = None
@@ -436,7 +438,7 @@ class TargetProxy:
         """May be set until the first batch comes."""
         self._max_memory = max_memory
         self._max_window_log = max_window_log
-        self._decompressor = StreamDecompressor(max_window_log)
+        self._decompressor = StreamDecompressor(max_window_log, dictionary)
         self._early: Mirror | None = None
         self._decoder: PageDecoder | None = None
         self._sequence = 0
