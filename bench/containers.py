@@ -69,6 +69,13 @@ LISTENS_S = 180.0
 """Importing OpenCV takes half a minute under emulation."""
 
 
+def figure(longest: float, error: str) -> float | None:
+    """A client's gap in ms; none of one that lost its connection."""
+    if error:
+        print(f"a client lost its connection: {error}", file=sys.stderr, flush=True)
+    return None if error else round(longest * 1000)
+
+
 class Pinger:
     """Asks a service over one connection, again and again; the longest time without an answer."""
 
@@ -95,7 +102,7 @@ class Pinger:
         time.sleep(SETTLE_S)
         self._over.set()
         self._thread.join(30)
-        return None if self.error else round(self.longest * 1000)
+        return figure(self.longest, self.error)
 
 
 class _Streamed:
@@ -135,7 +142,7 @@ class _Streamed:
         self._over.set()
         self._thread.join(90)
         self._download.close()
-        return None if self._error else round(self._longest * 1000)
+        return figure(self._longest, self._error)
 
 
 class _Nobody:

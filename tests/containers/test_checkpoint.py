@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from haulier.containers.checkpoint import (
     digest_of_pages,
 )
 from haulier.containers.images import pages_of
+from haulier.containers.usual import usual_dump
 from haulier.errors import Corrupt, HaulierError
 from haulier.units import PAGE
 
@@ -296,3 +298,34 @@ def test_maps_and_pages_that_do_not_fit_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "pagemap-1.img").write_bytes(b"something else")
     with pytest.raises(Corrupt, match="no page map"):
         pages_of(tmp_path)
+
+
+def test_a_dump_of_any_container_has_much_of_the_usual_one(tmp_path: Path) -> None:
+    known = usual_dump()
+    assert len(known) > 10_000
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (source / "files.img").write_bytes(known[3000:9000] + os.urandom(50))
+    sender, receiver = CheckpointSender(6050), CheckpointReceiver(out, 1000)
+    for message in [*sender.files(source), sender.end(0, [])]:
+        receiver.handle(message)
+    assert (out / "files.img").read_bytes() == (source / "files.img").read_bytes()
+    assert sender.wire_bytes < 500
+
+
+def test_a_small_file_system_in_memory_goes_unpacked(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    plain = b"./\0" + b"an archive " * 5000
+    whole = gzip.compress(plain, 6, mtime=1)
+    kept = {"tmpfs-dev-1.tar.gz.img": whole[:-3], "tmpfs-dev-2.tar.gz.img": whole + b"more", "x.img": whole}
+    for name, data in {"tmpfs-dev-3.tar.gz.img": whole, **kept}.items():
+        (source / name).write_bytes(data)
+    sender, receiver = CheckpointSender(), CheckpointReceiver(out, 1000)
+    for message in [*sender.files(source), sender.end(0, [])]:
+        receiver.handle(message)
+    assert gzip.decompress((out / "tmpfs-dev-3.tar.gz.img").read_bytes()) == plain
+    # What is no whole archive goes as it is.
+    assert all((out / name).read_bytes() == data for name, data in kept.items())

@@ -90,6 +90,7 @@ class ContainerSource(SourceHandoff):
     _files: CheckpointSender
     _streams = False
     """Its picture is made from its processes, later."""
+    _clocks = 2
     _probe_bytes = 0
     """Its pages tell the link's rate soon enough, and a small container has hardly more of them than a probe takes."""
 

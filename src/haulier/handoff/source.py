@@ -78,6 +78,8 @@ class SourceHandoff(ABC):
     """One handoff at its source. `run` returns the report; raises what went wrong, with the guest running here."""
 
     _probe_bytes = PROBE_BYTES
+    _clocks = 4
+    """How often the clocks are compared."""
     _streams = False
     """Memory comes as QEMU's stream: what sends it can be made ready before the target has answered."""
 
@@ -321,7 +323,7 @@ class SourceHandoff(ABC):
         session.may_spend(self._spender.cost)
         self._control = Control(session, self.job.peer, self._check)
         self._control.wait_connected(CONNECT_S)
-        self._control.compare_clocks()
+        self._control.compare_clocks(self._clocks)
         self._stretch(ways[0].there)
         self._join_clients(ways[0].there, accept.site_address)
         # Learns the link's rate while the disk is looked at; at 10 Mbps it is through in 80 ms.
