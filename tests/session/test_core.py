@@ -411,13 +411,40 @@ def test_an_abort_tells_the_peer_why() -> None:
     assert wan.a.core.error is None
 
 
-def test_acks_are_prompt() -> None:
+@pytest.mark.parametrize(("size", "within"), [(1, 0.062), (Settings().ack_bytes, 0.052)])
+def test_acks_are_prompt(size: int, within: float) -> None:
     wan = Wan([Link(100 * MBPS, 0.025)])
     wan.run(limit_s=0.5)
-    wan.a.send(1, b"x")
+    wan.a.send(1, b"x" * size)
     at = wan.now
     assert wan.run(lambda: wan.b.got and wan.a.core.unacked() == 0, limit_s=1)
-    assert wan.now - at < 0.052
+    assert wan.now - at < within
+
+
+def test_what_is_little_is_acknowledged_together_or_with_an_answer() -> None:
+    wan = Wan([Link(100 * MBPS, 0.025)])
+    wan.run(limit_s=0.5)
+    core = wan.b.core
+    key = next(iter(core.paths())).key
+
+    def acks(now: float) -> list[int]:
+        frames = FrameReader().feed(b"".join(core.output(key, now)))
+        return [frame.number for frame in frames if frame.kind == Kind.ACK]
+
+    def take(number: int, now: float) -> None:
+        core.receive(key, Frame(Kind.DATA, 1, END, number, b"little"), now)
+
+    now, had = wan.now, core.path(key).received
+    take(0, now)
+    take(1, now + 0.004)
+    assert acks(now + 0.004) == []
+    assert core.deadline(now + 0.004) <= now + Settings().ack_s
+    assert acks(now + Settings().ack_s) == [had + 2]
+    take(2, now + 1)
+    assert acks(now + 1) == []
+    core.send(2, b"an answer", False)
+    assert acks(now + 1.001) == [had + 3]
+    assert acks(now + 2) == []
 
 
 def move(source: SessionCore, sink: SessionCore, key: int) -> None:

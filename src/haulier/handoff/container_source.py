@@ -32,6 +32,7 @@ from haulier.containers.images import PagesOf, pages_of
 from haulier.containers.layers import chunks_of
 from haulier.containers.memory import (
     Areas,
+    Piece,
     Places,
     areas_of,
     changed_copies,
@@ -240,11 +241,15 @@ class ContainerSource(SourceHandoff):
         return entry
 
     def _gathered(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-        """(numbers, pages) of all processes, some megabytes at a time."""
+        """(numbers, pages) of all processes."""
+        return self._gather(read_processes(self._areas or areas_of(self.container.pids())))
+
+    def _gather(self, pieces: Iterator[Piece]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """(numbers, pages), some megabytes at a time."""
         numbers: list[NDArray[np.int64]] = []
         contents: list[NDArray[np.uint8]] = []
         count = 0
-        for piece in read_processes(self._areas or areas_of(self.container.pids())):
+        for piece in pieces:
             numbers.append(self._places.numbers(piece.key, piece.pages))
             contents.append(piece.contents)
             count += len(piece.pages)
@@ -256,11 +261,14 @@ class ContainerSource(SourceHandoff):
 
     def _send_files_pages(self) -> None:
         """What the target has in the container's files of pages that were changed: only the changes follow then."""
+        for numbers, contents in self._gather(self._originals()):
+            known = self._finder.find(contents) >= 0
+            self._send_pages(numbers[known], contents[known])
+
+    def _originals(self) -> Iterator[Piece]:
         for changed in changed_copies(areas_of(self.container.pids())):
             with contextlib.suppress(OSError):
-                piece = changed.original()
-                known = self._finder.find(piece.contents) >= 0
-                self._send_pages(self._places.numbers(piece.key, piece.pages[known]), piece.contents[known])
+                yield changed.original()
 
     def _send_pages(self, numbers: NDArray[np.int64], contents: NDArray[np.uint8]) -> int:
         picture, session = self._picture, self._session

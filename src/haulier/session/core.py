@@ -253,7 +253,10 @@ class SessionCore:
         path.heard = now
         kind, channel, flags, number, payload = frame
         if kind == _DATA:
+            if path.received == path.acked_to_peer:
+                path.owed, path.owed_since = 0, now
             path.received += 1
+            path.owed += len(payload)
             box = self._inbox[channel]
             completed = box.accept(number, flags, payload)
             self._grant(box)
@@ -338,11 +341,23 @@ class SessionCore:
         if path.control:
             out.extend(path.control)
             path.control.clear()
-        if path.acked_to_peer != path.received:
+        owes = path.acked_to_peer != path.received
+        if not (path.stalled or self.state in (State.ENDED, State.FAILED) or self.held(path, now)):
+            self._data(path, now, room, out)
+        if owes and (out or self._ack_due(path) <= now):
             path.acked_to_peer = path.received
-            out.append(encode(Kind.ACK, number=path.received))
-        if path.stalled or self.state in (State.ENDED, State.FAILED) or self.held(path, now):
-            return out
+            # Ahead of data: it must not wait for those.
+            out.insert(0, encode(Kind.ACK, number=path.received))
+        return out
+
+    def _ack_due(self, path: PathFlow) -> float:
+        """When what has come on `path` is to be acknowledged, whether or not anything else goes there."""
+        if self.state is not State.OPEN or path.owed >= self.settings.ack_bytes:
+            return path.owed_since
+        return path.owed_since + self.settings.ack_s
+
+    def _data(self, path: PathFlow, now: float, room: int, out: list[bytes | memoryview]) -> None:
+        """Appends frames of data, about `room` bytes at most."""
         while room > 0:
             if not self._unsent and not self._ring and not self._again and not self._again_urgent:
                 path.ran_dry()
@@ -354,7 +369,6 @@ class SessionCore:
             out.append(frame.payload)
             room -= frame.size
             path.on_sent(frame, now)
-        return out
 
     def _next(self, path: PathFlow, now: float) -> OutFrame | None:
         """The frame that `path` should carry next."""
@@ -463,6 +477,8 @@ class SessionCore:
             due = min(due, path.ping_due(), path.heard + path.dead_after())
             if path.in_flight and not path.stalled:
                 due = min(due, path.progress + path.stall_after())
+            if path.acked_to_peer != path.received:
+                due = min(due, self._ack_due(path))
         if self._unsent or self._again_bytes:
             for path in self._paths.values():
                 if path.waits_for_tcp:

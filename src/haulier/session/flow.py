@@ -55,6 +55,10 @@ class PathFlow:
         self.received = 0
         """Data frames that came in on this connection ..."""
         self.acked_to_peer = 0
+        self.owed = 0
+        """Payload bytes received since then, and ..."""
+        self.owed_since = now
+        """... since when."""
         """... and how many of them the peer was told of."""
         self.control: list[bytes] = []
         """Frames that go out before any data."""

@@ -41,6 +41,10 @@ class Settings:
     handshake_s: float = 10.0
     """TCP, TLS and hello together."""
 
+    ack_s: float = 0.010
+    """What is acknowledged alone waits so long for more to come or for something to go the other way, unless ..."""
+    ack_bytes: int = 2048
+    """... so much has come."""
     first_window: int = 64 * 1024
     min_window: int = 16 * 1024
     max_window: int = 48 * MIB
