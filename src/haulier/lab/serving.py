@@ -52,4 +52,6 @@ def application() -> Application:
 def start(qemu: Qemu, service: str) -> None:
     """Starts one of the services in the guest of `qemu`; it need not listen yet when this returns."""
     with qemu.guest_agent(60) as agent:
+        # The lab's own workload listens at the services' port.
+        agent.check(["/bin/systemctl", "stop", "haulier-workload"], timeout=60)
         agent.check(["/bin/systemctl", "start", "--no-block", f"haulier-service@{service}"], timeout=60)
