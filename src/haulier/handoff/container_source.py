@@ -45,7 +45,7 @@ from haulier.containers.queues import Queues
 from haulier.containers.tree import Tree
 from haulier.containers.upper import UpperRounds, load_signatures, mapped_for_writing
 from haulier.disks.transfer import DiskSender
-from haulier.errors import Corrupt, GuestError, HandoffFailed, PeerError, Unsupported
+from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError, Unsupported
 from haulier.guests.process import hurry
 from haulier.handoff import foretold, retained
 from haulier.handoff.messages import Accept, Arrived, Channel, Prepared, PrepareMemory
@@ -151,7 +151,10 @@ class ContainerSource(SourceHandoff):
         for changed in changed_copies(areas_of(self.container.pids())):
             wanted.setdefault(os.fsencode(changed.path.lstrip("/")), set()).update(changed.at.tolist())
         assert self.spec.container is not None
-        return chunks_of(self.spec.container, self._manifest, self._store, wanted)
+        with contextlib.suppress(HaulierError):
+            return chunks_of(self.spec.container, self._manifest, self._store, wanted)
+        # It only makes messages smaller.
+        return set()
 
     # -- files -----------------------------------------------------------------------------------------------------
 
