@@ -46,6 +46,8 @@ from haulier.session import Session
 from haulier.units import BLOCKS_PER_CHUNK, PAGE
 
 log = logging.getLogger(__name__)
+EARLY_RESERVE: Final = 512 << 20
+"""More memory is not held from the beginning on, for others may need it meanwhile."""
 DRAFT_BYTES: Final = 16 << 20
 """So much more of the picture is put into the files of pages at once, as it comes."""
 
@@ -175,8 +177,9 @@ class ContainerTarget(TargetHandoff):
         assert self._checkpoint.layout is not None
         pages = self._checkpoint.layout[1]
         self._assemble(pages)
-        if self._reserve is None:
-            self._reserve = Reserve(sum(len(numbers) for _, numbers in pages) * PAGE)
+        size = sum(len(numbers) for _, numbers in pages) * PAGE
+        if self._reserve is None and (settled or size <= EARLY_RESERVE):
+            self._reserve = Reserve(size)
         if settled:
             self._drafts_made = True
             self._maybe_prepared()
