@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from experiments.parts import chosen
 
 from haulier.errors import UsageError
 
@@ -19,12 +20,12 @@ CELL = ("runc", "memory", 100, "yes")
     "pattern", ["runc/memory/100/yes", "runc/memory", "runc", "*/memory/100", "*/*/*/yes", "r*/m*"]
 )
 def test_a_cell_is_named_by_its_parts_from_the_left(pattern: str) -> None:
-    assert containers.chosen(CELL, [pattern])
+    assert chosen("/".join(map(str, CELL)), [pattern])
 
 
 @pytest.mark.parametrize("pattern", ["vm", "runc/memory/10", "memory/100", "runc/*/*/no", "runc/mem"])
 def test_other_names_are_those_of_other_cells(pattern: str) -> None:
-    assert not containers.chosen(CELL, [pattern])
+    assert not chosen("/".join(map(str, CELL)), [pattern])
 
 
 def test_a_name_that_no_cell_has_is_refused() -> None:
