@@ -22,6 +22,7 @@ from experiments.measuring import checks, crossing
 from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
+from haulier.compress import xz
 from haulier.guests.command import RAM_ID
 from haulier.handoff import retained
 from haulier.handoff.journal import Journal
@@ -36,6 +37,7 @@ from haulier.without import DISK_FIRST, ORDER, RECIPES, VARIABLE
 
 ALL = "all parts"
 LEVEL = 5
+SLOW_LINKS = xz.FIRST_LEVEL + 2
 VARIANTS: dict[str, dict[str, Any]] = {
     ALL: {},
     "without the base (golden snapshot)": {"base": False},
@@ -46,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "without base, deduplication and delta: zstd alone": {"base": False, "finder": False, "delta": False},
     "with the long window, which this level leaves out": {"long": True},
     f"with level {LONG_LEVEL + 2} and the long window": {"long": True, "level": LONG_LEVEL + 2},
+    f"with {xz.name_of(SLOW_LINKS)}, for slow links": {"level": SLOW_LINKS},
 }
 FEW = {way: VARIANTS[way] for way in list(VARIANTS)[:2]}
 WHOLE = {

@@ -35,12 +35,8 @@ def units(form: Form) -> dict[str, Callable[[], Experiment]]:
 
 
 def levels(form: Form) -> Experiment:
-    found, recorded = new(), adaptive.streams(LOADS[form])
-    if len(recorded) == 1:
-        # What a level costs is measured on other pages than those that follow.
-        [(name, batches)] = recorded.items()
-        recorded = {f"{name}, one half": batches[::2], f"{name}, the other": batches[1::2]}
-    for cell in adaptive.cells(recorded, form != Form.WHOLE):
+    found = new()
+    for cell in adaptive.cells(adaptive.streams(LOADS[form]), form != Form.WHOLE):
         ways = {
             OURS: cell.ours,
             f"fastest speed (level {min(cell.fixed)})": cell.fixed[min(cell.fixed)],
