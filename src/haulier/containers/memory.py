@@ -8,6 +8,7 @@ addresses, so the places hold for the way back as well.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import mmap
@@ -32,6 +33,8 @@ _READ_PAGES: Final = 512
 _MAP_PAGES: Final = 1 << 18
 _POPULATE_WRITE: Final = 23
 _STEP: Final = MIB
+_MADVISE: Final = ctypes.CDLL(None).madvise
+_MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _SKIPPED: Final = re.compile(r"\[(vvar|vsyscall|vdso|vvar_vclock)\]")
 _PRESENT: Final = np.uint64(3 << 62)
 _FILE: Final = np.uint64(1 << 61)
@@ -109,10 +112,12 @@ class Places:
 
 def populate(taken: mmap.mmap, size: int) -> None:
     """Has the first `size` bytes filled with memory now; where there is not so much, nothing happens."""
-    with contextlib.suppress(OSError, ValueError):
-        # In steps: nothing else of this process runs during one.
-        for at in range(0, size, _STEP):
-            taken.madvise(_POPULATE_WRITE, at, min(_STEP, size - at))
+    # Not mmap's own madvise: nothing else of this process would run during that.
+    address = ctypes.addressof(ctypes.c_char.from_buffer(taken))
+    size = min(size, len(taken))
+    for at in range(0, size, _STEP):
+        if _MADVISE(address + at, min(_STEP, size - at), _POPULATE_WRITE):
+            return
 
 
 class Reserve:
