@@ -39,7 +39,8 @@ def test_the_level_follows_the_link_and_the_memory_is_right(standing: Stage) -> 
     assert report["check"]["memory_equal"] is True
     levels = [change["level"] for change in told["changes"]]
     assert levels[0] >= 5 and min(levels) < levels[0], told
-    assert len(levels) <= 12, "it does not settle"
+    # Between xz's presets it may change as the guest's pages do, for nothing is lost by that.
+    assert len(levels) <= 30, "it does not settle"
     assert told["calibrated"] > 0 and told["learnt"]
     said = site.haulier("status", handoff.id, "--explain").stdout
     assert "of this guest" in said and "measured here" in said
