@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from haulier.errors import Cancelled
 from haulier.handoff import recovery
 from haulier.handoff.journal import HandoffRow
 from haulier.handoff.ownership import Event, State
@@ -430,6 +431,25 @@ def test_a_handoff_of_which_the_guest_knows_nothing_just_ends(hosts: Hosts) -> N
     assert recovery.recover(oslo.site, oslo.journal, oslo.journal.handoff("h0"), hosts.messenger)
     assert oslo.journal.handoff("h0").outcome == "failed"
     assert oslo.state is State.OFFERED and hosts.said == []
+
+
+def test_a_worker_that_died_of_a_cancel_ends_as_cancelled(hosts: Hosts) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.OFFERED, 3, 4, role="source")
+    oslo.qemu = "running"
+    oslo.journal.update_handoff(oslo.handoff.id, detail={"cancel": True})
+    assert hosts.recover(oslo)
+    assert (oslo.state, oslo.handoff.outcome) == (State.OWNER, "cancelled")
+    assert oslo.handoff.detail["code"] == Cancelled.exit_code and "cancelled" in oslo.handoff.detail["error"]
+
+
+def test_memory_lost_after_a_cancel_that_came_too_late_is_no_cancel(hosts: Hosts) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.SERVING, 3, 4, role="source")
+    oslo.qemu = None
+    oslo.journal.update_handoff(oslo.handoff.id, detail={"cancel": True})
+    hosts.recover(oslo)
+    assert oslo.handoff.outcome == "failed"
 
 
 # -- both at once --------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import msgspec
 from haulier.agent import prefetching
 from haulier.agent.core import Core
 from haulier.agent.site import check_name, check_transport
-from haulier.errors import Cancelled, Conflict, HaulierError, PeerError, UnknownThing, UsageError
+from haulier.errors import Conflict, HaulierError, PeerError, UnknownThing, UsageError
 from haulier.handoff import recovery, spawning, worker
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import HandoffRow, new_handoff_id
@@ -258,7 +258,6 @@ class Handoffs:
                 if row.state == "ended" or recovery.worker_alive(row):
                     return
                 done = recovery.recover(self.site, self.journal, row, self._messenger)
-                self._note_cancel(row.id)
                 if not done and record_of(self.journal.find_guest(row.guest)).state is State.SERVING:
                     self.core.children.append(spawning.resume_source(self.site, self.journal, row))
             log.info("handoff %s of guest %s: %s", row.id, row.guest, "settled" if done else "not settled yet")
@@ -267,13 +266,6 @@ class Handoffs:
         except Exception:
             # one that cannot be settled must not keep the others from being settled
             log.exception("handoff %s of guest %s cannot be settled yet", row.id, row.guest)
-
-    def _note_cancel(self, handoff: str) -> None:
-        row = self.journal.handoff(handoff)
-        if row.state == "ended" and row.outcome == "failed" and row.detail.get("cancel"):
-            text = f"handoff of {row.guest!r} cancelled; the guest runs on at its source"
-            detail = {**row.detail, "error": text, "code": Cancelled.exit_code}
-            self.journal.update_handoff(handoff, outcome="cancelled", detail=detail)
 
     def _messenger(self, site: str) -> worker.AgentPeer:
         try:

@@ -21,7 +21,7 @@ from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
-from haulier.errors import GuestError, HaulierError, PeerError
+from haulier.errors import Cancelled, GuestError, HaulierError, PeerError
 from haulier.guests.model import GuestSpec
 from haulier.handoff import attempts, clients, retained
 from haulier.handoff.custody import Happened, happen, record_of
@@ -81,7 +81,7 @@ def recover(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[
     if guest is None or guest.handoff != row.id:
         if guest is None and row.role == "target":
             discard_copy(site, row.guest, row.id)
-        journal.end_handoff(row.id, "failed")
+        _record_end(journal, row, "failed", as_cancelled=True)
         return True
     state = record_of(guest).state
     if row.role == "source":
@@ -409,6 +409,16 @@ def _end(site: Site, journal: Journal, row: HandoffRow, outcome: str, *, keep: b
         _keep_attempt(site, journal, row)
     site.mirror(row.id).unlink(missing_ok=True)
     shutil.rmtree(images_dir(site, row.id), ignore_errors=True)
+    _record_end(journal, row, outcome, as_cancelled=keep)
+
+
+def _record_end(journal: Journal, row: HandoffRow, outcome: str, *, as_cancelled: bool) -> None:
+    """In one write, for who waits for the end reads the outcome at once."""
     detail = dict(journal.handoff(row.id).detail)
     detail.setdefault("recovered", True)
+    if as_cancelled and outcome == "failed" and detail.get("cancel"):
+        # A worker that is hit before it can heed the signal just dies: it was meant to.
+        outcome = "cancelled"
+        detail["error"] = f"handoff of {row.guest!r} cancelled; the guest runs on at its source"
+        detail["code"] = Cancelled.exit_code
     journal.end_handoff(row.id, outcome, detail=detail)
