@@ -56,13 +56,12 @@ def whole(ram: Path, mirror: Path, base: MemoryBase | None = None) -> int:
 
 
 def test_a_fifth_of_the_pages_tells_what_all_cost(ram: Path, tmp_path: Path) -> None:
-    found = sampling.memory(ram, None, None, 5, tmp_path / "m", runs=48, looks_s=0.0)
+    found = sampling.memory(ram, None, None, 5, runs=48, looks_s=0.0)
     truth = whole(ram, tmp_path / "all")
     assert found.memory_wire == pytest.approx(truth, rel=0.25)
     assert abs(found.memory_wire - truth) < 4 * found.memory_error
     assert found.memory_bytes == 64 * MIB and sum(found.pages.values()) == pytest.approx(PAGES, rel=0.01)
     assert found.dirty_wire_s == 0 and found.dirty_bps == 0
-    assert not (tmp_path / "m").exists()
 
 
 def test_what_both_sites_have_costs_next_to_nothing(ram: Path, tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ def test_what_both_sites_have_costs_next_to_nothing(ram: Path, tmp_path: Path) -
     mirror.set(np.arange(PAGES), pages)
     mirror.complete()
     mirror.close()
-    found = sampling.memory(ram, MemoryBase.from_mirror(tmp_path / "base"), None, 5, tmp_path / "m", looks_s=0.0)
+    found = sampling.memory(ram, MemoryBase.from_mirror(tmp_path / "base"), None, 5, looks_s=0.0)
     assert found.memory_wire < 10_000 and found.pages["literal"] == 0 and found.pages["same"] > PAGES / 8
 
 
@@ -85,7 +84,7 @@ def test_pages_that_change_between_two_looks_are_the_dirty_rate(
                 file.write(random.Random(page).randbytes(64))
 
     monkeypatch.setattr(sampling.time, "sleep", dirtied)
-    found = sampling.memory(ram, None, None, 5, tmp_path / "m")
+    found = sampling.memory(ram, None, None, 5)
     assert found.dirty_bps > 0 and found.dirty_wire_s > 0
     # A write of 64 bytes goes as a difference, not as a page.
     assert found.dirty_wire_s * 8 < found.dirty_bps / 10
@@ -95,7 +94,7 @@ def test_an_empty_memory_is_no_trouble(tmp_path: Path) -> None:
     (tmp_path / "ram").touch()
     with (tmp_path / "ram").open("r+b") as file:
         file.truncate(MIB)
-    found = sampling.memory(tmp_path / "ram", None, None, 5, tmp_path / "m")
+    found = sampling.memory(tmp_path / "ram", None, None, 5)
     assert found.memory_wire < 100 and found.memory_error == 0 and found.pages["zero"] == 256
 
 

@@ -90,10 +90,9 @@ def small(
 ) -> dict[str, Any]:
     """A forecast of memory alone from a small sample."""
     base = retained.open_base(site, job.guest, uuid, picture)
-    mirror = site.mirror(job.handoff).with_name(f"sample-{job.handoff}")
     ram = guest_paths(site, job.guest).ram
     level = job.options.level or level_at(site, rate_bps)
-    found = sampling.memory(ram, base, finder, level, mirror, runs=RUNS, looks_s=LOOKS_S)
+    found = sampling.memory(ram, base, finder, level, runs=RUNS, looks_s=LOOKS_S)
     return forecast.make(found, rate_bps, rtt_s, pace(site), level) | {"made": "small sample"}
 
 

@@ -7,7 +7,6 @@ either site. The forecast itself is arithmetic (`forecast`).
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -75,9 +74,8 @@ def make_plan(
             picture = str(found.get("memory_base", ""))
             base = retained.open_base(site, spec.name, spec.uuid, picture)
             rate = rate or DEFAULT_RATE_BPS
-            sample = site.mirror("plan").with_name(f"sample-plan-{guest}-{os.getpid()}")
             level = (options.level if options is not None else 0) or level_at(site, rate)
-            sampled = sampling.memory(guest_paths(site, guest).ram, base, StoreBlockFinder(index, space), level, sample)
+            sampled = sampling.memory(guest_paths(site, guest).ram, base, StoreBlockFinder(index, space), level)
             rounds = DiskRounds(qemu.qmp, "disk0", guest_paths(site, guest).rounds_sock)
             chunks, disk_wire, disk_error = sampling.disk(rounds, index, space, peer.lacking)
             missing = int(found.get("missing_bytes", 0 if found.get("manifest") else offer.disk_bytes))

@@ -48,21 +48,18 @@ def memory(
     base: MemoryBase | None,
     finder: StoreBlockFinder | None,
     level: int,
-    mirror: Path,
     *,
     runs: int = RUNS,
     looks_s: float = LOOKS_S,
 ) -> Sampled:
-    """The guest's memory, by at most `runs` runs of 64 pages. `mirror`: a file name to use meanwhile.
+    """The guest's memory, by at most `runs` runs of 64 pages.
 
     Of xz's levels the quickest stands for all, which make up to a twentieth fewer bytes: a plan has to be quick.
     """
     reader = AheadReader(ram, RAM_ID)
-    proxy = SourceProxy(mirror, base, finder, level=min(level, FIRST_LEVEL))
+    proxy = SourceProxy(None, base, finder, level=min(level, FIRST_LEVEL))
     try:
         proxy.name({RAM_ID: reader.pages * PAGE})
-        # At once, so that it goes with this process however that ends.
-        mirror.unlink()
         return _memory(reader, proxy, runs, looks_s)
     finally:
         reader.close()

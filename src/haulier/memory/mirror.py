@@ -29,15 +29,23 @@ _PUNCH: Final = 16
 _MADV_REMOVE: Final = getattr(mmap, "MADV_REMOVE", None)
 
 
+def _new(path: Path | None) -> int:
+    if path is None:
+        return os.memfd_create("haulier-mirror", os.MFD_CLOEXEC)
+    path.unlink(missing_ok=True)
+    path.with_name(path.name + ".digest").unlink(missing_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
 class Mirror:
     """Pages by global index. `blocks` and `first` map idstr to length in bytes and to the index of its first page.
 
     `present` (bool, one a page) is False for pages that are known to be zero. One thread at a time.
     """
 
-    def __init__(self, path: Path, blocks: dict[str, int]) -> None:
+    def __init__(self, path: Path | None, blocks: dict[str, int]) -> None:
         """Use Mirror.create."""
-        self.path = path
+        self._name = str(path or "of a sample")
         self.blocks = dict(blocks)
         self.first: dict[str, int] = {}
         self.pages = 0
@@ -53,9 +61,7 @@ class Mirror:
         self._order = np.zeros(self.pages, np.uint32)
         self._head, header = encode_header(blocks)
         self._offset = header.data_offset
-        path.unlink(missing_ok=True)
-        path.with_name(path.name + ".digest").unlink(missing_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._fd = _new(path)
         try:
             os.ftruncate(self._fd, header.size)
             # Should this process be killed, the file says what it is (`salvage`).
@@ -67,10 +73,11 @@ class Mirror:
         self._view: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, offset=self._offset).reshape(-1, PAGE)
 
     @classmethod
-    def create(cls, path: Path, blocks: dict[str, int], base: MemoryBase | None = None) -> Mirror:
+    def create(cls, path: Path | None, blocks: dict[str, int], base: MemoryBase | None = None) -> Mirror:
         """A new mirror in the file `path` (replaced if there), of these blocks, as they are in `base`.
 
-        The base must stay open as long as the mirror is. NoRoom if there is no room for the file.
+        Without a path it is in memory, and goes with this process however that ends. The base must stay open as long
+        as the mirror is. NoRoom if there is no room for the file.
         """
         if not blocks:
             raise UsageError("a mirror needs at least one RAM block")
@@ -109,7 +116,7 @@ class Mirror:
                 rest, offset = rest[done:], offset + done
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise NoRoom(f"no room for the mirror of guest memory {self.path}: {error.strerror}") from error
+                raise NoRoom(f"no room for the mirror of guest memory {self._name}: {error.strerror}") from error
             raise
 
     def get(self, gidx: NDArray[np.int64], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:

@@ -116,11 +116,11 @@ def _add(total: dict[str, int], more: dict[str, int]) -> None:
             total[kind] = total.get(kind, 0) + count
 
 
-def _early_mirror(path: Path, base: MemoryBase | None) -> Mirror | None:
+def _early_mirror(path: Path | None, base: MemoryBase | None) -> Mirror | None:
     return None if base is None else Mirror.create(path, base.blocks, base)
 
 
-def _mirror_of(blocks: dict[str, int], early: Mirror | None, path: Path, base: MemoryBase | None) -> Mirror:
+def _mirror_of(blocks: dict[str, int], early: Mirror | None, path: Path | None, base: MemoryBase | None) -> Mirror:
     """The mirror of these blocks: the one that was made early if it is of the same ones in the same order."""
     if early is not None and list(early.blocks.items()) == list(blocks.items()):
         return early
@@ -136,7 +136,7 @@ class SourceProxy:
 
     def __init__(
         self,
-        mirror_path: Path,
+        mirror_path: Path | None,
         base: MemoryBase | None = None,
         finder: BlockFinder | None = None,
         level: int = 3,
