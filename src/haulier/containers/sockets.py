@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from haulier.network.checksum import checksum
+
 SO_PROTOCOL: Final = 38
 SO_DOMAIN: Final = 39
 _PIDFD_GETFD: Final = 438
@@ -107,15 +109,7 @@ def unreachable(sender: tuple[str, int], receiver: tuple[str, int], sequence: in
     """The ICMP message (RFC 792) that the host of `receiver` could not be reached by a TCP segment of `sender`."""
     ends = socket.inet_aton(sender[0]), socket.inet_aton(receiver[0])
     quoted = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 40, 0, 0x4000, 64, socket.IPPROTO_TCP, 0, *ends)
-    quoted = quoted[:10] + _checksum(quoted) + quoted[12:]
+    quoted = quoted[:10] + struct.pack("!H", checksum(quoted)) + quoted[12:]
     quoted += struct.pack("!HHI", sender[1], receiver[1], sequence)
     message = struct.pack("!BBHI", 3, 1, 0, 0) + quoted
-    return message[:2] + _checksum(message) + message[4:]
-
-
-def _checksum(data: bytes) -> bytes:
-    """RFC 1071, of an even number of bytes."""
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return struct.pack("!H", ~total & 0xFFFF)
+    return message[:2] + struct.pack("!H", checksum(message)) + message[4:]

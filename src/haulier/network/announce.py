@@ -12,7 +12,7 @@ import socket
 import struct
 from typing import Final
 
-from haulier.network.mtu import checksum
+from haulier.network.checksum import checksum
 
 ETH_ARP: Final = 0x0806
 ETH_IPV6: Final = 0x86DD

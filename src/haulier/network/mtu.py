@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from haulier.network import iproute
+from haulier.network.checksum import checksum
 
 OVERHEAD: Final = {4: 50, 6: 70}
 """Bytes that a tunnel adds to a guest's packet: Ethernet 14, VXLAN 8, UDP 8, and IPv4 20 or IPv6 40."""
@@ -120,15 +121,6 @@ class _Prober:
         if len(message) < 8 or message[0] != (129 if self._six else 0) or message[4:6] != self._number:
             return 0
         return int.from_bytes(message[6:8], "big")
-
-
-def checksum(data: bytes) -> int:
-    """The Internet's checksum (RFC 1071). Pure."""
-    data += bytes(len(data) % 2)
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
 
 
 # -- what it means for a tunnel ---------------------------------------------------------------------------------------
