@@ -17,7 +17,6 @@ FOLDER what ten moves found is kept there, and is not measured again; --steps N 
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import itertools
 import json
 import os
@@ -343,7 +342,7 @@ def one(stage: Any, row: Row, client: Client, at: str, to: str) -> dict[str, Any
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Any:
-    from experiments.parts import Enough, Parts
+    from experiments.parts import Enough, Parts, chosen
     from report import Report
 
     if os.geteuid() != 0:
@@ -354,7 +353,7 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
     wanted, part = (2, 2) if quick else (MOVES, PART)
     with contextlib.closing(moving):
         for row in ROWS:
-            if only and not any(fnmatch.fnmatch(row.name, pattern) for pattern in only):
+            if not chosen(row.name, only):
                 continue
             if row.relayed and not (shutil.which("haproxy") and shutil.which("mptcpize")):
                 notes.append("no relay: haproxy and mptcpize are not installed")

@@ -8,7 +8,6 @@ measured again; --steps N measures so many handoffs more.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import os
 import sys
 import traceback
@@ -85,7 +84,7 @@ class Moving:
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Any:
-    from experiments.parts import Enough, Parts
+    from experiments.parts import Enough, Parts, chosen
     from report import Report
 
     if os.geteuid() != 0:
@@ -99,7 +98,7 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
     )
     with contextlib.closing(moving):
         for mbps, mib in QUICK if quick else CELLS:
-            if only and not any(fnmatch.fnmatch(f"{mbps}/{mib}", pattern) for pattern in only):
+            if not chosen(f"{mbps}/{mib}", only):
                 continue
             found: dict[int, list[dict[str, Any]]] = {}
             for paths in (1, 2):

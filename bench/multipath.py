@@ -11,7 +11,6 @@ is not measured again; --steps N measures so many cases more.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import os
 import subprocess
@@ -290,7 +289,7 @@ def both(case: Callable[..., dict[str, float]], directory: Path, *words: int) ->
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Any:
-    from experiments.parts import Enough, Parts
+    from experiments.parts import Enough, Parts, chosen
     from report import Report
 
     if os.geteuid() != 0:
@@ -307,7 +306,7 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
         ca = TestCa(directory)
         ca.site("here"), ca.site("there")
         for label, measure in cases(directory, quick).items():
-            if only and not any(fnmatch.fnmatch(label, pattern) for pattern in only):
+            if not chosen(label, only):
                 continue
             try:
                 found = kept.facts(f"multipath{' quick' * quick}: {label}", partial(said, label, measure))
