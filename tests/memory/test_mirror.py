@@ -45,10 +45,11 @@ steps = st.tuples(
 )
 
 
-@given(st.lists(steps, max_size=12))
+@given(st.lists(steps, max_size=12), st.sampled_from([0, 7, 1000]))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_like_a_plain_array(tmp_path: Path, changes: list[tuple[str, list[int], int]]) -> None:
+def test_like_a_plain_array(tmp_path: Path, changes: list[tuple[str, list[int], int]], plain: int) -> None:
     mirror = Mirror.create(tmp_path / "mirror", BLOCKS)
+    mirror.most_plain = plain
     model = np.zeros((48, PAGE), np.uint8)
     for what, pages, value in changes:
         gidx = np.array(pages, np.int64)
@@ -71,11 +72,14 @@ def test_like_a_plain_array(tmp_path: Path, changes: list[tuple[str, list[int], 
     base.close()
 
 
-@given(st.lists(steps, max_size=12))
+@given(st.lists(steps, max_size=12), st.sampled_from([0, 7, 1000]))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_like_a_plain_array_that_began_as_the_base(tmp_path: Path, changes: list[tuple[str, list[int], int]]) -> None:
+def test_like_a_plain_array_that_began_as_the_base(
+    tmp_path: Path, changes: list[tuple[str, list[int], int]], plain: int
+) -> None:
     base, model = golden(tmp_path)
     mirror = Mirror.create(tmp_path / "mirror", BLOCKS, base)
+    mirror.most_plain = plain
     for what, pages, value in changes:
         gidx = np.array(pages, np.int64)
         if what == "set":
@@ -88,9 +92,14 @@ def test_like_a_plain_array_that_began_as_the_base(tmp_path: Path, changes: list
         assert contents(mirror) == model.tobytes()
         assert mirror.get(gidx[::-1]).tobytes() == model[gidx[::-1]].tobytes()
         assert not model[~mirror.present].any()
+    (tmp_path / "copy").unlink(missing_ok=True)
+    mirror.complete(tmp_path / "copy")
     mirror.complete()
     assert contents(mirror) == model.tobytes()
     mirror.close()
+    copied = MemoryBase.from_mirror(tmp_path / "copy")
+    assert b"".join(copied.view(name).tobytes() for name in BLOCKS) == model.tobytes()
+    copied.close()
     base.close()
     left = MemoryBase.from_mirror(tmp_path / "mirror")
     assert b"".join(left.view(name).tobytes() for name in BLOCKS) == model.tobytes()

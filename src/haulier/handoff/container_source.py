@@ -446,7 +446,7 @@ class ContainerSource(SourceHandoff):
         self.report.update(foretold.told(self._forecast, self.report))
         self._picture.keep()
         self._picture.close()
-        self._left(name, places)
+        self._left(name, self.site.mirror(self.job.handoff), places)
 
     def _figures(self, done: float) -> dict[str, Any]:
         assert self._picture is not None

@@ -17,6 +17,7 @@ from haulier.durable import write_atomically
 from haulier.errors import Corrupt
 from haulier.handoff import attempts, sparsefile
 from haulier.memory.base import MemoryBase
+from haulier.memory.mirror import Mirror
 
 GOLDEN = "golden:"
 
@@ -41,15 +42,22 @@ def _directory(site: Site, guest: str) -> Path:
     return site.retained / guest
 
 
-def keep(site: Site, meta: Retained, mirror: Path) -> None:
-    """Moves a closed mirror file into its place; earlier pictures of that guest go, and what attempts left."""
+def keep(site: Site, meta: Retained, mirror: Mirror | Path) -> None:
+    """Puts a mirror, or the closed and complete file of one, into its place; its file goes with `Path`.
+
+    Earlier pictures of that guest go, and what attempts left. A mirror is written straight to the disk: made complete
+    where it lies it would take as much memory as the guest. NoRoom as `Mirror.complete`.
+    """
     attempts.forget(site, meta.guest)
     directory = _directory(site, meta.guest)
     if directory.exists():
         shutil.rmtree(directory)
     directory.mkdir(mode=0o700, parents=True)
-    sparsefile.copy(mirror, directory / "memory")
-    mirror.unlink()
+    if isinstance(mirror, Mirror):
+        mirror.complete(directory / "memory")
+    else:
+        sparsefile.copy(mirror, directory / "memory")
+        mirror.unlink()
     # Last: without it there is no picture, so one that was cut short is never taken for whole.
     write_atomically(directory / "meta.json", msgspec.json.encode(meta))
 

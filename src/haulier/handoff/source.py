@@ -54,6 +54,7 @@ from haulier.handoff.progress import Progress
 from haulier.handoff.residence import incoming_name, lease_of, pin_name, retire, spec_of
 from haulier.handoff.token import RESTART_S, OwnPeer, Token
 from haulier.images.layers import LAYERS, split_of
+from haulier.memory.mirror import Mirror
 from haulier.network import paths as networks
 from haulier.session import Session
 from haulier.without import DISK_FIRST, RECIPES, without
@@ -448,7 +449,7 @@ class SourceHandoff(ABC):
         self.progress.phase("finish", "clearing away")
         return name
 
-    def _left(self, picture: str, places: bytes | None = None) -> None:
+    def _left(self, picture: str, mirror: Mirror | Path, places: bytes | None = None) -> None:
         """Keeps the picture of memory (and where a container's pages lie in it), and takes away what ran here."""
         assert self._sender is not None
         meta = retained.Retained(
@@ -459,7 +460,7 @@ class SourceHandoff(ABC):
             manifest=self._sender.manifest.digest.hex(),
         )
         if picture:
-            retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
+            retained.keep(self.site, meta, mirror)
         if places is not None:
             retained.keep_places(self.site, self.spec.name, places)
         retire(self.site, self.spec.name, self.job.handoff)

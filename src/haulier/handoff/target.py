@@ -575,11 +575,10 @@ class TargetHandoff:
             return
         proxy = self._sink.proxy
         self._sink.close()
-        proxy.keep()
-        proxy.close()
         row = self.journal.guest(self.spec.name)
         meta = retained.Retained(id=news.memory_id, guest=self.spec.name, uuid=self.spec.uuid, epoch=row.epoch)
-        retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
+        if proxy.mirror is not None:
+            retained.keep(self.site, meta, proxy.mirror)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 

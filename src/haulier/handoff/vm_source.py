@@ -525,10 +525,13 @@ class VmSource(SourceHandoff):
         if not self._goes_first:
             foretold.remember(self.site, self.report, self.spec.memory_bytes)
         self._pump.close()
-        proxy.keep()
-        proxy.close()
         self.qemu.close()
-        self._left(name)
+        mirror = self.site.mirror(self.job.handoff)
+        try:
+            self._left(name, proxy.mirror if proxy.mirror is not None else mirror)
+        finally:
+            proxy.close()
+            mirror.unlink(missing_ok=True)
 
     def _sent_after_it(self) -> None:
         """What the report says of post-copy; nothing that the target did not say it has is kept for the way back."""

@@ -2,7 +2,7 @@
 
 It starts as the base (blocks matched by idstr and length; others are zero) and changes only by what the peers tell one
 another. Pages have one index over all blocks, in stream order. The file is sparse: it holds only what differs from the
-base, until `complete` makes it a picture of its own.
+base, of that the pages that were set long ago compressed (`packing`), until `complete` makes it a picture of its own.
 
 New pages are written, not stored through the mapping: a full disk is then an error and not a SIGBUS.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections import deque
 from pathlib import Path
 from typing import Final
 
@@ -22,11 +23,14 @@ from haulier.errors import NoRoom, UsageError
 from haulier.memory import sparse
 from haulier.memory.base import MemoryBase
 from haulier.memory.mirrorfile import PART, encode_header
+from haulier.memory.packing import FRAME, PackedPages, punch
 from haulier.units import MIB, PAGE
 
 _COPY: Final = 4 * MIB // PAGE
 _PUNCH: Final = 16
-_MADV_REMOVE: Final = getattr(mmap, "MADV_REMOVE", None)
+PLAIN_SHARE: Final = 16
+"""One in so many pages of memory lies uncompressed in its own place: those that were set last."""
+LEAST_PLAIN: Final = 4 * MIB // PAGE
 
 
 def _new(path: Path | None) -> int:
@@ -56,11 +60,17 @@ class Mirror:
         self.starts = np.array(list(self.first.values()), np.int64)
         self.present = np.zeros(self.pages, np.bool_)
         self._own = np.zeros(self.pages, np.bool_)
-        """Pages that lie in the file; others that are present still lie in the base."""
+        """Pages that lie in their place in the file; others that are present are packed, or still lie in the base."""
         self._lent: list[tuple[int, NDArray[np.uint8]]] = []
         self._order = np.zeros(self.pages, np.uint32)
+        self._set_at = np.zeros(self.pages, np.uint32)
+        self._count = 0
+        self._old: deque[tuple[int, NDArray[np.int64]]] = deque()
+        """Pages in the order in which they were set, by the number of that; what was set again since is here twice."""
+        self._waiting = 0
+        self.most_plain = max(LEAST_PLAIN, self.pages // PLAIN_SHARE)
         self._head, header = encode_header(blocks)
-        self._offset = header.data_offset
+        self._offset, self._size = header.data_offset, header.size
         self._fd = _new(path)
         try:
             os.ftruncate(self._fd, header.size)
@@ -71,6 +81,8 @@ class Mirror:
             os.close(self._fd)
             raise
         self._view: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, offset=self._offset).reshape(-1, PAGE)
+        self._packed = PackedPages(self._fd, self._size, self.pages, self._pwrite)
+        self._whole = False
 
     @classmethod
     def create(cls, path: Path | None, blocks: dict[str, int], base: MemoryBase | None = None) -> Mirror:
@@ -90,13 +102,43 @@ class Mirror:
                 mirror._lent.append((first, base.view(name)))
         return mirror
 
-    def complete(self) -> None:
-        """Makes the file a picture that needs no base. Until then it has no header, and nothing takes it for one."""
+    def complete(self, into: Path | None = None) -> None:
+        """Makes the file a picture that needs no base. Until then it has no header, and nothing takes it for one.
+
+        `into`: a new file becomes the picture, and the mirror's own takes no more room for it.
+        """
+        if into is not None:
+            self._copy(into)
+            return
         self._take_over()
+        os.ftruncate(self._fd, self._size)
         self._pwrite(self._head, 0)
 
+    def _copy(self, into: Path) -> None:
+        fd = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, self._size)
+            there = np.flatnonzero(self.present)
+            buffer = np.empty((_COPY, PAGE), np.uint8)
+            for at in range(0, len(there), _COPY):
+                gidx = there[at : at + _COPY]
+                pages = self.get(gidx, buffer[: len(gidx)])
+                for position, count in sparse.runs(gidx):
+                    offset = self._offset + int(gidx[position]) * PAGE
+                    self._pwrite(pages[position : position + count].data, offset, fd)
+            self._pwrite(self._head, 0, fd)
+        finally:
+            os.close(fd)
+
     def _take_over(self) -> None:
-        """From now on every page lies in the file."""
+        """From now on every page lies in its place in the file."""
+        self._whole = True
+        self._old.clear()
+        packed = self._packed.all
+        for at in range(0, len(packed), 32 * FRAME):
+            some = packed[at : at + 32 * FRAME]
+            self._store(some, self.get(some), np.arange(len(some)))
+            self._packed.drop(some)
         for first, view in self._lent:
             span = slice(first, first + len(view))
             borrowed = np.flatnonzero(self.present[span] & ~self._own[span])
@@ -108,11 +150,11 @@ class Mirror:
                 self._own[first + page : first + page + count] = True
         self._lent.clear()
 
-    def _pwrite(self, data: bytes | memoryview, offset: int) -> None:
+    def _pwrite(self, data: bytes | memoryview, offset: int, fd: int = -1) -> None:
         rest = memoryview(data).cast("B")
         try:
             while len(rest):
-                done = os.pwrite(self._fd, rest, offset)
+                done = os.pwrite(self._fd if fd < 0 else fd, rest, offset)
                 rest, offset = rest[done:], offset + done
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -131,7 +173,10 @@ class Mirror:
         out[~here] = 0
         if own.any():
             out[own] = self._view[gidx[own]]
-        borrowed = here & ~own
+        packed = self._packed.holds(gidx)
+        if packed.any():
+            self._packed.read(gidx[packed], out, packed.nonzero()[0])
+        borrowed = here & ~own & ~packed
         for first, view in self._lent:
             inside = borrowed & (gidx >= first) & (gidx < first + len(view))
             if inside.all():
@@ -142,7 +187,7 @@ class Mirror:
     @property
     def view(self) -> NDArray[np.uint8]:
         """All pages where they lie, u8 (pages, 4096): to be read only, and before `close`. NoRoom as `complete`."""
-        if self._lent:
+        if not self._whole:
             self._take_over()
         return self._view
 
@@ -152,6 +197,16 @@ class Mirror:
             rows = np.arange(len(gidx))
         if not len(rows):
             return
+        self._store(gidx, pages, rows)
+        if not self._whole:
+            self._packed.drop(gidx)
+            self._count = (self._count + 1) & 0xFFFFFFFF
+            self._set_at[gidx] = self._count
+            self._old.append((self._count, gidx.copy()))
+            self._waiting += len(gidx)
+            self._pack()
+
+    def _store(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         new = ~self._own[gidx]
         # One store for each stretch that is consecutive in both places, and all there or all new.
         cut = (gidx[1:] - gidx[:-1] != 1) | (rows[1:] - rows[:-1] != 1) | (new[1:] != new[:-1])
@@ -166,25 +221,37 @@ class Mirror:
         self.present[gidx] = True
         self._own[gidx] = True
 
+    def _pack(self) -> None:
+        """Compresses what was set longest ago, if more than enough lies there as it is."""
+        while self._waiting > self.most_plain:
+            found: list[NDArray[np.int64]] = []
+            while self._old and sum(map(len, found)) < FRAME:
+                count, gidx = self._old.popleft()
+                self._waiting -= len(gidx)
+                # Others were set again since, or became zero.
+                found.append(gidx[(self._set_at[gidx] == count) & self._own[gidx]])
+            pages = np.concatenate(found)
+            for at in range(0, len(pages), FRAME):
+                some = np.sort(pages[at : at + FRAME])
+                if self._packed.add(some, self._view[some]):
+                    for position, many in sparse.runs(some):
+                        # Where a file system has no holes they stay: what is not its own's is taken to be zero.
+                        if punch(self._fd, self._offset + int(some[position]) * PAGE, many * PAGE):
+                            self._own[some[position : position + many]] = False
+                        else:
+                            self._packed.drop(some[position : position + many])
+
     def zero(self, gidx: NDArray[np.int64]) -> None:
         """Make pages zero; long runs give their memory back."""
+        self._packed.drop(gidx)
         self.present[gidx[~self._own[gidx]]] = False
         there = gidx[self._own[gidx]]
         for position, count in sparse.runs(there):
             page = int(there[position])
-            if count < _PUNCH or not self._punch(page, count):
+            if count < _PUNCH or not punch(self._fd, self._offset + page * PAGE, count * PAGE):
                 self._view[page : page + count] = 0
             self.present[page : page + count] = False
             self._own[page : page + count] = False
-
-    def _punch(self, page: int, count: int) -> bool:
-        if _MADV_REMOVE is None:
-            return False
-        try:
-            self._map.madvise(_MADV_REMOVE, self._offset + page * PAGE, count * PAGE)
-        except OSError:
-            return False
-        return True
 
     def last(self, gidx: NDArray[np.int64]) -> NDArray[np.bool_]:
         """True where an index occurs for the last time in `gidx`."""

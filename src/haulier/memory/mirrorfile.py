@@ -87,6 +87,8 @@ def read_header(path: Path, magic: bytes = MAGIC) -> MirrorHeader:
         if file.read(8) != xxhash.xxh3_64_digest(head + table):
             raise Corrupt(f"the header of {path} does not match its checksum; remove it")
         header = MirrorHeader(decode_table(table), -(-(24 + length) // CHUNK) * CHUNK)
-        if file.seek(0, 2) != header.size or header.size % PAGE:
+        size = file.seek(0, 2)
+        # Behind the pages of one that is in use there may be packed ones.
+        if (size < header.size if magic == PART else size != header.size) or header.size % PAGE:
             raise Corrupt(f"{path} is not as long as its header says; remove it")
         return header

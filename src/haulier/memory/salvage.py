@@ -16,9 +16,9 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from haulier.errors import Corrupt, NoRoom
-from haulier.memory import sparse
+from haulier.memory import packing, sparse
 from haulier.memory.base import MemoryBase
-from haulier.memory.mirrorfile import PART, encode_header, read_header
+from haulier.memory.mirrorfile import PART, MirrorHeader, encode_header, read_header
 from haulier.units import PAGE
 
 REGION: Final = 32
@@ -39,6 +39,8 @@ def salvage(path: Path, base: MemoryBase | None) -> None:
     offset = header.data_offset
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
+        _unpack(fd, header)
+        os.ftruncate(fd, header.size)
         for name, length in header.blocks.items():
             if base is not None and base.blocks.get(name) == length:
                 _lend(fd, offset, length, base, name)
@@ -50,11 +52,26 @@ def salvage(path: Path, base: MemoryBase | None) -> None:
         os.close(fd)
 
 
+def _unpack(fd: int, header: MirrorHeader) -> None:
+    """Packed pages to their places, but where something newer lies."""
+    pages = sum(header.blocks.values()) // PAGE
+    plain = _plain(fd, header.data_offset, pages)
+    for gidx, data in packing.left(fd, header.size):
+        for page, row in zip(gidx.tolist(), data, strict=True):
+            if page < pages and not plain[page] and os.pwrite(fd, row.data, header.data_offset + page * PAGE) != PAGE:
+                raise NoRoom("no room to keep a guest's memory: free some, and try again")
+
+
+def _plain(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:
+    """Which of so many pages from `offset` on are no holes."""
+    found = np.zeros(pages, np.bool_)
+    for start, end in sparse.data_extents(fd, offset, offset + pages * PAGE):
+        found[(start - offset) // PAGE : -(-(end - offset) // PAGE)] = True
+    return found
+
+
 def _lend(fd: int, offset: int, length: int, base: MemoryBase, name: str) -> None:
-    pages = length // PAGE
-    mine = np.zeros(pages, np.bool_)
-    for start, end in sparse.data_extents(fd, offset, offset + length):
-        mine[(start - offset) // PAGE : -(-(end - offset) // PAGE)] = True
+    mine = _plain(fd, offset, length // PAGE)
     view = base.view(name)
     for first, count in base.nonzero_runs(name):
         lent = np.flatnonzero(~mine[first : first + count]) + first

@@ -1,0 +1,150 @@
+"""Pages of a mirror that are seldom looked at, compressed, behind the place of its last page in the same file.
+
+A record, each at a multiple of 4096 from there on:
+
+    8 bytes  "HAULPACK"
+    be32     number of pages, 1 to 32
+    be32     length of the data
+    8 bytes  xxh3-64 of all that follows
+    32 le32  their indexes over all blocks, as many as there are
+    data     the pages, one after the other, through zstd
+
+A record of which no page counts any more becomes a hole. Of two records with one page the later one counts, and what
+lies in the page's own place counts before both. The numbers stand so that the file of a dead process can be read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from haulier.compress import zstd
+from haulier.memory import sparse
+from haulier.units import PAGE
+
+FRAME: Final = 32
+"""Pages in a record at most: more pack a little denser, and take longer to look into."""
+_LEVEL: Final = 1
+_WORTH: Final = 0.8
+"""Of its pages' bytes, what a record may take at most."""
+_MAGIC: Final = b"HAULPACK"
+_HEAD: Final = struct.Struct(">8sII8s")
+_NONE: Final = 0xFFFFFFFF
+_PUNCH: Final = 0x03
+"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE"""
+_FALLOCATE: Final = ctypes.CDLL(None, use_errno=True).fallocate
+_FALLOCATE.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def punch(fd: int, offset: int, length: int) -> bool:
+    """Makes that part of the file a hole; False where the file system cannot."""
+    return int(_FALLOCATE(fd, _PUNCH, offset, length)) == 0
+
+
+class PackedPages:
+    """Of a mirror of that many pages, in the file `fd` from `offset` on; `write` stores bytes there. One thread."""
+
+    def __init__(self, fd: int, offset: int, pages: int, write: Callable[[bytes, int], None]) -> None:
+        self._fd, self._end, self._write = fd, offset, write
+        self._frame = np.full(pages, _NONE, np.uint32)
+        self._slot = np.zeros(pages, np.uint8)
+        self._places: list[tuple[int, int]] = []
+        """Of each record: where it is, and how long."""
+        self._live: list[int] = []
+
+    def holds(self, gidx: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of these pages are here."""
+        found: NDArray[np.bool_] = self._frame[gidx] != _NONE
+        return found
+
+    @property
+    def all(self) -> NDArray[np.int64]:
+        """The pages that are here, ascending."""
+        return np.flatnonzero(self._frame != _NONE)
+
+    def add(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8]) -> bool:
+        """Takes up to FRAME pages, none of which is here, u8 (n, 4096); False if that would save too little."""
+        data = zstd.compress(pages.data, _LEVEL)
+        if len(data) > _WORTH * pages.nbytes:
+            return False
+        rest = gidx.astype("<u4").tobytes() + data
+        record = _HEAD.pack(_MAGIC, len(gidx), len(data), xxhash.xxh3_64_digest(rest)) + rest
+        self._write(record, self._end)
+        self._frame[gidx] = len(self._places)
+        self._slot[gidx] = np.arange(len(gidx))
+        self._places.append((self._end, len(record)))
+        self._live.append(len(gidx))
+        self._end += -(-len(record) // PAGE) * PAGE
+        return True
+
+    def read(self, gidx: NDArray[np.int64], out: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
+        """Puts these pages, all of which are here, into these rows of `out`."""
+        frames = self._frame[gidx]
+        order = np.argsort(frames, kind="stable")
+        ordered = frames[order]
+        cuts = [0, *((ordered[1:] != ordered[:-1]).nonzero()[0] + 1).tolist(), len(order)]
+        for start, end in itertools.pairwise(cuts):
+            mine = order[start:end]
+            offset, length = self._places[int(ordered[start])]
+            found = _opened(os.pread(self._fd, length, offset))
+            if found is None:
+                raise RuntimeError("a record of a mirror's packed pages is not as it was written")
+            out[rows[mine]] = found[1][self._slot[gidx[mine]]]
+
+    def drop(self, gidx: NDArray[np.int64]) -> None:
+        """These pages (no page twice) are not here any more, if they were."""
+        frames = self._frame[gidx]
+        here = frames != _NONE
+        if not here.any():
+            return
+        self._frame[gidx[here]] = _NONE
+        for frame, count in zip(*(part.tolist() for part in np.unique(frames[here], return_counts=True)), strict=True):
+            self._live[frame] -= count
+            if not self._live[frame]:
+                offset, length = self._places[frame]
+                punch(self._fd, offset, -(-length // PAGE) * PAGE)
+
+
+def _opened(record: bytes) -> tuple[NDArray[np.int64], NDArray[np.uint8]] | None:
+    """A record's pages and their indexes; None if it is none. There may be bytes behind it."""
+    if len(record) < _HEAD.size:
+        return None
+    magic, count, length, checksum = _HEAD.unpack_from(record)
+    rest = record[_HEAD.size : _HEAD.size + 4 * count + length]
+    if magic != _MAGIC or not 1 <= count <= FRAME or len(rest) != 4 * count + length:
+        return None
+    if xxhash.xxh3_64_digest(rest) != checksum:
+        return None
+    try:
+        data = zstd.ZstdDecompressor().decompress(rest[4 * count :], count * PAGE + 1)
+    except zstd.ZstdError:
+        return None
+    if len(data) != count * PAGE:
+        return None
+    return np.frombuffer(rest, "<u4", count).astype(np.int64), np.frombuffer(data, np.uint8).reshape(-1, PAGE)
+
+
+def left(fd: int, offset: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """What a dead process left in its file from `offset` on: indexes and pages of each whole record, in their order."""
+    end = os.fstat(fd).st_size
+    most = _HEAD.size + 4 * FRAME + FRAME * PAGE
+    done = offset
+    for start, stop in sparse.data_extents(fd, offset, end):
+        at = max(done, start // PAGE * PAGE)
+        while at < stop:
+            found = _opened(os.pread(fd, most, at))
+            length = PAGE
+            if found is not None:
+                (length,) = struct.unpack(">I", os.pread(fd, 4, at + 12))
+                length += _HEAD.size + 4 * len(found[0])
+                yield found
+            at += -(-length // PAGE) * PAGE
+        done = at
