@@ -31,7 +31,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from experiments.parts import Enough, Parts, chosen  # noqa: E402
+from experiments.parts import Parts, chosen  # noqa: E402
 from report import Report, Target  # noqa: E402
 
 from haulier.chunks.blocks import StoreBlockFinder  # noqa: E402
@@ -286,17 +286,16 @@ def cells(recorded: dict[str, list[bytes]], quick: bool) -> Iterator[Cell]:
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Report:
-    kept, notes = Parts(parts, steps), []
+    kept = Parts(parts, steps)
+    notes: list[str] = []
     recorded = streams(folder=parts)
     found: list[Cell] = []
     for name, batches in recorded.items():
         if not chosen(name, only):
             continue
-        try:
-            unit = partial(played, {name: batches}, quick)
-            found += [Cell.of(each) for each in kept.facts(f"adaptive{' quick' * quick}: {name}", unit)]
-        except Enough:
-            notes.append(f"not run yet: {name}")
+        unit = partial(played, {name: batches}, quick)
+        played_now = kept.attempt(f"adaptive{' quick' * quick}: {name}", unit, notes)
+        found += [Cell.of(each) for each in played_now or ()]
     return told(found, notes)
 
 

@@ -37,7 +37,7 @@ sys.path.insert(0, str(HERE))
 
 from adaptive import Recorder, encode_all  # noqa: E402
 from codec import Disk  # noqa: E402
-from experiments.parts import Enough, Parts, chosen  # noqa: E402
+from experiments.parts import Parts, chosen  # noqa: E402
 from report import Report, Target  # noqa: E402
 
 from haulier.agent.site import Site  # noqa: E402
@@ -296,12 +296,9 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
     for name in ("faces", "churn") if quick else AIMS:
         if not chosen(name, only):
             continue
-        try:
-            rows.append(kept.facts(f"bytes{' quick' * quick}: {name}", partial(one, name, quick)))
-        except Enough:
-            notes.append(f"not run yet: {name}")
-            continue
-        print(f"{time.strftime('%H:%M:%S')} {rows[-1]}", file=sys.stderr, flush=True)
+        if (row := kept.attempt(f"bytes{' quick' * quick}: {name}", partial(one, name, quick), notes)) is not None:
+            rows.append(row)
+            print(f"{time.strftime('%H:%M:%S')} {row}", file=sys.stderr, flush=True)
     targets = []
     for row in rows:
         name = row["guest"]

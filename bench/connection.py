@@ -25,7 +25,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -342,7 +341,7 @@ def one(stage: Any, row: Row, client: Client, at: str, to: str) -> dict[str, Any
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Any:
-    from experiments.parts import Enough, Parts, chosen
+    from experiments.parts import Parts, chosen
     from report import Report
 
     if os.geteuid() != 0:
@@ -360,15 +359,12 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
                 continue
             for number in range(wanted // part):
                 name = f"connection{' quick' * quick}: {row.name} {number + 1}"
-                try:
-                    found.setdefault(row, []).extend(kept.facts(name, partial(moving.move, name, row, part)))
-                except Enough:
-                    notes.append(f"not run yet: {name}")
-                except Exception as error:
-                    traceback.print_exc()
-                    notes.append(f"{name} failed: {type(error).__name__}: {error}")
-                    with contextlib.suppress(Exception):
-                        moving.close()
+                moves = kept.attempt(name, partial(moving.move, name, row, part), notes)
+                if moves is not None:
+                    found.setdefault(row, []).extend(moves)
+                    continue
+                with contextlib.suppress(Exception):
+                    moving.close()
     return Report(
         rows=[summary(row, each) for row, each in found.items() if each],
         targets=list(targets({row: each for row, each in found.items() if each})),

@@ -15,7 +15,6 @@ FOLDER what ended is kept there and not measured again; --steps N measures so ma
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from experiments.parts import Enough, Parts, chosen  # noqa: E402
+from experiments.parts import Parts, chosen  # noqa: E402
 from report import Report, Target  # noqa: E402
 
 from haulier.errors import HaulierError  # noqa: E402
@@ -179,14 +178,8 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
                 if known := without_running(way, pages, given_up, so_far):
                     rows.append({"how": way, "pages/s": pages, "Mbps": mbps, "done": known})
                     continue
-                try:
-                    row = kept.facts(f"convergence {give_up_s:g} s: {name}", partial(cell, way, pages, mbps, give_up_s))
-                except Enough:
-                    notes.append(f"not run yet: {name}")
-                    continue
-                except (HaulierError, OSError, subprocess.SubprocessError) as error:
-                    notes.append(f"failed: {name}: {type(error).__name__}: {error}")
-                    print(notes[-1], file=sys.stderr, flush=True)
+                unit = partial(cell, way, pages, mbps, give_up_s)
+                if (row := kept.attempt(f"convergence {give_up_s:g} s: {name}", unit, notes)) is None:
                     continue
                 rows.append(row)
                 if row["done"] == GIVEN_UP:

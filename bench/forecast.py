@@ -11,7 +11,6 @@ handoffs: after an interruption it begins that anew.
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from experiments.parts import Enough, Parts, chosen  # noqa: E402
+from experiments.parts import Parts, chosen  # noqa: E402
 from report import Report, Target  # noqa: E402
 
-from haulier.errors import HaulierError  # noqa: E402
 from haulier.lab.clients import Workload  # noqa: E402
 from haulier.lab.scenario import GUEST_ADDRESS, Scenario, scenario, template, wan  # noqa: E402
 
@@ -86,19 +84,17 @@ def measured(cells: Sequence[tuple[str, int]], parts: Parts, notes: list[str]) -
         if parts.kept(part(*due[0])) is not None:
             yield from parts.kept(part(*due.pop(0)))
             continue
+        if parts.spent:
+            notes.append(f"not run yet: {part(*due.pop(0))}")
+            continue
         with scenario("bench-forecast", template(512), [wan("20mbit", f"{RTT_S / 2 * 1000:g}ms")]) as found:
             found.start_guest()
             while due:
                 load, mbps = due.pop(0)
-                try:
-                    yield from parts.facts(part(load, mbps), partial(there_and_back, found, load, mbps))
-                except Enough:
-                    notes.append(f"not run yet: {'; '.join(part(*cell) for cell in [(load, mbps), *due])}")
-                    return
-                except (HaulierError, OSError, subprocess.SubprocessError) as error:
-                    notes.append(f"failed: {part(load, mbps)}: {type(error).__name__}: {error}")
-                    print(notes[-1], file=sys.stderr, flush=True)
+                rows = parts.attempt(part(load, mbps), partial(there_and_back, found, load, mbps), notes)
+                if rows is None and not parts.spent:
                     break
+                yield from rows or ()
 
 
 def part(load: str, mbps: int) -> str:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -289,7 +288,7 @@ def both(case: Callable[..., dict[str, float]], directory: Path, *words: int) ->
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Any:
-    from experiments.parts import Enough, Parts, chosen
+    from experiments.parts import Parts, chosen
     from report import Report
 
     if os.geteuid() != 0:
@@ -308,14 +307,8 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
         for label, measure in cases(directory, quick).items():
             if not chosen(label, only):
                 continue
-            try:
-                found = kept.facts(f"multipath{' quick' * quick}: {label}", partial(said, label, measure))
-            except Enough:
-                report.notes.append(f"not run yet: {label}")
-            except Exception as error:
-                traceback.print_exc()
-                report.notes.append(f"{label} failed: {type(error).__name__}: {error}")
-            else:
+            name = f"multipath{' quick' * quick}: {label}"
+            if (found := kept.attempt(name, partial(said, label, measure), report.notes)) is not None:
                 enter(report, label, found)
     return report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class Parts:
         """The same for a unit that finds what JSON can hold, and not null. What raises is not kept."""
         if (old := self.kept(name)) is not None:
             return old
-        if self._steps and self._run >= self._steps:
+        if self.spent:
             raise Enough(name)
         self._run += 1
         found = unit()
@@ -45,6 +46,22 @@ class Parts:
             temporary.write_text(json.dumps(found))
             temporary.rename(path)
         return found
+
+    @property
+    def spent(self) -> bool:
+        """As many units as were asked for have run."""
+        return bool(self._steps) and self._run >= self._steps
+
+    def attempt(self, name: str, unit: Callable[[], Any], notes: list[str]) -> Any:
+        """As `facts`; None for what is left for another run, or failed: the run goes on, and `notes` says so."""
+        try:
+            return self.facts(name, unit)
+        except Enough:
+            notes.append(f"not run yet: {name}")
+        except Exception as error:
+            traceback.print_exc()
+            notes.append(f"failed: {name}: {type(error).__name__}: {error}")
+        return None
 
     def path(self, name: str) -> Path | None:
         if self._folder is None:

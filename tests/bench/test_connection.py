@@ -72,7 +72,7 @@ def test_what_was_measured_is_not_measured_again_and_a_failure_costs_its_part(
     monkeypatch.setattr(connection.Moving, "move", move)
     first = connection.run(False, only=["hook"], parts=tmp_path)
     assert [row["moves"] for row in first.rows] == [10]
-    assert "connection: hook 2 failed: RuntimeError: the guest did not come" in first.notes
+    assert "failed: connection: hook 2: RuntimeError: the guest did not come" in first.notes
     again = connection.run(False, only=["hook"], parts=tmp_path, steps=1)
     assert [row["moves"] for row in again.rows] == [20]
     assert asked == ["connection: hook 1", "connection: hook 2", "connection: hook 2"]

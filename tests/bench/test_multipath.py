@@ -50,7 +50,7 @@ def test_handoffs_go_on_where_they_were_interrupted(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(handoffs.Moving, "hand_over", hand_over)
     first = handoffs.run(False, only=["50/*"], parts=tmp_path, steps=5)
     assert [row["MiB"] for row in first.rows] == [256], "one of 512 failed, one of 1024 was not reached"
-    assert any("50/512, 2 of 2 paths failed: RuntimeError" in note for note in first.notes)
+    assert any("50/512, 2 of 2 paths: RuntimeError" in note for note in first.notes)
     assert "not run yet: multipath-handoff: 50/1024, 2 of 2 paths" in first.notes
     second = handoffs.run(False, only=["50/*"], parts=tmp_path)
     assert [row["one / two"] for row in second.rows] == [2.0, 2.0, 2.0] and all(target.ok for target in second.targets)

@@ -236,6 +236,19 @@ def test_what_failed_is_not_kept(tmp_path: Path) -> None:
     assert parts.facts("cell", lambda: [{"a": "b"}]) == [{"a": "b"}] == Parts(tmp_path).facts("cell", fails)
 
 
+def test_a_run_goes_on_after_what_failed_and_says_so(tmp_path: Path) -> None:
+    parts, notes = Parts(tmp_path, steps=2), list[str]()
+
+    def fails() -> None:
+        raise OSError("no link")
+
+    assert parts.attempt("first", fails, notes) is None and not parts.spent
+    assert parts.attempt("second", lambda: [2], notes) == [2] and parts.spent
+    assert parts.attempt("third", lambda: [3], notes) is None
+    assert parts.attempt("second", fails, notes) == [2]
+    assert notes == ["failed: first: OSError: no link", "not run yet: third"]
+
+
 def test_a_pattern_may_leave_out_the_end_of_a_name() -> None:
     assert chosen("stock best/50/2500", ()) and chosen("stock best/50/2500", ["x", "stock*/50"])
     assert chosen("stock best/50/2500", ["*/*/2500"]) and not chosen("stock best/50/2500", ["stock best/10", "*/*/300"])
