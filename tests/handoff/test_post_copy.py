@@ -50,7 +50,7 @@ class Ends:
         self.window = WIDE
         into = TargetProxy(folder / f"{name}.target")
         self.sink = MemorySink(connect(), into, self.right, self.failures.append, connect)
-        urgent = UrgentPump(folder / f"{name}.out", self.left)
+        self.urgent = urgent = UrgentPump(folder / f"{name}.out", self.left)
         source.execute("migrate", uri=f"unix:{folder / name}.out", **({"resume": True} if broken else {}))
         self.pump = MemoryPump(urgent.stream(), proxy, self.left, lambda: self.window)
         self.pump.serve("ram0", urgent)
@@ -119,7 +119,10 @@ def test_pages_that_are_asked_for_come_and_so_do_the_others(folder: Path) -> Non
             assert ends.pump.proxy.finish() == ends.sink.proxy.digest()
             assert ends.pump.post_copy is not None and ends.pump.post_copy.requests > 0
             assert 0 < ends.sink.waits.mean_s <= ends.sink.waits.worst_s
-            assert ends.sink.waits.overtook >= ends.sink.waits.answered
+            # Not all: some are on their way on the main stream when they are asked for.
+            assert ends.sink.waits.overtook > 0
+            # The guest dirties the same pages over and over, so what is urgent was there before, but for a little.
+            assert ends.urgent.referred > 0 and ends.urgent.wire < ends.urgent.raw // 2
         finally:
             ends.close()
 

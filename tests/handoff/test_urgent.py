@@ -16,7 +16,10 @@ from haulier.errors import Corrupt, GuestError
 from haulier.handoff import urgent
 from haulier.handoff.messages import Channel
 from haulier.handoff.urgent import READ, UrgentPump, UrgentSink, pack, unpack
+from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.memory.references import Referring
 from tests.handoff.test_memory_link import Carrier
+from tests.support.qemustream import PAGE, Writer, changed
 from tests.support.waiting import wait_for
 
 
@@ -27,10 +30,10 @@ def test_a_message_comes_back_as_it_was(data: bytes) -> None:
 
 def test_what_is_not_right_is_refused() -> None:
     right = pack(os.urandom(4000))
-    bomb = pack(b"x")[:8] + (1).to_bytes(4, "little") + zstd.compress(bytes(1 << 26), 1)
+    bomb = pack(b"x")[:18] + zstd.compress(bytes(1 << 26), 1)
     for wrong in (
         b"",
-        right[:11],
+        right[:17],
         right[:-1],
         right[:-1] + bytes([right[-1] ^ 1]),
         bytes([right[0] ^ 1]) + right[1:],
@@ -40,6 +43,8 @@ def test_what_is_not_right_is_refused() -> None:
             unpack(wrong)
     with pytest.raises(Corrupt, match="too much"):
         unpack(right[:8] + (READ + 1).to_bytes(4, "little") + right[12:])
+    with pytest.raises(Corrupt, match="too much"):
+        unpack(right[:16] + (17).to_bytes(2, "little") + right[18:])
 
 
 def test_from_one_qemu_to_the_other(tmp_path: Path) -> None:
@@ -78,6 +83,35 @@ def test_from_one_qemu_to_the_other(tmp_path: Path) -> None:
             right.stop()
     connections[0].close()
     assert not (tmp_path / "out").exists()
+
+
+def test_what_overtook_the_batches_it_refers_to_waits_for_them_in_its_order(tmp_path: Path) -> None:
+    out, into = SourceProxy(tmp_path / "source"), TargetProxy(tmp_path / "target")
+    writer = Writer().begin().part()
+    noise = os.urandom(PAGE)
+    batches = [*out.feed(writer.page("ram0", 3, noise).eos().data), *out.flush()]
+    referring = Referring(out)
+    data = Writer().page("ram0", 3, changed(noise, 5)).data
+    differences, table = referring.refer(data)
+    assert table
+    ours, theirs = socket.socketpair()
+    carrier = Carrier()
+    came, failures = bytearray(), []
+    sink = UrgentSink(lambda: ours, carrier, came.extend, into)
+    sink.on_failure(failures.append)
+    take = carrier.callbacks[Channel.URGENT]
+    take(pack(b""))
+    take(pack(data, len(batches), differences, table))
+    take(pack(b"later"))
+    assert len(differences) == len(data) and not came
+    for batch in batches:
+        assert not came
+        into.feed(batch.data)
+        sink.go_on()
+    assert failures == [] and came == data + b"later" == theirs.recv(1 << 16)
+    sink.close()
+    theirs.close()
+    out.close(), into.close()
 
 
 def test_a_qemu_that_does_not_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from haulier.handoff.page_requests import PostCopyPump, Waits
 from haulier.handoff.urgent import UrgentPump, UrgentSink
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, TargetProxy, WireBatch
+from haulier.memory.references import Referring
 
 READ = 512 * 1024
 """Raw bytes in one batch at most."""
@@ -85,6 +86,7 @@ class MemoryPump:
         self._kept: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
         self.post_copy: PostCopyPump | None = None
         self._urgent: UrgentPump | None = None
+        self._referred = False
         carrier.on(Channel.RETURN_PATH, self._returned)
         carrier.on(Channel.DELIVERED, self._delivered)
         self._thread = threading.Thread(target=self._run, name="memory-pump", daemon=True)
@@ -216,6 +218,12 @@ class MemoryPump:
             qemus.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, QEMU_SNDBUF)
             qemus.close()
 
+    def _refer(self) -> None:
+        """Pre-copy is over, and all of it is in batches: urgent pages may refer to what it brought."""
+        if not self._referred and self._urgent is not None:
+            self._referred = True
+            self._urgent.refer(Referring(self.proxy), self.proxy.counters.batches)
+
     def _send(self, batch: WireBatch) -> None:
         self.wire += len(batch.data)
         self._carrier.send(Channel.MEMORY, batch.data)
@@ -254,6 +262,7 @@ class MemoryPump:
                 if self.proxy.device_state and not self.device_state_at:
                     self.device_state_at = time.time()
                 if self.post_copy is not None and self.proxy.parser.packaged:
+                    self._refer()
                     self.post_copy.push()
         except (OSError, HaulierError) as error:
             if not self._closing:
@@ -295,7 +304,7 @@ class MemorySink:
             thread.start()
         self._urgent = None
         if connect is not None:
-            self._urgent = UrgentSink(connect, carrier, self._overtaken)
+            self._urgent = UrgentSink(connect, carrier, self._overtaken, proxy)
             self._urgent.on_failure(self._fail_open)
         carrier.on(Channel.MEMORY, self._batch)
 
@@ -332,6 +341,8 @@ class MemorySink:
                         break
                     except queue.Full:
                         continue
+            if self._urgent is not None:
+                self._urgent.go_on()
         except (OSError, HaulierError) as error:
             if not self._closing:
                 self._fail(error)

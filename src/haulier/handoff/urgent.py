@@ -1,11 +1,12 @@
 """Pages that a guest waits for, on a connection that QEMU has for them alone (its postcopy-preempt).
 
-They overtake everything that is on its way on the main stream, in QEMU and in the session. They go compressed, but
-without references to what both sites have: the mirrors follow the main stream, and these pages come at no certain place
-of it.
+They overtake everything that is on its way on the main stream, in QEMU and in the session. They go compressed, and as
+differences to what the target has by then (`haulier.memory.references`): the mirrors follow the main stream and not
+these pages, so of a page that is still to come they both hold what pre-copy brought.
 
-A message is u64 xxh3-64 of the bytes, u32 their number, both little-endian, and the bytes through zstd; the first one
-is empty, and says that QEMU has made its connection.
+A message is u64 xxh3-64 of the bytes, u32 their number, u32 how many batches of the main stream the target must have
+taken before, u16 number of entries of the table, all little-endian; the table; and the bytes, with differences in them,
+through zstd. The first message is empty, and says that QEMU has made its connection.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
@@ -24,13 +26,16 @@ import xxhash
 from haulier.compress import zstd
 from haulier.errors import Corrupt, GuestError, HaulierError
 from haulier.handoff.messages import Channel
+from haulier.memory.proxy import TargetProxy
+from haulier.memory.references import PLACE, Referring, resolve
+from haulier.units import PAGE
 
 log = logging.getLogger(__name__)
 
 READ: Final = 64 << 10
 LEVEL: Final = 1
 ACCEPT_S: Final = 30.0
-_HEAD: Final = struct.Struct("<QI")
+_HEAD: Final = struct.Struct("<QIIH")
 
 
 class Carrier(Protocol):
@@ -40,26 +45,37 @@ class Carrier(Protocol):
     def on(self, channel: int, callback: Callable[[bytes], None]) -> None: ...
 
 
-def pack(data: bytes) -> bytes:
-    """The message that carries these bytes, READ at most."""
-    return _HEAD.pack(xxhash.xxh3_64_intdigest(data), len(data)) + zstd.compress(data, LEVEL)
+def pack(data: bytes, needs: int = 0, differences: bytes | None = None, table: bytes = b"") -> bytes:
+    """The message that carries these bytes, READ at most; `differences` and `table` as Referring gives them."""
+    head = _HEAD.pack(xxhash.xxh3_64_intdigest(data), len(data), needs, len(table) // PLACE.itemsize)
+    return head + table + zstd.compress(data if differences is None else differences, LEVEL)
 
 
-def unpack(message: bytes) -> bytes:
-    """The bytes of a message. Corrupt if it is none, or they are others."""
+def needs(message: bytes) -> int:
+    """How many batches of the main stream must have been taken before this message. Corrupt if it is none."""
     if len(message) < _HEAD.size:
         raise Corrupt("a message with urgent pages is shorter than its head")
-    checksum, length = _HEAD.unpack_from(message)
-    if length > READ:
-        raise Corrupt(f"a message with urgent pages announces {length} bytes, which is too much")
+    return int(_HEAD.unpack_from(message)[2])
+
+
+def unpack(message: bytes, proxy: TargetProxy | None = None) -> bytes:
+    """The bytes of a message. Corrupt if it is none, or they are others. `proxy` has what it may refer to."""
+    if len(message) < _HEAD.size:
+        raise Corrupt("a message with urgent pages is shorter than its head")
+    checksum, length, _, places = _HEAD.unpack_from(message)
+    if length > READ or places > READ // PAGE:
+        raise Corrupt(f"a message with urgent pages announces {length} bytes, {places} pages, which is too much")
+    table = message[_HEAD.size : _HEAD.size + places * PLACE.itemsize]
     decompressor = zstd.ZstdDecompressor()
     try:
-        data = decompressor.decompress(message[_HEAD.size :], length + 1)
+        data = decompressor.decompress(message[_HEAD.size + places * PLACE.itemsize :], length + 1)
     except zstd.ZstdError as error:
         raise Corrupt(f"a message with urgent pages cannot be decompressed: {error}") from None
-    if len(data) != length or not decompressor.eof or xxhash.xxh3_64_intdigest(data) != checksum:
-        raise Corrupt("a message with urgent pages does not match its checksum")
-    return data
+    if len(data) == length and decompressor.eof:
+        data = resolve(data, table, proxy.mirror if proxy else None, proxy.reader if proxy else None)
+        if xxhash.xxh3_64_intdigest(data) == checksum:
+            return data
+    raise Corrupt("a message with urgent pages does not match its checksum")
 
 
 class UrgentPump:
@@ -67,7 +83,9 @@ class UrgentPump:
 
     def __init__(self, path: Path, carrier: Carrier) -> None:
         """Listens at `path` from now on."""
-        self.raw = 0
+        self.raw = self.wire = 0
+        self._referring: Referring | None = None
+        self._needs = 0
         self._path, self._carrier = path, carrier
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
@@ -89,6 +107,15 @@ class UrgentPump:
         self._thread.start()
         return connection
 
+    def refer(self, referring: Referring, needs: int) -> None:
+        """Pre-copy is over: from now on pages may be differences to what `needs` batches of the stream brought."""
+        self._needs, self._referring = needs, referring
+
+    @property
+    def referred(self) -> int:
+        """Pages that went as differences."""
+        return self._referring.pages if self._referring is not None else 0
+
     def close(self) -> None:
         """QEMU sees its second connection closed. Waits for the thread."""
         self._closing = True
@@ -108,8 +135,14 @@ class UrgentPump:
             self._connection, _ = self._listener.accept()
             self._carrier.send(Channel.URGENT, pack(b""), urgent=True)
             while data := self._connection.recv(READ):
+                message = pack(data)
+                # Once some went without, it does not know where a record begins.
+                if self._referring is not None and (self.raw == 0 or self._referring.begun):
+                    differences, table = self._referring.refer(data)
+                    message = pack(data, self._needs if table else 0, differences, table)
                 self.raw += len(data)
-                self._carrier.send(Channel.URGENT, pack(data), urgent=True)
+                self.wire += len(message)
+                self._carrier.send(Channel.URGENT, message, urgent=True)
         except (OSError, HaulierError) as error:
             if not self._closing:
                 log.warning("urgent pages: %s", error)
@@ -118,9 +151,17 @@ class UrgentPump:
 class UrgentSink:
     """At the target: gives QEMU what comes for its second connection, which is made when the source's is."""
 
-    def __init__(self, connect: Callable[[], socket.socket], carrier: Carrier, came: Callable[[bytes], None]) -> None:
-        """`came` takes the bytes that QEMU was given."""
-        self._connect, self._came = connect, came
+    def __init__(
+        self,
+        connect: Callable[[], socket.socket],
+        carrier: Carrier,
+        came: Callable[[bytes], None],
+        proxy: TargetProxy | None = None,
+    ) -> None:
+        """`came` takes the bytes that QEMU was given; `proxy` has what pages may refer to, see `go_on`."""
+        self._connect, self._came, self._proxy = connect, came, proxy
+        self._waiting: deque[bytes] = deque()
+        self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._failed: Callable[[Exception], None] = lambda _: None
         carrier.on(Channel.URGENT, self._take)
@@ -134,13 +175,23 @@ class UrgentSink:
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
 
+    def go_on(self) -> None:
+        """The proxy has taken a batch: what overtook what it refers to is given to QEMU now."""
+        with self._lock:
+            while self._waiting:
+                try:
+                    if self._proxy is not None and needs(self._waiting[0]) > self._proxy.batches:
+                        return
+                    data = unpack(self._waiting.popleft(), self._proxy)
+                    if self._socket is None:
+                        self._socket = self._connect()
+                    self._socket.sendall(data)
+                except (OSError, HaulierError) as error:
+                    self._waiting.clear()
+                    self._failed(error)
+                    return
+                self._came(data)
+
     def _take(self, message: bytes) -> None:
-        try:
-            data = unpack(message)
-            if self._socket is None:
-                self._socket = self._connect()
-            self._socket.sendall(data)
-        except (OSError, HaulierError) as error:
-            self._failed(error)
-            return
-        self._came(data)
+        self._waiting.append(message)
+        self.go_on()

@@ -27,6 +27,7 @@ from haulier.errors import Cancelled, Conflict, Corrupt, HandoffFailed, HaulierE
 from haulier.handoff.container_source import ContainerSource
 from haulier.handoff.container_target import ContainerTarget
 from haulier.handoff.custody import record_of
+from haulier.handoff.footprint import be_lean
 from haulier.handoff.journal import Journal
 from haulier.handoff.messages import Accept, Job, Offer, Resumption
 from haulier.handoff.ownership import State
@@ -97,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--id")
     parser.add_argument("--standby", action="store_true")
     options = parser.parse_args(arguments)
+    be_lean()
     waiting: subprocess.Popen[bytes] | None = None
     if options.standby:
         waiting = waiting_export()

@@ -1,7 +1,7 @@
 """Owns QEMU's migration stream: parsing and rebuilding it, the mirror of guest memory, the page codec, the two proxies.
 
 Takes bytes and gives bytes; touches files only by mapping them (a base, a mirror).
-Never touches sockets, clocks, threads or QEMU itself.
+Never touches sockets, clocks or QEMU itself, and starts no threads.
 """
 
 from haulier.memory.base import MemoryBase

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Final
@@ -44,7 +45,7 @@ def _new(path: Path | None) -> int:
 class Mirror:
     """Pages by global index. `blocks` and `first` map idstr to length in bytes and to the index of its first page.
 
-    `present` (bool, one a page) is False for pages that are known to be zero. One thread at a time.
+    `present` (bool, one a page) is False for pages that are known to be zero. `get` may be called from another thread.
     """
 
     def __init__(self, path: Path | None, blocks: dict[str, int]) -> None:
@@ -81,6 +82,7 @@ class Mirror:
             os.close(self._fd)
             raise
         self._view: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, offset=self._offset).reshape(-1, PAGE)
+        self._lock = threading.RLock()
         self._packed = PackedPages(self._fd, self._size, self.pages, self._pwrite)
         self._whole = False
 
@@ -165,6 +167,10 @@ class Mirror:
         """Copies of the pages, u8 (n, 4096), in `out` if given (contiguous, n rows)."""
         if out is None:
             out = np.empty((len(gidx), PAGE), np.uint8)
+        with self._lock:
+            return self._get(gidx, out)
+
+    def _get(self, gidx: NDArray[np.int64], out: NDArray[np.uint8]) -> NDArray[np.uint8]:
         own = self._own[gidx]
         if own.all():
             # mode="clip" lets numpy write straight into `out`; the line above has refused what is out of range.
@@ -197,14 +203,15 @@ class Mirror:
             rows = np.arange(len(gidx))
         if not len(rows):
             return
-        self._store(gidx, pages, rows)
-        if not self._whole:
-            self._packed.drop(gidx)
-            self._count = (self._count + 1) & 0xFFFFFFFF
-            self._set_at[gidx] = self._count
-            self._old.append((self._count, gidx.copy()))
-            self._waiting += len(gidx)
-            self._pack()
+        with self._lock:
+            self._store(gidx, pages, rows)
+            if not self._whole:
+                self._packed.drop(gidx)
+                self._count = (self._count + 1) & 0xFFFFFFFF
+                self._set_at[gidx] = self._count
+                self._old.append((self._count, gidx.copy()))
+                self._waiting += len(gidx)
+                self._pack()
 
     def _store(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         new = ~self._own[gidx]
@@ -243,15 +250,16 @@ class Mirror:
 
     def zero(self, gidx: NDArray[np.int64]) -> None:
         """Make pages zero; long runs give their memory back."""
-        self._packed.drop(gidx)
-        self.present[gidx[~self._own[gidx]]] = False
-        there = gidx[self._own[gidx]]
-        for position, count in sparse.runs(there):
-            page = int(there[position])
-            if count < _PUNCH or not punch(self._fd, self._offset + page * PAGE, count * PAGE):
-                self._view[page : page + count] = 0
-            self.present[page : page + count] = False
-            self._own[page : page + count] = False
+        with self._lock:
+            self._packed.drop(gidx)
+            self.present[gidx[~self._own[gidx]]] = False
+            there = gidx[self._own[gidx]]
+            for position, count in sparse.runs(there):
+                page = int(there[position])
+                if count < _PUNCH or not punch(self._fd, self._offset + page * PAGE, count * PAGE):
+                    self._view[page : page + count] = 0
+                self.present[page : page + count] = False
+                self._own[page : page + count] = False
 
     def last(self, gidx: NDArray[np.int64]) -> NDArray[np.bool_]:
         """True where an index occurs for the last time in `gidx`."""

@@ -464,6 +464,11 @@ class TargetProxy:
         self.raw_bytes += len(raw)
         return [raw]
 
+    @property
+    def batches(self) -> int:
+        """How many have come so far."""
+        return self._sequence
+
     def digest(self) -> bytes:
         """BLAKE3 of all bytes given out."""
         return self._digest.digest()
