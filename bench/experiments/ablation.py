@@ -23,6 +23,7 @@ from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.compress import xz
+from haulier.compress.stream import LONG_LEVEL
 from haulier.guests.command import RAM_ID
 from haulier.handoff import retained
 from haulier.handoff.journal import Journal
@@ -32,7 +33,7 @@ from haulier.lab import looking
 from haulier.lab.scenario import IMAGE, Scenario, scenario
 from haulier.memory import pages, series
 from haulier.memory.ahead import AheadReader
-from haulier.memory.proxy import AHEAD_PAGES, LONG_LEVEL, SourceProxy
+from haulier.memory.proxy import AHEAD_PAGES, SourceProxy
 from haulier.without import DISK_FIRST, ORDER, RECIPES, VARIABLE
 
 ALL = "all parts"

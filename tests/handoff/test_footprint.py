@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from haulier.units import MIB
 
 
 def test_memory_that_is_taken_is_counted(tmp_path: Path) -> None:
+    gc.collect()
     before = footprint(tmp_path / "mirror")
     held = np.ones(64 * MIB, np.uint8)
     (tmp_path / "mirror").write_bytes(bytes(range(256)) * 4096)

@@ -13,9 +13,14 @@ from pathlib import Path
 import pytest
 
 from haulier.guests import rescue
+from haulier.handoff import agreeing, served
+from haulier.handoff.agreeing import TargetComparison
+from haulier.handoff.attempts import picture_id
 from haulier.handoff.convergence import serving_window
 from haulier.handoff.memory_link import MemoryPump, MemorySink
+from haulier.handoff.messages import Compare, GiveUp, Message
 from haulier.handoff.urgent import UrgentPump
+from haulier.memory.base import MemoryBase
 from haulier.memory.proxy import Broken, SourceProxy, TargetProxy
 from tests.handoff.test_memory_link import WIDE, Carrier
 from tests.support.tinyguest import QEMU, TinyGuest, tiny_guest
@@ -36,7 +41,14 @@ def folder() -> Iterator[Path]:
 class Ends:
     """Pump and sink between the two, over carriers in memory."""
 
-    def __init__(self, folder: Path, name: str, source: TinyGuest, broken: Broken | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        source: TinyGuest,
+        broken: Broken | None = None,
+        bases: tuple[MemoryBase | None, MemoryBase | None] = (None, None),
+    ) -> None:
         self.failures: list[Exception] = []
         self.left, self.right = Carrier(), Carrier()
         self.left.peer, self.right.peer = self.right, self.left
@@ -46,9 +58,9 @@ class Ends:
             theirs.connect(str(folder / name))
             return theirs
 
-        proxy = SourceProxy(folder / f"{name}.source", broken=broken)
+        proxy = SourceProxy(folder / f"{name}.source", bases[0], broken=broken)
         self.window = WIDE
-        into = TargetProxy(folder / f"{name}.target")
+        into = TargetProxy(folder / f"{name}.target", bases[1])
         self.sink = MemorySink(connect(), into, self.right, self.failures.append, connect)
         self.urgent = urgent = UrgentPump(folder / f"{name}.out", self.left)
         source.execute("migrate", uri=f"unix:{folder / name}.out", **({"resume": True} if broken else {}))
@@ -65,6 +77,24 @@ class Ends:
             carrier.stop()
         self.pump.proxy.close()
         self.sink.proxy.close()
+
+
+class Agreement:
+    """The source's control connection, with the target's answers."""
+
+    def __init__(self, base: MemoryBase) -> None:
+        self._target = TargetComparison(base)
+        self._answer: Message | None = None
+
+    def send(self, message: Message) -> None:
+        if isinstance(message, Compare):
+            self._answer = self._target.compare(message)
+        elif isinstance(message, GiveUp):
+            self._answer = self._target.give_up(message)
+
+    def wait(self, kind: type[Message], timeout: float) -> Message:
+        assert isinstance(self._answer, kind)
+        return self._answer
 
 
 @contextlib.contextmanager
@@ -163,10 +193,17 @@ def test_new_ends_go_on_where_both_were_cut(folder: Path) -> None:
         assert rescue.recover(control, f"unix:{folder / 'again'}") is None
         assert rescue.recover(control, f"unix:{folder / 'again'}") is None, "it listens already"
         source.execute("migrate-set-parameters", max_postcopy_bandwidth=0)
-        ends = Ends(folder, "again", source, Broken(parser.blocks, tuple(parser.ids)))
+        here, there = (served.picture_of(folder / f"in.{side}") for side in ("source", "target"))
+        assert here is not None and there is not None and served.picture_of(folder / "in.source") is None
+        agreeing.at_source(here, picture_id("h"), Agreement(there))  # type: ignore[arg-type]
+        assert here.digest == there.digest
+        ends = Ends(folder, "again", source, Broken(parser.blocks, tuple(parser.ids)), (here, there))
         try:
             whole(source, target, count)
             assert ends.pump.error is None and ends.pump.proxy.warnings == []
+            # What pre-copy had brought is known at both ends.
+            kinds = ends.pump.proxy.counters.pages
+            assert kinds.get("xor", 0) + kinds.get("same", 0) + ends.urgent.referred > kinds.get("literal", 0), kinds
         finally:
             ends.close()
         assert keeper.wait(30) == 0 and not control.exists(), "it ends with what it is for"

@@ -197,7 +197,7 @@ class Handoffs:
                     os.kill(row.pid, recovery.LEFT_ALONE)
                 raise Conflict(f"the worker of handoff {row.id} at site {self.site.name!r} is just ending: ask again")
             recovery.settle_filling(self.site, self.journal, row)
-            accept, process = spawning.accept_resumption(self.site, self.journal, row, request.secret)
+            accept, process = spawning.accept_resumption(self.site, self.journal, row, request.secret, request.pictured)
             self.core.children.append(process)
         return dict(msgspec.to_builtins(accept))
 

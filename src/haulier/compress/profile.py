@@ -11,16 +11,14 @@ import msgspec
 
 from haulier.compress import xz
 from haulier.compress.controller import DEFAULT, Cost, Profile, Tried
-from haulier.compress.stream import DEFAULT_WINDOW_LOG, StreamCompressor
+from haulier.compress.stream import StreamCompressor, window
 from haulier.errors import Corrupt, UsageError
 
 LEVELS: Final = (-5, 1, 2, 3, 5, *(xz.FIRST_LEVEL + preset for preset in (0, 2, 4, 6)))
 """Those of zstd above 5 make no fewer bytes of what the page logic leaves, and from 15 on more than xz, and slower."""
-NEAR_LOG: Final = 21
 PIECE: Final = 256 * 1024
 TRIAL: Final = 128 * 1024
 """Bytes that are tried: few, because the link may run dry meanwhile."""
-LONG_LEVEL: Final = 7
 PATIENCE_S: Final = 1.2
 """CPU seconds for one level; what a slow level does not get to in that time is extrapolated."""
 
@@ -29,8 +27,8 @@ def compressor(level: int) -> tuple[Callable[[bytes], bytes], int]:
     """What compresses batch after batch at that level, as handoffs do, and the bytes that it looks back over."""
     if xz.is_xz(level):
         return partial(xz.pack, level), xz.DICTIONARY
-    log = DEFAULT_WINDOW_LOG if level >= LONG_LEVEL else NEAR_LOG
-    return StreamCompressor(level, log, level >= LONG_LEVEL).compress, 1 << log
+    log, long = window(level)
+    return StreamCompressor(level, log, long).compress, 1 << log
 
 
 def measure(sample: bytes, clock: Callable[[], float] = time.thread_time, now: float = 0.0) -> Profile:

@@ -16,8 +16,21 @@ MIN_WINDOW_LOG: Final = 20
 MAX_WINDOW_LOG: Final = 27
 DEFAULT_WINDOW_LOG: Final = 25
 FAST_LINK_BPS: Final = 150e6
+LONG_LEVEL: Final = 7
+"""From here on zstd looks back over the whole window: of guest memory it earns less than it costs."""
+NEAR_WINDOW_LOG: Final = 21
+"""The window without long-distance matching: more is never found, and only strains the caches."""
 
 Buffer = bytes | bytearray | memoryview
+
+
+def window(level: int, log: int = DEFAULT_WINDOW_LOG, long: bool | None = None) -> tuple[int, bool]:
+    """The window's log and whether to look back over all of it, for StreamCompressor: `log` and `long` as far as given.
+
+    By default far from LONG_LEVEL on, because below speed matters more.
+    """
+    far = level >= LONG_LEVEL if long is None else long
+    return (log if far else min(log, NEAR_WINDOW_LOG)), far
 
 
 def level_for(link_bps: float) -> int:

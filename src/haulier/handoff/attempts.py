@@ -48,11 +48,16 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def id(self) -> str:
-        return PREFIX + self.handoff
+        return picture_id(self.handoff)
 
 
 def _directory(site: Site, guest: str, peer: str) -> Path:
     return site.attempts / check_name(guest, "guest") / check_name(peer, "site")
+
+
+def picture_id(handoff: str) -> str:
+    """The id of the picture that an attempt, the handoff, left at both sites."""
+    return PREFIX + handoff
 
 
 def manifest_of(guest: str) -> str:

@@ -121,6 +121,8 @@ class Resumption(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int
     secret: str
     """Of the new session."""
+    pictured: bool = False
+    """The source still has what its dead worker knew the target to have."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,7 +235,9 @@ class GivenUp(Message, frozen=True, tag="given-up"):
 
 
 class MemoryReady(Message, frozen=True, tag="memory-ready"):
-    """T>S: the stream may come."""
+    """T>S: the stream may come. `pictured`: after the two have agreed on what dead workers' mirrors held."""
+
+    pictured: bool = False
 
 
 class Stretch(Message, frozen=True, tag="stretch"):

@@ -1,7 +1,8 @@
 """New workers for a guest that runs before its memory is whole: they go on where dead ones, or a dead link, left off.
 
 Both QEMUs have paused their post-copy by then, or are made to. The target's listens again, the source's says what had
-arrived by the target's word, and sends the rest, through new proxies with empty mirrors.
+arrived by the target's word, and sends the rest, through new proxies, whose mirrors begin as what both dead workers'
+held.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from haulier.errors import Conflict, GuestError, HandoffFailed, HaulierError
 from haulier.guests import rescue
 from haulier.guests.command import RAM_ID
 from haulier.guests.qemu import Qemu
-from haulier.handoff import clients, served
+from haulier.handoff import agreeing, clients, served
+from haulier.handoff.attempts import picture_id
 from haulier.handoff.control import Control
 from haulier.handoff.convergence import RecentMost, Window, serving_window
 from haulier.handoff.journal import Journal
@@ -111,7 +113,8 @@ class ResumeSource:
         job, epoch = self.job, self._token.epoch
         broken = served.remembered(self._row)
         secret = secrets.token_hex(32)
-        accept = self._ask(Resumption(job.guest, job.handoff, epoch, secret))
+        base = served.picture_of(self.site.mirror(job.handoff))
+        accept = self._ask(Resumption(job.guest, job.handoff, epoch, secret, pictured=base is not None))
         self._began = time.monotonic()
         offer = Offer(
             handoff=job.handoff,
@@ -126,9 +129,18 @@ class ResumeSource:
         self._control = Control(self._session, job.peer, self._check)
         self._control.wait_connected(CONNECT_S)
         self._control.compare_clocks()
-        self._control.wait(MemoryReady, 90)
+        ready = self._control.wait(MemoryReady, 90)
+        if ready.pictured:
+            given_up = agreeing.at_source(base, picture_id(job.handoff), self._control)
+            log.info("both workers before knew the same of the memory, but for %d pages", given_up)
         self._paused()
-        proxy = SourceProxy(self.site.mirror(job.handoff), level=LEVEL, clock=time.thread_time, broken=broken)
+        proxy = SourceProxy(
+            self.site.mirror(job.handoff),
+            base if ready.pictured else None,
+            level=LEVEL,
+            clock=time.thread_time,
+            broken=broken,
+        )
         self._mark = self._qemu.qmp.mark()
         out = self._qemu.paths.out_sock
         urgent = UrgentPump(out, self._session)
@@ -245,10 +257,12 @@ class ResumeTarget(TargetHandoff):
         self._qemu = Qemu.adopt(self.paths, worker=True)
         self._qemu.patience_s = PATIENCE_S
         self._listen_again()
-        proxy = TargetProxy(self.site.mirror(self.job.handoff), max_memory=self.spec.memory_bytes + OTHER_MEMORY)
+        mirror = self.site.mirror(self.job.handoff)
+        self._base = served.picture_of(mirror) if self.job.memory_base else None
+        proxy = TargetProxy(mirror, self._base, max_memory=self.spec.memory_bytes + OTHER_MEMORY)
         self._sink = MemorySink(self._to_qemu(), proxy, session, self.control.tell, self._to_qemu)
         threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
-        self.control.send(MemoryReady())
+        self.control.send(MemoryReady(pictured=self._base is not None))
 
     def _listen_again(self) -> None:
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from haulier.errors import Corrupt, GuestError, HaulierError
@@ -12,7 +14,11 @@ from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.memory_link import MemoryPump
 from haulier.handoff.messages import Filled
 from haulier.handoff.progress import Progress
+from haulier.memory.base import MemoryBase
 from haulier.memory.proxy import Broken, SourceProxy
+from haulier.memory.salvage import salvage
+
+log = logging.getLogger(__name__)
 
 WHOLE_S = 10.0
 """How long QEMU may take to say that it is done after it has closed its stream."""
@@ -39,6 +45,22 @@ def remembered(row: HandoffRow) -> Broken:
         return Broken(blocks, tuple(int(number) for number in found["ids"]))
     except (AssertionError, KeyError, TypeError, ValueError, AttributeError):
         raise Corrupt(f"handoff {row.id} says nothing of its post-copy: it cannot be gone on with") from None
+
+
+def picture_of(mirror: Path) -> MemoryBase | None:
+    """What a worker that is gone had in its mirror of this post-copy; None if nothing can be made of it.
+
+    The other site's may differ from it: they are to be compared. The file has no name any more, and goes with the base.
+    """
+    try:
+        # Without the picture that it began with: pages that are still as they are there, QEMU does not send again.
+        salvage(mirror, None)
+        return MemoryBase.from_mirror(mirror)
+    except (OSError, HaulierError) as error:
+        log.info("what the worker before knew of the memory is lost: %s", error)
+        return None
+    finally:
+        mirror.unlink(missing_ok=True)
 
 
 def check_whole(qemu: Qemu, mark: int) -> None:

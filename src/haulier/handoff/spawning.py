@@ -17,6 +17,7 @@ from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.durable import write_atomically
 from haulier.errors import Conflict, Corrupt, HandoffFailed
+from haulier.handoff.attempts import picture_id
 from haulier.handoff.custody import happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.messages import Accept, Job, Offer, Status
@@ -213,7 +214,7 @@ def resume_source(site: Site, journal: Journal, row: HandoffRow) -> subprocess.P
 
 
 def accept_resumption(
-    site: Site, journal: Journal, row: HandoffRow, secret: str
+    site: Site, journal: Journal, row: HandoffRow, secret: str, pictured: bool
 ) -> tuple[Accept, subprocess.Popen[bytes]]:
     """The target's side of it: a worker that listens for the source's new one."""
     first = _first_job(site, row)
@@ -222,7 +223,9 @@ def accept_resumption(
     offer = msgspec.structs.replace(first.offer, secret=secret)
     # The port that stands there is the old worker's.
     (site.handoff_root(row.id) / "status.json").unlink(missing_ok=True)
-    process = spawn(site, journal, msgspec.structs.replace(first, role=RESUME_TARGET, offer=offer))
+    picture = picture_id(row.id) if pictured else ""
+    job = msgspec.structs.replace(first, role=RESUME_TARGET, offer=offer, memory_base=picture)
+    process = spawn(site, journal, job)
     port = _await_port(site, row.id, process)
     return Accept(port=port, bulk=site.reachable(), manifest=True, golden=False, memory_base=""), process
 

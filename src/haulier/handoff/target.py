@@ -635,7 +635,8 @@ class TargetHandoff:
         """The next attempt starts from what came here, unless it was wrong."""
         if worth_it and not self._wrong:
             attempts.keep_of(self.site, self.job, self.spec, self._base, kind)
-        else:
+        elif self.outcome != "undecided" or not self._filling:
+            # Otherwise whoever goes on with the post-copy starts from it.
             self.site.mirror(self.job.handoff).unlink(missing_ok=True)
 
     def report(self) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from haulier.compress import StreamCompressor
-from haulier.compress.stream import DEFAULT_WINDOW_LOG
+from haulier.compress.stream import DEFAULT_WINDOW_LOG, window
 from haulier.memory import sparse
 from haulier.memory.base import MemoryBase
 from haulier.memory.mirror import Mirror
 from haulier.memory.mirrorfile import encode_table
 from haulier.memory.pages import BlockFinder, PageEncoder
-from haulier.memory.proxy import NEAR_WINDOW_LOG, PAGES, TABLE, Counters, WireBatch
+from haulier.memory.proxy import PAGES, TABLE, Counters, WireBatch
 from haulier.memory.stream import Pages, Token, Zeros, rebuild_all
 from haulier.units import PAGE
 
@@ -57,8 +57,7 @@ class PictureSource:
     ) -> None:
         self.mirror = Mirror.create(mirror, {PICTURE: pages * PAGE}, base)
         self.counters = Counters()
-        long = level >= 3
-        self._compressor = StreamCompressor(level, window_log if long else NEAR_WINDOW_LOG, long, dictionary)
+        self._compressor = StreamCompressor(level, *window(level, window_log, level >= 3), dictionary)
         self._encoder = PageEncoder(self.mirror, finder)
         self._sequence = 0
         self._digest = blake3()

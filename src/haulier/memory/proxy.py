@@ -26,7 +26,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from haulier.compress import StreamCompressor, StreamDecompressor, xz
-from haulier.compress.stream import DEFAULT_WINDOW_LOG, MAX_WINDOW_LOG
+from haulier.compress.stream import DEFAULT_WINDOW_LOG, MAX_WINDOW_LOG, window
 from haulier.errors import Corrupt, HaulierError, UsageError
 from haulier.memory.base import MemoryBase
 from haulier.memory.elsewhere import BasePages
@@ -49,10 +49,6 @@ MAX_RAW: Final = 1 << 20
 """Raw bytes that a target accepts in a batch."""
 AHEAD_PAGES: Final = 64
 """Pages in a batch that is sent ahead of the stream."""
-LONG_LEVEL: Final = 7
-"""From here on zstd looks back over the whole window: of guest memory it earns less than it costs."""
-NEAR_WINDOW_LOG: Final = 21
-"""The window without long-distance matching: more is never found, and only strains the caches."""
 LEAST_PACKED: Final = 16 << 10
 """Bytes below which a batch goes through zstd, which knows what went before, whatever the level is."""
 LEAST_TRIED: Final = 64 << 10
@@ -151,7 +147,7 @@ class SourceProxy:
     ) -> None:
         """`elsewhere`: also look for pages anywhere in the base; pays only if the base is of another boot.
 
-        `long`: let zstd look back over the whole window; by default from level 7 on, because below speed matters more.
+        `long`: let zstd look back over the whole window; by default as `compress.stream.window` has it.
         `broken`: the stream is one of post-copy that goes on; both mirrors begin anew. `recent`: keep what the last two
         batches held.
         Memory: the mirror's file, 1 << window_log bytes, and a few megabytes.
@@ -194,9 +190,7 @@ class SourceProxy:
 
     def _new_compressor(self) -> StreamCompressor:
         level = 1 if xz.is_xz(self._zstd_level) else self._zstd_level
-        long = level >= LONG_LEVEL if self._long is None else self._long
-        log = self._window_log if long else min(self._window_log, NEAR_WINDOW_LOG)
-        return StreamCompressor(level, log, long)
+        return StreamCompressor(level, *window(level, self._window_log, self._long))
 
     def set_level(self, level: int) -> None:
         """From the next batch on. Another one of zstd's begins a new frame, which knows nothing of what went before."""
