@@ -6,8 +6,9 @@ A record, each at a multiple of 4096 from there on:
     be32     number of pages, 1 to 32
     be32     length of the data
     8 bytes  xxh3-64 of all that follows
-    32 le32  their indexes over all blocks, as many as there are
-    data     the pages, one after the other, through zstd
+    le32     each page's index over all blocks
+    le32     for every four pages, the length of their zstd frame
+    data     the frames: four pages each, one after the other
 
 A record of which no page counts any more becomes a hole. Of two records with one page the later one counts, and what
 lies in the page's own place counts before both. The numbers stand so that the file of a dead process can be read.
@@ -31,7 +32,9 @@ from haulier.memory import sparse
 from haulier.units import PAGE
 
 FRAME: Final = 32
-"""Pages in a record at most: more pack a little denser, and take longer to look into."""
+"""Pages in a record at most."""
+GROUP: Final = 4
+"""Pages that are compressed, and opened, together: of more the ratio is hardly better."""
 _LEVEL: Final = 1
 _WORTH: Final = 0.8
 """Of its pages' bytes, what a record may take at most."""
@@ -58,6 +61,8 @@ class PackedPages:
         self._slot = np.zeros(pages, np.uint8)
         self._places: list[tuple[int, int]] = []
         """Of each record: where it is, and how long."""
+        self._cuts: list[list[int]] = []
+        """Of each record: where its frames begin in the file, and where the last one ends."""
         self._live: list[int] = []
 
     def holds(self, gidx: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -72,12 +77,15 @@ class PackedPages:
 
     def add(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8]) -> bool:
         """Takes up to FRAME pages, none of which is here, u8 (n, 4096); False if that would save too little."""
-        data = zstd.compress(pages.data, _LEVEL)
-        if len(data) > _WORTH * pages.nbytes:
+        frames = [zstd.compress(pages[at : at + GROUP].data, _LEVEL) for at in range(0, len(pages), GROUP)]
+        lengths = [len(frame) for frame in frames]
+        if sum(lengths) > _WORTH * pages.nbytes:
             return False
-        rest = gidx.astype("<u4").tobytes() + data
-        record = _HEAD.pack(_MAGIC, len(gidx), len(data), xxhash.xxh3_64_digest(rest)) + rest
+        rest = gidx.astype("<u4").tobytes() + np.array(lengths, "<u4").tobytes() + b"".join(frames)
+        record = _HEAD.pack(_MAGIC, len(gidx), sum(lengths), xxhash.xxh3_64_digest(rest)) + rest
         self._write(record, self._end)
+        first = self._end + len(record) - sum(lengths)
+        self._cuts.append([first, *(first + end for end in itertools.accumulate(lengths))])
         self._frame[gidx] = len(self._places)
         self._slot[gidx] = np.arange(len(gidx))
         self._places.append((self._end, len(record)))
@@ -87,17 +95,16 @@ class PackedPages:
 
     def read(self, gidx: NDArray[np.int64], out: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         """Puts these pages, all of which are here, into these rows of `out`."""
-        frames = self._frame[gidx]
-        order = np.argsort(frames, kind="stable")
-        ordered = frames[order]
+        groups = self._frame[gidx].astype(np.int64) * FRAME + self._slot[gidx] // GROUP
+        order = np.argsort(groups, kind="stable")
+        ordered = groups[order]
         cuts = [0, *((ordered[1:] != ordered[:-1]).nonzero()[0] + 1).tolist(), len(order)]
         for start, end in itertools.pairwise(cuts):
             mine = order[start:end]
-            offset, length = self._places[int(ordered[start])]
-            found = _opened(os.pread(self._fd, length, offset))
-            if found is None:
-                raise RuntimeError("a record of a mirror's packed pages is not as it was written")
-            out[rows[mine]] = found[1][self._slot[gidx[mine]]]
+            record, group = divmod(int(ordered[start]), FRAME)
+            begin, stop = self._cuts[record][group : group + 2]
+            found = np.frombuffer(zstd.decompress(os.pread(self._fd, stop - begin, begin)), np.uint8).reshape(-1, PAGE)
+            out[rows[mine]] = found[self._slot[gidx[mine]] % GROUP]
 
     def drop(self, gidx: NDArray[np.int64]) -> None:
         """These pages (no page twice) are not here any more, if they were."""
@@ -118,24 +125,37 @@ def _opened(record: bytes) -> tuple[NDArray[np.int64], NDArray[np.uint8]] | None
     if len(record) < _HEAD.size:
         return None
     magic, count, length, checksum = _HEAD.unpack_from(record)
-    rest = record[_HEAD.size : _HEAD.size + 4 * count + length]
-    if magic != _MAGIC or not 1 <= count <= FRAME or len(rest) != 4 * count + length:
+    if magic != _MAGIC or not 1 <= count <= FRAME:
         return None
-    if xxhash.xxh3_64_digest(rest) != checksum:
+    table = _table(count)
+    rest = record[_HEAD.size : _HEAD.size + table + length]
+    if len(rest) != table + length or xxhash.xxh3_64_digest(rest) != checksum:
         return None
-    try:
-        data = zstd.ZstdDecompressor().decompress(rest[4 * count :], count * PAGE + 1)
-    except zstd.ZstdError:
-        return None
-    if len(data) != count * PAGE:
-        return None
-    return np.frombuffer(rest, "<u4", count).astype(np.int64), np.frombuffer(data, np.uint8).reshape(-1, PAGE)
+    pages, at = bytearray(), table
+    for number, size in enumerate(
+        np.frombuffer(rest, "<u4", offset=4 * count, count=(table - 4 * count) // 4).tolist()
+    ):
+        expected = PAGE * min(GROUP, count - number * GROUP)
+        try:
+            found = zstd.ZstdDecompressor().decompress(rest[at : at + size], expected + 1)
+        except zstd.ZstdError:
+            return None
+        if len(found) != expected:
+            return None
+        pages += found
+        at += size
+    return np.frombuffer(rest, "<u4", count).astype(np.int64), np.frombuffer(pages, np.uint8).reshape(-1, PAGE)
+
+
+def _table(count: int) -> int:
+    """Bytes between the head and the frames of a record of so many pages."""
+    return 4 * count + 4 * -(-count // GROUP)
 
 
 def left(fd: int, offset: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
     """What a dead process left in its file from `offset` on: indexes and pages of each whole record, in their order."""
     end = os.fstat(fd).st_size
-    most = _HEAD.size + 4 * FRAME + FRAME * PAGE
+    most = _HEAD.size + _table(FRAME) + FRAME * PAGE
     done = offset
     for start, stop in sparse.data_extents(fd, offset, end):
         at = max(done, start // PAGE * PAGE)
@@ -144,7 +164,7 @@ def left(fd: int, offset: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.u
             length = PAGE
             if found is not None:
                 (length,) = struct.unpack(">I", os.pread(fd, 4, at + 12))
-                length += _HEAD.size + 4 * len(found[0])
+                length += _HEAD.size + _table(len(found[0]))
                 yield found
             at += -(-length // PAGE) * PAGE
         done = at
