@@ -64,6 +64,7 @@ class PackedPages:
         self._cuts: list[list[int]] = []
         """Of each record: where its frames begin in the file, and where the last one ends."""
         self._live: list[int] = []
+        self._compressor = zstd.ZstdCompressor(_LEVEL)
 
     def holds(self, gidx: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these pages are here."""
@@ -77,7 +78,10 @@ class PackedPages:
 
     def add(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8]) -> bool:
         """Takes up to FRAME pages, none of which is here, u8 (n, 4096); False if that would save too little."""
-        frames = [zstd.compress(pages[at : at + GROUP].data, _LEVEL) for at in range(0, len(pages), GROUP)]
+        frames = [
+            self._compressor.compress(pages[at : at + GROUP].data, zstd.ZstdCompressor.FLUSH_FRAME)
+            for at in range(0, len(pages), GROUP)
+        ]
         lengths = [len(frame) for frame in frames]
         if sum(lengths) > _WORTH * pages.nbytes:
             return False
