@@ -65,6 +65,14 @@ def test_noise_is_left_as_it_is(tmp_path: Path) -> None:
     assert (mirror.get(np.arange(COUNT)) == noise).all()
 
 
+def test_where_all_of_it_is_wanted_at_once_nothing_is_packed(tmp_path: Path) -> None:
+    mirror = Mirror.create(tmp_path / "mirror", {"ram0": COUNT * PAGE}, packs=False)
+    mirror.most_plain = 0
+    mirror.set(np.arange(COUNT), text(0))
+    assert taken(tmp_path / "mirror") >= COUNT * PAGE
+    assert (mirror.view == text(0)).all()
+
+
 def test_without_holes_nothing_is_packed_and_zero_stays_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("haulier.memory.mirror.punch", lambda *_: False)
     mirror = packed(tmp_path / "mirror")

@@ -100,7 +100,7 @@ class ContainerTarget(TargetHandoff):
         pages = picture_pages(spec.memory_mib)
         known = kernel_pages() if same_kernel_pages(self.offer.host) else b""
         mirror = self.site.mirror(self.job.handoff)
-        self._proxy = TargetProxy(mirror, base, self._space, max_memory=pages * PAGE, dictionary=known)
+        self._proxy = TargetProxy(mirror, base, self._space, max_memory=pages * PAGE, dictionary=known, packs=False)
         self._checkpoint = CheckpointReceiver(self._images, pages)
         self._drafts: dict[str, Draft] = {}
         self._feeding = threading.Lock()

@@ -85,17 +85,21 @@ class Mirror:
         self._lock = threading.RLock()
         self._packed = PackedPages(self._fd, self._size, self.pages, self._pwrite)
         self._whole = False
+        self._packs = True
 
     @classmethod
-    def create(cls, path: Path | None, blocks: dict[str, int], base: MemoryBase | None = None) -> Mirror:
+    def create(
+        cls, path: Path | None, blocks: dict[str, int], base: MemoryBase | None = None, *, packs: bool = True
+    ) -> Mirror:
         """A new mirror in the file `path` (replaced if there), of these blocks, as they are in `base`.
 
         Without a path it is in memory, and goes with this process however that ends. The base must stay open as long
-        as the mirror is. NoRoom if there is no room for the file.
+        as the mirror is. NoRoom if there is no room for the file. `packs`: False where `view` must not take long.
         """
         if not blocks:
             raise UsageError("a mirror needs at least one RAM block")
         mirror = cls(path, blocks)
+        mirror._packs = packs
         for name, length in blocks.items():
             if base is not None and base.blocks.get(name) == length:
                 first = mirror.first[name]
@@ -205,7 +209,7 @@ class Mirror:
             return
         with self._lock:
             self._store(gidx, pages, rows)
-            if not self._whole:
+            if self._packs and not self._whole:
                 self._packed.drop(gidx)
                 self._count = (self._count + 1) & 0xFFFFFFFF
                 self._set_at[gidx] = self._count

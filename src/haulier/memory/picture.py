@@ -55,7 +55,7 @@ class PictureSource:
         window_log: int = DEFAULT_WINDOW_LOG,
         dictionary: bytes = b"",
     ) -> None:
-        self.mirror = Mirror.create(mirror, {PICTURE: pages * PAGE}, base)
+        self.mirror = Mirror.create(mirror, {PICTURE: pages * PAGE}, base, packs=False)
         self.counters = Counters()
         self._compressor = StreamCompressor(level, *window(level, window_log, level >= 3), dictionary)
         self._encoder = PageEncoder(self.mirror, finder)

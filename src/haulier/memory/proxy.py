@@ -116,11 +116,13 @@ def _early_mirror(path: Path | None, base: MemoryBase | None) -> Mirror | None:
     return None if base is None else Mirror.create(path, base.blocks, base)
 
 
-def _mirror_of(blocks: dict[str, int], early: Mirror | None, path: Path | None, base: MemoryBase | None) -> Mirror:
+def _mirror_of(
+    blocks: dict[str, int], early: Mirror | None, path: Path | None, base: MemoryBase | None, *, packs: bool = True
+) -> Mirror:
     """The mirror of these blocks: the one that was made early if it is of the same ones in the same order."""
     if early is not None and list(early.blocks.items()) == list(blocks.items()):
         return early
-    return Mirror.create(path, blocks, base)
+    return Mirror.create(path, blocks, base, packs=packs)
 
 
 class SourceProxy:
@@ -418,9 +420,10 @@ class TargetProxy:
         max_window_log: int = MAX_WINDOW_LOG,
         max_memory: int = 1 << 40,
         dictionary: bytes = b"",
+        packs: bool = True,
     ) -> None:
         """`max_memory`: bytes of guest memory, all RAM blocks together, that the peer may announce. `dictionary`: as
-        the peer's `PictureSource` has it, for its first frame."""
+        the peer's `PictureSource` has it, for its first frame. `packs`: as of Mirror.create."""
         self.raw_bytes = 0
         self.wire_bytes = 0
         self.mirror: Mirror | None = None
@@ -431,6 +434,7 @@ class TargetProxy:
         self.reader = reader
         """May be set until the first batch comes."""
         self._max_memory = max_memory
+        self._packs = packs
         self._max_window_log = max_window_log
         self._decompressor = StreamDecompressor(max_window_log, dictionary)
         self._early: Mirror | None = None
@@ -534,5 +538,5 @@ class TargetProxy:
             raise Corrupt(
                 f"the peer announces {len(blocks)} RAM blocks of {total} bytes, beyond what this guest may have"
             )
-        self.mirror = _mirror_of(blocks, self._early, self._mirror_path, self._base)
+        self.mirror = _mirror_of(blocks, self._early, self._mirror_path, self._base, packs=self._packs)
         self._decoder = PageDecoder(self.mirror, self.reader, BasePages(self._base) if self._base is not None else None)
