@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from haulier.errors import Unsupported, UsageError
-from haulier.network.relay import Relay
+from haulier.network.relay import Relay, receive_buffers
 from haulier.session.mptcp import available, protocol, subflows
 from tests.docs.pages import ROOT
 from tests.support.labs import lab
@@ -49,6 +49,12 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Relay("web1", "0.0.0.0:443", "10.78.1.20:443", HERE).command()
 
 
+def test_small_receive_buffers_are_raised_and_large_ones_left() -> None:
+    assert receive_buffers("4096\t131072\t33554432\n") == "4096 1048576 33554432"
+    assert receive_buffers("4096 87380 524288") == "4096 1048576 1048576", "the most is no less than the usual"
+    assert receive_buffers("4096 1048576 6291456") == ""
+
+
 def listening(host: str, port: int = 0) -> socket.socket:
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol(True))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -73,6 +79,8 @@ def test_haproxy_speaks_mptcp_to_the_guest_and_new_connections_follow_it(tmp_pat
                     assert subflows(served) == 1, "MPTCP, and not fallen back"
                     limits = made.exec("gw", ["ip", "mptcp", "limits"]).stdout
                     assert "add_addr_accepted 8" in limits, "what guests announce is accepted"
+                    buffers = made.exec("gw", ["sysctl", "-n", "net.ipv4.tcp_rmem"]).stdout
+                    assert receive_buffers(buffers) == "", "subflows that join late have room"
                     first.sendall(b"ping")
                     assert served.recv(4) == b"ping"
                     port = old.getsockname()[1]

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from haulier.cli.common import GuestName
 from haulier.guests.model import check_name
-from haulier.network.relay import Relay, accept_addresses
+from haulier.network.relay import Relay, prepare_host
 
 
 def relay(
@@ -33,7 +33,7 @@ def relay(
         return
     command = made.command()
     made.write()
-    if said := accept_addresses():
+    for said in prepare_host():
         print(f"haulier: {said}", file=sys.stderr)
     print(f"relaying {listen} to guest {guest} at {to}; its runtime API is {made.socket}", flush=True)
     os.execv(command[0], command)

@@ -30,6 +30,7 @@ from haulier.guests.golden import Golden, list_goldens, make_golden
 from haulier.handoff.residence import container_paths
 from haulier.lab.image import DEFAULT_SIZE, Application, cached_image
 from haulier.lab.lab import Lab
+from haulier.network.relay import receive_buffers
 
 IMAGE = "debian"
 GUEST_ADDRESS = "10.77.0.10/24"
@@ -245,8 +246,11 @@ class Scenario:
             via = address(site, f"client-{site}")
             way = ["ip", "route", "replace", pool, "via", via, "src", address("client")]
             self.lab.exec("client", way)
-        # Linux accepts no announced address unless it is told to.
+        # Linux accepts no announced address unless it is told to, and is slow on those that join late.
         self.lab.exec("client", ["ip", "mptcp", "limits", "set", "subflows", "8", "add_addr_accepted", "8"])
+        now = self.lab.exec("client", ["sysctl", "-n", "net.ipv4.tcp_rmem"]).stdout
+        if wanted := receive_buffers(now):
+            self.lab.exec("client", ["sysctl", "-qw", f"net.ipv4.tcp_rmem={wanted}"])
 
     def start_guest(
         self,
