@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from haulier.errors import Unsupported, UsageError
-from haulier.network.relay import Relay, receive_buffers
+from haulier.lab.lab import Lab
+from haulier.network.relay import Relay, prepare_host, receive_buffers
 from haulier.session.mptcp import available, protocol, subflows
 from tests.docs.pages import ROOT
 from tests.support.labs import lab
@@ -94,6 +100,76 @@ def test_haproxy_speaks_mptcp_to_the_guest_and_new_connections_follow_it(tmp_pat
                     assert first.recv(4) == b"pong", "what is open stays where it is"
             finally:
                 process.terminate()
+
+
+@pytest.mark.root
+def test_a_connection_that_has_moved_keeps_a_window_wider_than_what_sockets_begin_with() -> None:
+    if not available():
+        pytest.skip("MPTCP is not there")
+    link = '[[link]]\nname = "way"\na = "client"\nb = "there"\nrate = "100mbit"\ndelay = "5ms"\n'
+    with lab(f'name = "moved"\n[[site]]\nname = "client"\n[[site]]\nname = "there"\n{link}') as made:
+        assert made.call("client", prepare_host) == []
+        addresses = [f"10.78.1.{number}" for number in range(20, 27)]
+        made.exec("client", ["ip", "route", "add", "10.78.1.0/24", "via", made.address("there", "way")])
+        made.exec("there", ["ip", "mptcp", "limits", "set", "subflows", "8"])
+        made.exec("there", ["ip", "addr", "add", f"{addresses[0]}/32", "dev", "lo"])
+        listener = made.call("there", lambda: listening("0.0.0.0"))
+        port = listener.getsockname()[1]
+        with (
+            listener,
+            made.call("client", lambda: dialled(addresses[0], port)) as client,
+            listener.accept()[0] as served,
+        ):
+            works = ((pour, served), (drain, client))
+            threads = [threading.Thread(target=work, args=(sock,), daemon=True) for work, sock in works]
+            for thread in threads:
+                thread.start()
+            wait_for(partial(wide, made, addresses[0]), 20, "a stream at its full rate")
+            for number, (old, new) in enumerate(itertools.pairwise(addresses), 1):
+                made.exec("there", ["ip", "addr", "add", f"{new}/32", "dev", "lo"])
+                made.exec("there", ["ip", "mptcp", "endpoint", "add", new, "id", str(number), "dev", "lo", "signal"])
+                wait_for(partial(window, made, new), 20, "the client's joining")
+                gone = ["0", old] if number == 1 else [str(number - 1)]
+                made.exec("there", ["ip", "mptcp", "endpoint", "delete", "id", *gone])
+                made.exec("there", ["ip", "addr", "del", f"{old}/32", "dev", "lo"])
+                wait_for(partial(wide, made, new), 20, f"a window of more than {WIDE} bytes at {new}")
+            for sock in (served, client):
+                sock.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(10)
+
+
+WIDE = 500_000
+"""Bytes; sockets that begin with 128 KiB have windows of 64 KiB, and a few times that when packets were lost."""
+
+
+def window(made: Lab, address: str) -> int:
+    """Bytes that the client lets be on their way from `address`; 0 where no subflow goes by it."""
+    shown = made.exec("client", ["ss", "-HtniO", "state", "established", "dst", address]).stdout
+    return max((int(found) for found in re.findall(r"\brcv_ssthresh:(\d+)", shown)), default=0)
+
+
+def wide(made: Lab, address: str) -> bool:
+    return window(made, address) > WIDE
+
+
+def dialled(host: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol(True))
+    sock.settimeout(20)
+    sock.connect((host, port))
+    return sock
+
+
+def pour(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            sock.sendall(bytes(1 << 16))
+
+
+def drain(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while sock.recv(1 << 16):
+            pass
 
 
 def connected(where: tuple[str, int]) -> socket.socket | None:
