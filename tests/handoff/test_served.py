@@ -59,12 +59,14 @@ def test_a_stream_that_qemu_has_closed_is_whole_or_broken(status: str, whole: bo
 
 
 def test_figures() -> None:
-    pump: Any = SimpleNamespace(post_copy=SimpleNamespace(requests=7, pushed=16))
+    urgent = SimpleNamespace(raw=8208, wire=900, referred=2)
+    pump: Any = SimpleNamespace(urgent=urgent, post_copy=SimpleNamespace(requests=7, pushed=16))
     assert served.figures(pump, None, {}) == {
         "requested_pages": 7,
         "pushed_pages": 16,
         "worst_wait_ms": None,
         "mean_wait_ms": None,
+        "urgent": {"raw_bytes": 8208, "wire_bytes": 900, "referred_pages": 2},
     }
     told = served.figures(pump, Filled(1, bytes(32), 9, 241.04, 133.26), {"running": 10.0, "whole": 11.5})
     assert told["requested_pages"] == 9 and told["seconds"] == 1.5

@@ -85,7 +85,7 @@ class MemoryPump:
         self._qemus: socket.socket | None = None
         self._kept: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
         self.post_copy: PostCopyPump | None = None
-        self._urgent: UrgentPump | None = None
+        self.urgent: UrgentPump | None = None
         self._referred = False
         carrier.on(Channel.RETURN_PATH, self._returned)
         carrier.on(Channel.DELIVERED, self._delivered)
@@ -110,8 +110,8 @@ class MemoryPump:
         if self._thread.is_alive():
             self._thread.join(10)
         self._stream.close()
-        if self._urgent is not None:
-            self._urgent.close()
+        if self.urgent is not None:
+            self.urgent.close()
         if self._ahead is not None:
             self._ahead.close()
 
@@ -120,7 +120,7 @@ class MemoryPump:
 
         `urgent` carries those, and is closed with the pump.
         """
-        self._urgent = urgent
+        self.urgent = urgent
         self.proxy.count()
         self.post_copy = PostCopyPump(self.proxy, self._stream, block)
 
@@ -220,9 +220,9 @@ class MemoryPump:
 
     def _refer(self) -> None:
         """Pre-copy is over, and all of it is in batches: urgent pages may refer to what it brought."""
-        if not self._referred and self._urgent is not None:
+        if not self._referred and self.urgent is not None:
             self._referred = True
-            self._urgent.refer(Referring(self.proxy), self.proxy.counters.batches)
+            self.urgent.refer(Referring(self.proxy), self.proxy.counters.batches)
 
     def _send(self, batch: WireBatch) -> None:
         self.wire += len(batch.data)

@@ -95,6 +95,9 @@ def figures(pump: MemoryPump, filled: Filled | None, marks: Mapping[str, float])
         "worst_wait_ms": None,
         "mean_wait_ms": None,
     }
+    if pump.urgent is not None:
+        carried = pump.urgent
+        found["urgent"] = {"raw_bytes": carried.raw, "wire_bytes": carried.wire, "referred_pages": carried.referred}
     if filled is not None:
         found |= {"worst_wait_ms": round(filled.worst_ms, 1), "mean_wait_ms": round(filled.mean_ms, 1)}
         found["requested_pages"] = max(found["requested_pages"], filled.requests)
