@@ -111,6 +111,7 @@ class Shell:
 
     def execute(self, command: str, args: dict[str, Any]) -> Any:
         script = args["arg"][1].replace("PATH=", f"PATH={self.path}:", 1).replace("/run/", f"{self.path}/")
+        script = script.replace("/proc/sys/net/ipv4/", f"{self.path}/")
         fifo = self.path / f"events-{len(self.started)}"
         os.mkfifo(fifo)
         script = script.replace('timeout 900 ip -o monitor link dev "$0"', f"cat {fifo}", 1)
@@ -150,6 +151,21 @@ def test_what_is_armed_is_run_once_on_arrival_and_on_nothing_else(tmp_path: Path
     shell.happens(0, "NOTIFY PEERS")
     shell.happens(0, "NOTIFY PEERS")
     assert shell.done() == "addr replace 10.78.2.21/32 dev eth0\nmptcp limits set subflows 8\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("4096\t131072\t6291456\n", "4096 1048576 6291456\n"), ("4096 2097152 6291456\n", None)]
+)
+def test_a_guest_has_room_for_what_subflows_that_join_late_bring(
+    tmp_path: Path, before: str, after: str | None
+) -> None:
+    setting = tmp_path / "tcp_rmem"
+    setting.write_text(before)
+    shell = Shell(tmp_path)
+    addressing.arm(shell, "eth0", ["one"])  # type: ignore[arg-type]
+    shell.happens(0, "NOTIFY PEERS")
+    assert shell.done() == "one\n"
+    assert setting.read_text() == (after or before)
 
 
 def test_what_was_armed_before_or_disarmed_is_not_run(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from haulier.errors import GuestError, Unsupported
 from haulier.guests.agent import GuestAgent
+from haulier.session.mptcp import RECEIVE_BYTES
 
 SUBFLOWS: Final = 8
 """The most that Linux lets a connection have; its default of 2 would not outlive two moves in a row."""
@@ -27,13 +28,19 @@ _PATH: Final = "PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH; "
 _GENTLY: Final = _PATH + "{ echo 10 >/proc/self/autogroup; } 2>/dev/null; "
 """What serves clients goes first, as none of this is urgent: what is was left in the guest before it moved. The agent's
 programs have a session of their own each, hence an autogroup, within which alone a nice value would count."""
-_BATCH: Final = _GENTLY + "exec ip -force -batch -"
+_ROOM: Final = (
+    "{ f=/proc/sys/net/ipv4/tcp_rmem; read -r least usual most <$f; "
+    f'[ "$usual" -ge {RECEIVE_BYTES} ] || echo "$least {RECEIVE_BYTES} $most" >$f; }} 2>/dev/null; '
+)
+"""For what clients send: a subflow that joins late has no more room than this."""
+_BATCH: Final = _GENTLY + _ROOM + "exec ip -force -batch -"
 _SOCKETS: Final = _GENTLY + "exec ss -HtniO state established"
 _MARK: Final = "-- sockets"
-_BOTH: Final = f"{_GENTLY}ip -force -batch -; echo '{_MARK}'; exec ss -HtniO state established"
+_BOTH: Final = f"{_GENTLY}{_ROOM}ip -force -batch -; echo '{_MARK}'; exec ss -HtniO state established"
 _ARMED: Final = "/run/haulier-arrival"
 _ARRIVED: Final = (
     _PATH
+    + _ROOM
     + f"""
 lines=$(cat)
 echo "$1" >{_ARMED}

@@ -19,15 +19,9 @@ from typing import Final
 
 from haulier.errors import HaulierError, Unsupported, UsageError
 from haulier.network import iproute
+from haulier.session.mptcp import RECEIVE_BYTES
 
 SUBFLOWS: Final = 8
-RECEIVE_BYTES: Final = 1 << 20
-"""What a client's new socket may hold at least, so that a connection stays as fast as it was before its guest moved.
-
-Linux lets the receive buffers of a connection's subflows grow only while the connection as a whole takes in more in a
-round trip than ever before (mptcp_rcv_space_adjust, 6.1 to 6.18). A subflow that joins later stays at the default of
-128 KiB, a window of 64: 52 Mbit/s over 10 ms, whatever the way allows.
-"""
 _RECEIVE = Path("/proc/sys/net/ipv4/tcp_rmem")
 _SBIN: Final = "/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/sbin:/usr/local/bin"
 _LIMIT = re.compile(r"\b(add_addr_accepted|subflows) (\d+)")
