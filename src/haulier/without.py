@@ -1,6 +1,7 @@
 """Parts of haulier that an experiment can switch off, to see what each earns: ``HAULIER_WITHOUT=recipes,order``.
 
-Read by the worker at a handoff's source alone; whatever is off, the target gets the same guest, by more bytes.
+Read by the worker at a handoff's source, `direct` by the one at its target; whatever is off, the target gets the same
+guest, by more bytes or later.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ DISK_FIRST: Final = "disk-first"
 """Memory waits until what the disk has more than its layers is there, and refers to that."""
 ORDER: Final = "order"
 """Chunks that change again and again held back until the last round."""
-PARTS: Final = (RECIPES, DISK_FIRST, ORDER)
+DIRECT: Final = "direct"
+"""Pages written into the memory of the target's QEMU beside its stream."""
+PARTS: Final = (RECIPES, DISK_FIRST, ORDER, DIRECT)
 
 
 def without(part: str) -> bool:

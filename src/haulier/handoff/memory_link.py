@@ -26,7 +26,7 @@ from haulier.handoff.messages import Channel
 from haulier.handoff.page_requests import PostCopyPump, Waits
 from haulier.handoff.urgent import UrgentPump, UrgentSink
 from haulier.memory.ahead import AheadReader
-from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, TargetProxy, WireBatch
+from haulier.memory.proxy import AHEAD_PAGES, Piece, SourceProxy, TargetProxy, WireBatch
 from haulier.memory.references import Referring
 
 READ = 512 * 1024
@@ -292,7 +292,7 @@ class MemorySink:
         self._carrier = carrier
         self._failed = failed
         self._closing = False
-        self._pieces: queue.Queue[tuple[bytes, NDArray[np.int64]] | None] = queue.Queue(PIECES)
+        self._pieces: queue.Queue[Piece | None] = queue.Queue(PIECES)
         self._given = 0
         self.waits = Waits()
         """What the guest waited for, once it runs before its memory is whole."""
@@ -334,13 +334,13 @@ class MemorySink:
         if self.error is not None or self._closing:
             return
         try:
-            for piece in self.proxy.feed(data):
-                while not self._closing:
-                    try:
-                        self._pieces.put((piece, self.proxy.came), timeout=0.2)
-                        break
-                    except queue.Full:
-                        continue
+            piece = self.proxy.take(data)
+            while piece is not None and not self._closing:
+                try:
+                    self._pieces.put(piece, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
             if self._urgent is not None:
                 self._urgent.go_on()
         except (OSError, HaulierError) as error:
@@ -350,11 +350,13 @@ class MemorySink:
     def _give(self) -> None:
         """Beside the decoder: QEMU takes what was decoded while the next batch is being decoded."""
         try:
-            while (found := self._pieces.get()) is not None and not self._closing:
-                piece, pages = found
-                self._stream.sendall(piece)
-                self._given += len(piece)
-                self.waits.came(time.monotonic(), pages)
+            while (piece := self._pieces.get()) is not None and not self._closing:
+                piece.load()
+                self._stream.sendall(piece.data)
+                if not piece.raw_bytes:
+                    continue
+                self._given += piece.raw_bytes
+                self.waits.came(time.monotonic(), piece.gidx)
                 self._carrier.send(Channel.DELIVERED, _U64.pack(self._given), urgent=True)
         except (OSError, HaulierError) as error:
             if not self._closing:

@@ -20,6 +20,7 @@ from haulier.disks.heat import unpack
 from haulier.disks.transfer import DiskReceiver
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
 from haulier.guests import rescue
+from haulier.guests.command import RAM_ID
 from haulier.guests.model import GuestSpec
 from haulier.guests.qemu import Qemu, create_overlay
 from haulier.guests.tap import BRIDGE, create_tap, tap_name
@@ -70,10 +71,12 @@ from haulier.handoff.residence import (
 )
 from haulier.handoff.shared import block_space, golden_manifest, grown, images_by_digest
 from haulier.memory.base import MemoryBase
+from haulier.memory.loading import GuestRam
 from haulier.memory.proxy import TargetProxy
 from haulier.network import tunnel
 from haulier.session import Session, TlsConfig
 from haulier.units import MIB
+from haulier.without import DIRECT, without
 
 log = logging.getLogger(__name__)
 CONNECT_S = 60.0
@@ -377,6 +380,8 @@ class TargetHandoff:
     def _receive_memory(self, proxy: TargetProxy) -> None:
         proxy.reader = self._space
         early = POST_COPY in self.offer.options.allow
+        if not early and not without(DIRECT):
+            proxy.ram = GuestRam(self.paths.ram, RAM_ID)
         self._sink = MemorySink(
             self._to_qemu(), proxy, self.control.session, self.control.tell, self._to_qemu if early else None
         )

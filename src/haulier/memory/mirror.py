@@ -3,14 +3,10 @@
 It starts as the base (blocks matched by idstr and length; others are zero) and changes only by what the peers tell one
 another. Pages have one index over all blocks, in stream order. The file is sparse: it holds only what differs from the
 base, of that the pages that were set long ago compressed (`packing`), until `complete` makes it a picture of its own.
-
-New pages are written, not stored through the mapping: a full disk is then an error and not a SIGBUS.
 """
 
 from __future__ import annotations
 
-import errno
-import mmap
 import os
 import threading
 from collections import deque
@@ -20,15 +16,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from haulier.errors import NoRoom, UsageError
+from haulier.errors import UsageError
 from haulier.memory import sparse
 from haulier.memory.base import MemoryBase
 from haulier.memory.mirrorfile import PART, encode_header
-from haulier.memory.packing import FRAME, PackedPages, punch
+from haulier.memory.packing import FRAME, PackedPages
+from haulier.memory.pagefile import PageFile
 from haulier.units import MIB, PAGE
 
 _COPY: Final = 4 * MIB // PAGE
-_PUNCH: Final = 16
 PLAIN_SHARE: Final = 16
 """One in so many pages of memory lies uncompressed in its own place: those that were set last."""
 LEAST_PLAIN: Final = 4 * MIB // PAGE
@@ -50,7 +46,6 @@ class Mirror:
 
     def __init__(self, path: Path | None, blocks: dict[str, int]) -> None:
         """Use Mirror.create."""
-        self._name = str(path or "of a sample")
         self.blocks = dict(blocks)
         self.first: dict[str, int] = {}
         self.pages = 0
@@ -60,10 +55,7 @@ class Mirror:
         self.names = list(blocks)
         self.starts = np.array(list(self.first.values()), np.int64)
         self.present = np.zeros(self.pages, np.bool_)
-        self._own = np.zeros(self.pages, np.bool_)
-        """Pages that lie in their place in the file; others that are present are packed, or still lie in the base."""
         self._lent: list[tuple[int, NDArray[np.uint8]]] = []
-        self._order = np.zeros(self.pages, np.uint32)
         self._set_at = np.zeros(self.pages, np.uint32)
         self._count = 0
         self._old: deque[tuple[int, NDArray[np.int64]]] = deque()
@@ -72,18 +64,23 @@ class Mirror:
         self.most_plain = max(LEAST_PLAIN, self.pages // PLAIN_SHARE)
         self._head, header = encode_header(blocks)
         self._offset, self._size = header.data_offset, header.size
-        self._fd = _new(path)
+        fd = _new(path)
         try:
-            os.ftruncate(self._fd, header.size)
-            # Should this process be killed, the file says what it is (`salvage`).
-            self._pwrite(encode_header(blocks, PART)[0], 0)
-            self._map = mmap.mmap(self._fd, header.size, mmap.MAP_SHARED)
+            os.ftruncate(fd, header.size)
+            name = f"the mirror of guest memory {path or 'of a sample'}"
+            # Pages that lie in their place; others that are present are packed, or still lie in the base.
+            self._file = PageFile(fd, self.pages, name, header.data_offset)
         except BaseException:
-            os.close(self._fd)
+            os.close(fd)
             raise
-        self._view: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8, offset=self._offset).reshape(-1, PAGE)
+        try:
+            # Should this process be killed, the file says what it is (`salvage`).
+            self._file.pwrite(encode_header(blocks, PART)[0], 0)
+        except BaseException:
+            self._file.close()
+            raise
         self._lock = threading.RLock()
-        self._packed = PackedPages(self._fd, self._size, self.pages, self._pwrite)
+        self._packed = PackedPages(fd, self._size, self.pages, self._file.pwrite)
         self._whole = False
         self._packs = True
 
@@ -117,8 +114,8 @@ class Mirror:
             self._copy(into)
             return
         self._take_over()
-        os.ftruncate(self._fd, self._size)
-        self._pwrite(self._head, 0)
+        self._file.truncate(self._size)
+        self._file.pwrite(self._head, 0)
 
     def _copy(self, into: Path) -> None:
         fd = os.open(into, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -131,8 +128,8 @@ class Mirror:
                 pages = self.get(gidx, buffer[: len(gidx)])
                 for position, count in sparse.runs(gidx):
                     offset = self._offset + int(gidx[position]) * PAGE
-                    self._pwrite(pages[position : position + count].data, offset, fd)
-            self._pwrite(self._head, 0, fd)
+                    self._file.pwrite(pages[position : position + count].data, offset, fd)
+            self._file.pwrite(self._head, 0, fd)
         finally:
             os.close(fd)
 
@@ -147,25 +144,14 @@ class Mirror:
             self._packed.drop(some)
         for first, view in self._lent:
             span = slice(first, first + len(view))
-            borrowed = np.flatnonzero(self.present[span] & ~self._own[span])
+            borrowed = np.flatnonzero(self.present[span] & ~self._file.held[span])
             for position, count in sparse.runs(borrowed):
                 page = int(borrowed[position])
                 for start in range(page, page + count, _COPY):
                     end = min(start + _COPY, page + count)
-                    self._pwrite(view[start:end].data, self._offset + (first + start) * PAGE)
-                self._own[first + page : first + page + count] = True
+                    self._file.write(view[start:end].data, first + start)
+                self._file.held[first + page : first + page + count] = True
         self._lent.clear()
-
-    def _pwrite(self, data: bytes | memoryview, offset: int, fd: int = -1) -> None:
-        rest = memoryview(data).cast("B")
-        try:
-            while len(rest):
-                done = os.pwrite(self._fd if fd < 0 else fd, rest, offset)
-                rest, offset = rest[done:], offset + done
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise NoRoom(f"no room for the mirror of guest memory {self._name}: {error.strerror}") from error
-            raise
 
     def get(self, gidx: NDArray[np.int64], out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         """Copies of the pages, u8 (n, 4096), in `out` if given (contiguous, n rows)."""
@@ -175,14 +161,14 @@ class Mirror:
             return self._get(gidx, out)
 
     def _get(self, gidx: NDArray[np.int64], out: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        own = self._own[gidx]
+        own = self._file.held[gidx]
         if own.all():
             # mode="clip" lets numpy write straight into `out`; the line above has refused what is out of range.
-            return np.take(self._view, gidx, axis=0, out=out, mode="clip")
+            return np.take(self._file.view, gidx, axis=0, out=out, mode="clip")
         here = self.present[gidx]
         out[~here] = 0
         if own.any():
-            out[own] = self._view[gidx[own]]
+            out[own] = self._file.view[gidx[own]]
         packed = self._packed.holds(gidx)
         if packed.any():
             self._packed.read(gidx[packed], out, packed.nonzero()[0])
@@ -199,7 +185,7 @@ class Mirror:
         """All pages where they lie, u8 (pages, 4096): to be read only, and before `close`. NoRoom as `complete`."""
         if not self._whole:
             self._take_over()
-        return self._view
+        return self._file.view
 
     def set(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8], rows: NDArray[np.int64] | None = None) -> None:
         """Store pages (`rows` of `pages`, u8 (n, 4096), all by default); no index twice. NoRoom if the disk is full."""
@@ -218,19 +204,8 @@ class Mirror:
                 self._pack()
 
     def _store(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
-        new = ~self._own[gidx]
-        # One store for each stretch that is consecutive in both places, and all there or all new.
-        cut = (gidx[1:] - gidx[:-1] != 1) | (rows[1:] - rows[:-1] != 1) | (new[1:] != new[:-1])
-        starts = [0, *(cut.nonzero()[0] + 1).tolist()]
-        pieces = zip(starts, [*starts[1:], len(rows)], gidx[starts].tolist(), rows[starts].tolist(), strict=True)
-        for start, end, page, row in pieces:
-            count = end - start
-            if new[start]:
-                self._pwrite(pages[row : row + count].data, self._offset + page * PAGE)
-            else:
-                self._view[page : page + count] = pages[row : row + count]
+        self._file.set(gidx, pages, rows)
         self.present[gidx] = True
-        self._own[gidx] = True
 
     def _pack(self) -> None:
         """Compresses what was set longest ago, if more than enough lies there as it is."""
@@ -240,46 +215,25 @@ class Mirror:
                 count, gidx = self._old.popleft()
                 self._waiting -= len(gidx)
                 # Others were set again since, or became zero.
-                found.append(gidx[(self._set_at[gidx] == count) & self._own[gidx]])
+                found.append(gidx[(self._set_at[gidx] == count) & self._file.held[gidx]])
             pages = np.concatenate(found)
             for at in range(0, len(pages), FRAME):
                 some = np.sort(pages[at : at + FRAME])
-                if self._packed.add(some, self._view[some]):
-                    for position, many in sparse.runs(some):
-                        # Where a file system has no holes they stay: what is not its own's is taken to be zero.
-                        if punch(self._fd, self._offset + int(some[position]) * PAGE, many * PAGE):
-                            self._own[some[position : position + many]] = False
-                        else:
-                            self._packed.drop(some[position : position + many])
+                if self._packed.add(some, self._file.view[some]):
+                    # Where a file system has no holes they stay: what is not its own's is taken to be zero.
+                    self._packed.drop(some[~self._file.forget(some)])
 
     def zero(self, gidx: NDArray[np.int64]) -> None:
         """Make pages zero; long runs give their memory back."""
         with self._lock:
             self._packed.drop(gidx)
-            self.present[gidx[~self._own[gidx]]] = False
-            there = gidx[self._own[gidx]]
-            for position, count in sparse.runs(there):
-                page = int(there[position])
-                if count < _PUNCH or not punch(self._fd, self._offset + page * PAGE, count * PAGE):
-                    self._view[page : page + count] = 0
-                self.present[page : page + count] = False
-                self._own[page : page + count] = False
+            self._file.clear(gidx)
+            self.present[gidx] = False
 
     def last(self, gidx: NDArray[np.int64]) -> NDArray[np.bool_]:
         """True where an index occurs for the last time in `gidx`."""
-        count = np.arange(len(gidx), dtype=np.uint32)
-        self._order[gidx] = count
-        last: NDArray[np.bool_] = self._order[gidx] == count
-        return last
+        return self._file.last(gidx)
 
     def close(self) -> None:
         """Let go of the file; it stays, for MemoryBase.from_mirror if it was completed."""
-        if self._fd < 0:
-            return
-        self._view = np.zeros((0, PAGE), np.uint8)
-        try:
-            self._map.close()
-        except BufferError:
-            pass
-        os.close(self._fd)
-        self._fd = -1
+        self._file.close()

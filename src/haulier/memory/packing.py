@@ -16,7 +16,6 @@ lies in the page's own place counts before both. The numbers stand so that the f
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import struct
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 
 from haulier.compress import zstd
 from haulier.memory import sparse
+from haulier.memory.pagefile import punch
 from haulier.units import PAGE
 
 FRAME: Final = 32
@@ -41,15 +41,6 @@ _WORTH: Final = 0.8
 _MAGIC: Final = b"HAULPACK"
 _HEAD: Final = struct.Struct(">8sII8s")
 _NONE: Final = 0xFFFFFFFF
-_PUNCH: Final = 0x03
-"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE"""
-_FALLOCATE: Final = ctypes.CDLL(None, use_errno=True).fallocate
-_FALLOCATE.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def punch(fd: int, offset: int, length: int) -> bool:
-    """Makes that part of the file a hole; False where the file system cannot."""
-    return int(_FALLOCATE(fd, _PUNCH, offset, length)) == 0
 
 
 class PackedPages:

@@ -247,11 +247,22 @@ class Decoded:
     """A batch rebuilt, not yet applied to the mirror."""
 
     raw: bytes
+    rest: bytes
+    """The same without the records of the block that is loaded `beside` the stream."""
     gidx: NDArray[np.int64] = field(repr=False)
     """Of all records, in their order."""
-    _paged_rows: NDArray[np.bool_] = field(repr=False)
-    _kinds: NDArray[np.uint8] = field(repr=False)
-    _pages: NDArray[np.uint8] = field(repr=False)
+    paged: NDArray[np.bool_] = field(repr=False)
+    """Of all records: a page, not a zero."""
+    kinds: NDArray[np.uint8] = field(repr=False)
+    """Of the page records."""
+    pages: NDArray[np.uint8] = field(repr=False)
+    """Of the page records, u8 (n, 4096)."""
+
+    @property
+    def changed(self) -> NDArray[np.bool_]:
+        """Of the page records: not what the mirror has."""
+        changed: NDArray[np.bool_] = self.kinds != SAME
+        return changed
 
 
 class PageDecoder:
@@ -262,6 +273,8 @@ class PageDecoder:
         self.mirror = mirror
         self.reader = reader
         self.bases = bases
+        self.beside: str | None = None
+        """The block whose records QEMU is not given."""
         self.touched: NDArray[np.bool_] | None = None
         """Set for each page of a batch once it is in the mirror, where somebody wants to know."""
 
@@ -292,14 +305,19 @@ class PageDecoder:
         paged_rows = np.repeat(paged[records], counts[records])
         kinds = np.frombuffer(columns["kinds"], np.uint8)
         pages = self._pages(gidx[paged_rows], kinds, columns)
-        rebuilt = rebuild_all(self._tokens(codes.tolist(), counts.tolist(), columns["raw"], gidx, pages))
+        tokens = self._tokens(codes.tolist(), counts.tolist(), columns["raw"], gidx, pages)
+        rest = rebuilt = rebuild_all(tokens)
         if len(rebuilt) != raw_length:
             raise Corrupt(f"a batch makes {len(rebuilt)} bytes, not the {raw_length} announced")
-        return Decoded(rebuilt, gidx, paged_rows, kinds, pages)
+        if self.beside is not None:
+            # All of its records go: a record that names no block means the one that was named last, and QEMU must
+            # have heard of that.
+            rest = rebuild_all([token for token in tokens if isinstance(token, Raw) or token.block != self.beside])
+        return Decoded(rebuilt, rest, gidx, paged_rows, kinds, pages)
 
     def apply(self, batch: Decoded) -> None:
         """Bring the mirror to where it is after the batch; each batch once, in order."""
-        _apply(self.mirror, batch.gidx, batch._paged_rows, batch._kinds, batch._pages)
+        _apply(self.mirror, batch.gidx, batch.paged, batch.kinds, batch.pages)
         if self.touched is not None:
             self.touched[batch.gidx] = True
 
@@ -343,8 +361,8 @@ class PageDecoder:
         raw: memoryview,
         gidx: NDArray[np.int64],
         pages: NDArray[np.uint8],
-    ) -> list[Token]:
-        tokens: list[Token] = []
+    ) -> list[Raw | Pages | Zeros]:
+        tokens: list[Raw | Pages | Zeros] = []
         raw_at = record_at = page_at = 0
         for code, count in zip(codes, counts, strict=True):
             if code == _OP_RAW:

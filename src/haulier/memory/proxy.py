@@ -5,14 +5,15 @@ A wire batch is
     u8 kind, u32 sequence number, u32 raw length, u32 plain length, 16 bytes xxh3-128 of the raw bytes, contents
 
 little-endian. Kinds: OPAQUE (the raw bytes, compressed), TABLE (the RAM blocks; stands for no bytes of the stream),
-PAGES (columns, compressed), AHEAD (the same; for the mirrors only, never for QEMU). FRESH added to a kind: the contents
-begin a new zstd frame; PACKED: they are by xz, on their own, and zstd's frame knows nothing of them. The target checks
-sequence number, lengths and checksum before it gives out any byte. An unknown stream is carried as OPAQUE batches, with
-a warning.
+PAGES (columns, compressed), AHEAD (the same; for the mirrors only, never for QEMU), UNREAD (as OPAQUE, but there may be
+pages in it). FRESH added to a kind: the contents begin a new zstd frame; PACKED: they are by xz, on their own, and
+zstd's frame knows nothing of them. The target checks sequence number, lengths and checksum before it gives out any
+byte. An unknown stream is carried as UNREAD batches, with a warning.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -27,12 +28,13 @@ from numpy.typing import NDArray
 
 from haulier.compress import StreamCompressor, StreamDecompressor, xz
 from haulier.compress.stream import DEFAULT_WINDOW_LOG, MAX_WINDOW_LOG, window
-from haulier.errors import Corrupt, HaulierError, UsageError
+from haulier.errors import Corrupt, HaulierError, Unsupported, UsageError
 from haulier.memory.base import MemoryBase
 from haulier.memory.elsewhere import BasePages
+from haulier.memory.loading import GuestRam
 from haulier.memory.mirror import Mirror
 from haulier.memory.mirrorfile import decode_table, encode_table
-from haulier.memory.pages import BlockFinder, BlockReader, PageDecoder, PageEncoder
+from haulier.memory.pages import BlockFinder, BlockReader, Decoded, PageDecoder, PageEncoder
 from haulier.memory.stream import TOKEN, Buffer, Pages, Raw, StreamParser, Token, Zeros, rebuild_all
 from haulier.units import PAGE
 
@@ -40,6 +42,7 @@ OPAQUE: Final = 1
 TABLE: Final = 2
 PAGES: Final = 3
 AHEAD: Final = 4
+UNREAD: Final = 5
 FRESH: Final = 0x80
 PACKED: Final = 0x40
 
@@ -262,7 +265,11 @@ class SourceProxy:
         self._input.append(memoryview(data))
         self.counters.raw_bytes += len(data)
         out: list[WireBatch] = []
-        for token in self._parse(data):
+        known = not self.opaque
+        tokens = self._parse(data)
+        if known and self.opaque:
+            out += self.flush()
+        for token in tokens:
             size = token.size
             if self._token_bytes + size > self._batch_bytes:
                 out += self.flush()
@@ -278,15 +285,16 @@ class SourceProxy:
             self._tokens.clear()
             return []
         out: list[WireBatch] = []
-        if self._encoder is None and self.parser.ready and not self.opaque:
-            out.append(self._begin())
         tokens, size = self._tokens, self._token_bytes
         self._tokens, self._token_bytes = [], 0
+        paged = any(isinstance(token, Pages | Zeros) for token in tokens)
+        if self._encoder is None and self.parser.ready and (paged or not self.opaque):
+            out.append(self._begin())
         checksum = self._checksum(size)
-        if self._encoder is None or not any(isinstance(token, Pages | Zeros) for token in tokens):
+        if self._encoder is None or not paged:
             plain = b"".join(token.data for token in tokens if isinstance(token, Raw))
             data = self._compress(plain)
-            out.append(self._batch(OPAQUE, size, len(plain), checksum, data))
+            out.append(self._batch(UNREAD if self.opaque else OPAQUE, size, len(plain), checksum, data))
             _add(self.counters.raw, {"raw": len(plain)})
             self._count_wire(len(out[-1].data), {"raw": len(plain)})
             return out
@@ -405,6 +413,22 @@ class SourceProxy:
                 self.counters.wire[kind] = self.counters.wire.get(kind, 0.0) + wire * size / total
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a wire batch became, verified: `data` is for QEMU, and stands for `raw_bytes` bytes of its stream."""
+
+    data: bytes
+    raw_bytes: int
+    gidx: NDArray[np.int64] = field(repr=False)
+    """Pages in it, by their index in the mirror."""
+    _load: Callable[[], None] | None = field(default=None, repr=False)
+
+    def load(self) -> None:
+        """Before QEMU gets the data, in the order of the pieces: what goes into its memory directly."""
+        if self._load is not None:
+            self._load()
+
+
 class TargetProxy:
     """Wire batches back to the stream for the target's QEMU. Give it just the base and blocks the source's proxy has.
 
@@ -427,8 +451,8 @@ class TargetProxy:
         self.raw_bytes = 0
         self.wire_bytes = 0
         self.mirror: Mirror | None = None
-        self.came: NDArray[np.int64] = np.zeros(0, np.int64)
-        """Pages in what `feed` gave last, by their index in the mirror."""
+        self.ram: GuestRam | None = None
+        """QEMU's memory, if pages are to go there directly; may be set until the first batch comes."""
         self._mirror_path = mirror_path
         self._base = base
         self.reader = reader
@@ -448,19 +472,26 @@ class TargetProxy:
         self._early = _early_mirror(self._mirror_path, self._base)
 
     def feed(self, wire_batch: Buffer) -> list[bytes]:
-        """The verified bytes for QEMU. Corrupt if the batch is out of order, malformed, or rebuilds to other bytes."""
+        """`take` and `load` in one; the bytes for QEMU."""
+        piece = self.take(wire_batch)
+        if piece is None:
+            return []
+        piece.load()
+        return [piece.data] if piece.data else []
+
+    def take(self, wire_batch: Buffer) -> Piece | None:
+        """What is in a wire batch; None if there is nothing for the guest in it.
+
+        Corrupt if the batch is out of order, malformed, or rebuilds to other bytes; Unsupported for an unread one when
+        pages were loaded directly before.
+        """
         if self._failed:
             raise Corrupt("this memory stream failed before; end the session and start again")
         try:
-            raw = self._feed(bytes(wire_batch))
+            return self._take(bytes(wire_batch))
         except HaulierError:
             self._failed = True
             raise
-        if not raw:
-            return []
-        self._digest.update(raw)
-        self.raw_bytes += len(raw)
-        return [raw]
 
     @property
     def batches(self) -> int:
@@ -486,11 +517,11 @@ class TargetProxy:
 
     def close(self) -> None:
         """Let go of the mirror's file, which stays."""
-        for mirror in (self.mirror, self._early):
-            if mirror is not None:
-                mirror.close()
+        for held in (self.mirror, self._early, self.ram):
+            if held is not None:
+                held.close()
 
-    def _feed(self, data: bytes) -> bytes:
+    def _take(self, data: bytes) -> Piece | None:
         if len(data) < _HEAD.size:
             raise Corrupt(f"a batch of {len(data)} bytes is shorter than its header")
         kind, sequence, raw_length, plain_length, checksum = _HEAD.unpack_from(data)
@@ -507,17 +538,18 @@ class TargetProxy:
         kind &= ~(FRESH | PACKED)
         if kind == TABLE:
             self._begin(bytes(contents), raw_length, plain_length)
-            return b""
-        if kind not in (OPAQUE, PAGES, AHEAD):
+            return None
+        if kind not in (OPAQUE, PAGES, AHEAD, UNREAD):
             raise Corrupt(f"batch {sequence} is of an unknown kind {kind}")
-        self.came = self.came[:0]
         plain = (xz.unpack if packed else self._decompressor.decompress)(contents, plain_length)
         if len(plain) != plain_length:
             raise Corrupt(f"batch {sequence} holds {len(plain)} bytes, not the {plain_length} announced")
-        if kind == OPAQUE:
+        if kind in (OPAQUE, UNREAD):
             if plain_length != raw_length or xxhash.xxh3_128_digest(plain) != checksum:
                 raise Corrupt(f"batch {sequence} does not match its checksum")
-            return plain
+            if kind == UNREAD and self._decoder is not None and self._decoder.beside is not None:
+                raise Unsupported("QEMU's stream went on with what haulier cannot read: send memory through QEMU alone")
+            return self._given(plain)
         if self._decoder is None:
             raise Corrupt(f"batch {sequence} holds pages, but no table of RAM blocks came before")
         batch = self._decoder.decode(plain, raw_length)
@@ -525,9 +557,25 @@ class TargetProxy:
             raise Corrupt(f"batch {sequence} rebuilds to other bytes; do both sites hold the same base?")
         self._decoder.apply(batch)
         if kind == AHEAD:
-            return b""
-        self.came = batch.gidx
-        return batch.raw
+            return Piece(b"", 0, batch.gidx[:0], self._beside(batch, ahead=True)) if self._decoder.beside else None
+        self._hash(batch.raw)
+        return Piece(batch.rest, raw_length, batch.gidx, self._beside(batch, ahead=False))
+
+    def _given(self, raw: bytes) -> Piece | None:
+        self._hash(raw)
+        return Piece(raw, len(raw), np.zeros(0, np.int64)) if raw else None
+
+    def _hash(self, raw: bytes) -> None:
+        self._digest.update(raw)
+        self.raw_bytes += len(raw)
+
+    def _beside(self, batch: Decoded, *, ahead: bool) -> Callable[[], None] | None:
+        """What is to be done with QEMU's memory for this batch."""
+        assert self._decoder is not None and self.mirror is not None
+        if self._decoder.beside is None or self.ram is None:
+            return None
+        act = self.ram.overtake if ahead else self.ram.load
+        return functools.partial(act, batch, self.mirror.first[self._decoder.beside])
 
     def _begin(self, table: bytes, raw_length: int, plain_length: int) -> None:
         if self._decoder is not None or raw_length or plain_length != len(table):
@@ -540,3 +588,5 @@ class TargetProxy:
             )
         self.mirror = _mirror_of(blocks, self._early, self._mirror_path, self._base, packs=self._packs)
         self._decoder = PageDecoder(self.mirror, self.reader, BasePages(self._base) if self._base is not None else None)
+        if self.ram is not None and blocks.get(self.ram.block) == self.ram.bytes:
+            self._decoder.beside = self.ram.block
