@@ -28,7 +28,7 @@ from haulier.containers.model import ContainerSpec, ImageConfig, parse_user
 from haulier.containers.preflight import differences, explain, host_facts, scan
 from haulier.errors import Corrupt, NoRoom, Unsupported, UsageError
 from haulier.memory.picture import PICTURE, PictureSource
-from haulier.memory.proxy import TargetProxy
+from haulier.memory.target_proxy import TargetProxy
 from haulier.units import MIB, PAGE
 from tests.support.waiting import wait_for
 

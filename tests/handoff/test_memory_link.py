@@ -20,7 +20,8 @@ from haulier.handoff.convergence import Window
 from haulier.handoff.memory_link import READ, MemoryPump, MemorySink
 from haulier.handoff.messages import Channel
 from haulier.memory.ahead import AheadReader
-from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.memory.proxy import SourceProxy
+from haulier.memory.target_proxy import TargetProxy
 from haulier.units import MIB, PAGE
 from tests.support.streams import begin, end, part
 from tests.support.waiting import wait_for

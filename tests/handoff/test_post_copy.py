@@ -21,7 +21,8 @@ from haulier.handoff.memory_link import MemoryPump, MemorySink
 from haulier.handoff.messages import Compare, GiveUp, Message
 from haulier.handoff.urgent import UrgentPump
 from haulier.memory.base import MemoryBase
-from haulier.memory.proxy import Broken, SourceProxy, TargetProxy
+from haulier.memory.proxy import Broken, SourceProxy
+from haulier.memory.target_proxy import TargetProxy
 from tests.handoff.test_memory_link import WIDE, Carrier
 from tests.support.tinyguest import QEMU, TinyGuest, tiny_guest
 from tests.support.waiting import wait_for

@@ -14,7 +14,8 @@ from haulier.errors import Corrupt, UsageError
 from haulier.memory.ahead import REGION, AheadReader
 from haulier.memory.base import MemoryBase
 from haulier.memory.mirror import Mirror
-from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.memory.proxy import SourceProxy
+from haulier.memory.target_proxy import TargetProxy
 from tests.memory.finders import Disk
 from tests.support.qemustream import PAGE, Writer, mapped_ram, page_of
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from haulier.errors import Corrupt, NoRoom, Unsupported
 from haulier.memory.base import MemoryBase
 from haulier.memory.loading import GuestRam
-from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.memory.proxy import SourceProxy
 from haulier.memory.stream import Pages, StreamParser, Zeros
+from haulier.memory.target_proxy import TargetProxy
 from tests.support.qemustream import PAGE, Writer, mapped_ram, page_of
 
 BLOCKS = {"ram0": 64 * PAGE, "rom": 4 * PAGE}

@@ -17,7 +17,8 @@ from haulier.compress import xz
 from haulier.errors import Corrupt, HaulierError, UsageError
 from haulier.memory import proxy as proxies
 from haulier.memory.base import MemoryBase
-from haulier.memory.proxy import FRESH, OPAQUE, PACKED, PAGES, TABLE, UNREAD, SourceProxy, TargetProxy, WireBatch
+from haulier.memory.proxy import FRESH, OPAQUE, PACKED, PAGES, TABLE, UNREAD, SourceProxy, WireBatch
+from haulier.memory.target_proxy import TargetProxy
 from tests.memory.finders import Disk
 from tests.support.qemustream import PAGE, Writer, changed, mapped_ram, page_of, small
 

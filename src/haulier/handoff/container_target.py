@@ -41,7 +41,7 @@ from haulier.handoff.ownership import Event
 from haulier.handoff.residence import container_paths, images_dir
 from haulier.handoff.target import TargetHandoff
 from haulier.memory.picture import PICTURE
-from haulier.memory.proxy import TargetProxy
+from haulier.memory.target_proxy import TargetProxy
 from haulier.session import Session
 from haulier.units import BLOCKS_PER_CHUNK, PAGE
 

@@ -26,8 +26,9 @@ from haulier.handoff.messages import Channel
 from haulier.handoff.page_requests import PostCopyPump, Waits
 from haulier.handoff.urgent import UrgentPump, UrgentSink
 from haulier.memory.ahead import AheadReader
-from haulier.memory.proxy import AHEAD_PAGES, Piece, SourceProxy, TargetProxy, WireBatch
+from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, WireBatch
 from haulier.memory.references import Referring
+from haulier.memory.target_proxy import Piece, TargetProxy
 
 READ = 512 * 1024
 """Raw bytes in one batch at most."""

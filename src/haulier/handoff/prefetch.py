@@ -29,7 +29,8 @@ from haulier.handoff.residence import incoming_name, lease_of
 from haulier.handoff.target import OTHER_MEMORY, TargetHandoff
 from haulier.handoff.vm_source import VmSource
 from haulier.memory.ahead import AheadReader
-from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, TargetProxy
+from haulier.memory.proxy import AHEAD_PAGES, SourceProxy
+from haulier.memory.target_proxy import TargetProxy
 from haulier.session import Session
 
 log = logging.getLogger(__name__)

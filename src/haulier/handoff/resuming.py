@@ -45,7 +45,8 @@ from haulier.handoff.source import CONNECT_S
 from haulier.handoff.target import OTHER_MEMORY, TargetHandoff
 from haulier.handoff.token import OwnPeer, Token
 from haulier.handoff.urgent import UrgentPump
-from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.memory.proxy import SourceProxy
+from haulier.memory.target_proxy import TargetProxy
 from haulier.session import Session
 
 log = logging.getLogger(__name__)

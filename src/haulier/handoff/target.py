@@ -72,7 +72,7 @@ from haulier.handoff.residence import (
 from haulier.handoff.shared import block_space, golden_manifest, grown, images_by_digest
 from haulier.memory.base import MemoryBase
 from haulier.memory.loading import GuestRam
-from haulier.memory.proxy import TargetProxy
+from haulier.memory.target_proxy import TargetProxy
 from haulier.network import tunnel
 from haulier.session import Session, TlsConfig
 from haulier.units import MIB

@@ -1,6 +1,6 @@
 """Owns QEMU's migration stream: parsing and rebuilding it, the mirror of guest memory, the page codec, the two proxies.
 
-Takes bytes and gives bytes; touches files only by mapping them (a base, a mirror).
+Takes bytes and gives bytes; touches files only by mapping them (a base, a mirror, the RAM of a guest that waits).
 Never touches sockets, clocks or QEMU itself, and starts no threads.
 """
 
@@ -8,8 +8,9 @@ from haulier.memory.base import MemoryBase
 from haulier.memory.compare import CompareReport, compare_ram
 from haulier.memory.mirror import Mirror
 from haulier.memory.pages import BlockFinder, BlockReader, PageDecoder, PageEncoder
-from haulier.memory.proxy import SourceProxy, TargetProxy, WireBatch
+from haulier.memory.proxy import SourceProxy, WireBatch
 from haulier.memory.stream import Mark, Pages, Raw, StreamParser, Token, Zeros, rebuild
+from haulier.memory.target_proxy import TargetProxy
 
 __all__ = [
     "BlockFinder",
