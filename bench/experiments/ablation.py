@@ -34,7 +34,7 @@ from haulier.lab.scenario import IMAGE, Scenario, scenario
 from haulier.memory import pages, series
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy
-from haulier.without import DISK_FIRST, ORDER, RECIPES, VARIABLE
+from haulier.without import DIRECT, DISK_FIRST, ORDER, RECIPES, VARIABLE
 
 ALL = "all parts"
 LEVEL = 5
@@ -57,6 +57,7 @@ WHOLE = {
     "without block recipes": RECIPES,
     "without order": ORDER,
     "memory beside the disk's delta, not after it": DISK_FIRST,
+    "all pages through the target's QEMU": DIRECT,
 }
 
 
