@@ -102,6 +102,20 @@ def test_an_open_gate_closes_when_the_guest_does_not_stop_and_then_asks_for_more
     assert thresholds[0] * 8 / 10e6 < 0.3, "the first attempt keeps within the downtime asked for"
 
 
+def test_an_open_gate_follows_what_pages_come_to_on_the_wire() -> None:
+    gate = Gate(300)
+    gate.round_done(0.0, 0.1, 0, 10e6)
+    assert gate.step(Reading(0.1, 3, 0, 10e6, 2.0)) is Step.OPEN
+    narrow = gate.threshold(10e6, 2.0)
+    assert gate.step(Reading(0.3, 4, 0, 10e6, 2.1)) is Step.WAIT, "hardly more"
+    assert gate.step(Reading(0.6, 9, 0, 10e6, 5.0)) is Step.WIDEN
+    assert gate.threshold(10e6, 5.0) > 2 * narrow
+    assert gate.step(Reading(0.7, 9, 0, 10e6, 5.1)) is Step.WAIT, "it is that wide by now"
+    assert gate.step(Reading(1.0, 9, 0, 10e6, 2.0)) is Step.WAIT, "never narrower: QEMU may just be stopping the guest"
+    assert gate.attempts == 1
+    assert gate.step(Reading(2.7, 9, 0, 10e6, 6.0)) is Step.CLOSE, "patience is counted from its opening"
+
+
 @dataclass
 class Guest:
     """A guest on a link by a virtual clock: QEMU's rounds, a disk writer, and the engine's loop around the gate."""
@@ -167,6 +181,8 @@ class Guest:
                 gate.round_done(self.now, seconds, int(size), self.rate_bps)
             elif step is Step.OPEN:
                 assert size * 8 <= max(16_384 * 8, self.rate_bps * 0.12), "opened after a big disk round"
+                self.open_threshold = gate.threshold(self.rate_bps)
+            elif step is Step.WIDEN:
                 self.open_threshold = gate.threshold(self.rate_bps)
             elif step is Step.CLOSE:
                 self.open_threshold = 0

@@ -23,6 +23,8 @@ MOST_QUEUED: Final = 12 * MIB
 """Wire bytes of memory that may wait in the first pass."""
 MIN_RATE_BPS: Final = 64_000.0
 MOST_RATIO: Final = 6.0
+WIDER: Final = 1.2
+"""Times its threshold that an open gate can come to before it is opened wider."""
 LONG_ROUNDS: Final = 12
 """Memory rounds after which the guest counts as one that is hard to catch."""
 
@@ -120,6 +122,7 @@ class Step(enum.StrEnum):
     WAIT = "wait"
     DISK_ROUND = "disk round"
     OPEN = "open the gate"
+    WIDEN = "open the gate wider"
     CLOSE = "close the gate"
 
 
@@ -148,7 +151,8 @@ class Gate:
     While memory converges, a disk round is due every `pause` seconds. Once memory is small, rounds follow each other
     without a pause until one is small too; the gate opens at that moment. If the guest does not stop within
     `patience`, the gate closes again and rounds go on: the threshold then grows, up to `stretch` times, because each
-    attempt, and every few memory rounds, prove that the guest's dirty rate keeps the rest above it.
+    attempt, and every few memory rounds, prove that the guest's dirty rate keeps the rest above it. While it is open it
+    follows what pages come to on the wire: by then only the guest's hot ones are sent, and they take fewer bytes each time.
     """
 
     def __init__(self, downtime_ms: int, *, pause: float = 2.0, patience: float = 2.5, stretch: float = 4.0) -> None:
@@ -159,6 +163,7 @@ class Gate:
         self.is_open = False
         self.attempts = 0
         self._opened = 0.0
+        self._wide = 0
         self._round_ended = 0.0
         self._small = False
         self._long = 0
@@ -195,12 +200,17 @@ class Gate:
             if reading.now - self._opened > self.patience:
                 self.is_open = False
                 return Step.CLOSE
+            wide = self.threshold(reading.rate_bps, reading.ratio)
+            if wide > WIDER * self._wide:
+                self._wide = wide
+                return Step.WIDEN
             return Step.WAIT
         if self.near(reading):
             if self._small and reading.now - self._round_ended < 0.5:
                 self.is_open = True
                 self.attempts += 1
                 self._opened = reading.now
+                self._wide = self.threshold(reading.rate_bps, reading.ratio)
                 self._small = False
                 return Step.OPEN
             return Step.DISK_ROUND

@@ -335,8 +335,8 @@ class VmSource(SourceHandoff):
                 assert self._rounds is not None
                 entry = self._send_round(self._rounds.next(hold_back=not without(ORDER)))
                 gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate)
-            elif step in (Step.OPEN, Step.CLOSE):
-                threshold = gate.threshold(self._rate, reading.ratio) if step is Step.OPEN else CLOSED_THRESHOLD
+            elif step is not Step.WAIT:
+                threshold = CLOSED_THRESHOLD if step is Step.CLOSE else gate.threshold(self._rate, reading.ratio)
                 self.qemu.set_parameters(
                     avail_switchover_bandwidth=switchover_bandwidth(threshold, self.job.options.downtime_ms)
                 )
