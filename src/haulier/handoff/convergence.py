@@ -151,8 +151,8 @@ class Gate:
     While memory converges, a disk round is due every `pause` seconds. Once memory is small, rounds follow each other
     without a pause until one is small too; the gate opens at that moment. If the guest does not stop within
     `patience`, the gate closes again and rounds go on: the threshold then grows, up to `stretch` times, because each
-    attempt, and every few memory rounds, prove that the guest's dirty rate keeps the rest above it. While it is open it
-    follows what pages come to on the wire: by then only the guest's hot ones are sent, and they take fewer bytes each time.
+    attempt, and every few memory rounds, prove that the guest's dirty rate keeps the rest above it. While it is open
+    it follows what pages come to on the wire: by then only hot ones are sent, and they take fewer bytes each time.
     """
 
     def __init__(self, downtime_ms: int, *, pause: float = 2.0, patience: float = 2.5, stretch: float = 4.0) -> None:
