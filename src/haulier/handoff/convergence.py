@@ -18,11 +18,13 @@ from haulier.units import MIB
 CLOSED_THRESHOLD: Final = 1
 """Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not zero, because QEMU
 then skips the exact dirty count and stops after its first pass, whatever the guest has dirtied meanwhile."""
-FIRST_PASS_RAW: Final = 128 * MIB
-MOST_QUEUED: Final = 12 * MIB
+FIRST_PASS_RAW: Final = 512 * MIB
+MOST_QUEUED: Final = 24 * MIB
 """Wire bytes of memory that may wait in the first pass."""
+QUEUED_S: Final = 5.0
+"""Seconds of link that may."""
 MIN_RATE_BPS: Final = 64_000.0
-MOST_RATIO: Final = 6.0
+MOST_RATIO: Final = 10.0
 WIDER: Final = 1.2
 """Times its threshold that an open gate can come to before it is opened wider."""
 LONG_ROUNDS: Final = 12
@@ -94,15 +96,16 @@ def window(rate_bps: float, rtt_s: float, ending: bool, first_pass: bool = False
     """Bounds for unacknowledged bytes: about 150 ms of link near the end, 300 ms before, and never below 1.5 RTT.
 
     The raw bound is eight times that, but at least 1 MiB, so that runs of unchanged pages do not stall the reader.
-    In the first pass two seconds of link may wait, and many unchanged pages: while the link carries what must
-    be sent, the reader gets on with the pages that cost only CPU. What grows stale in the queue would have to be sent
+    In the first pass some seconds of link may wait, and many unchanged pages: while the link carries what must
+    be sent, the reader gets on with the pages that cost only CPU (the end of a guest's memory is often zeros, which QEMU
+    takes seconds to look at where they were never touched). What grows stale in the queue would have to be sent
     again anyway, and before the guest stops the queue has long drained.
     """
     seconds = max(0.15 if ending else 0.30, 1.5 * rtt_s + 0.05)
     wire = max(49_152, int(max(rate_bps, MIN_RATE_BPS) / 8 * seconds))
     if first_pass and not ending:
         # At first the rate is a guess, and only a link that is full shows it.
-        queued = max(wire, MIB, min(MOST_QUEUED, int(rate_bps / 8 * 2.0)))
+        queued = max(wire, MIB, min(MOST_QUEUED, int(rate_bps / 8 * QUEUED_S)))
         return Window(queued, FIRST_PASS_RAW, max(wire * 3 // 4, 768 * 1024), rate_bps)
     return Window(wire, max((1 if ending else 4) * MIB, 8 * wire), wire // 2, rate_bps, ending)
 
