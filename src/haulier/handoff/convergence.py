@@ -96,10 +96,10 @@ def window(rate_bps: float, rtt_s: float, ending: bool, first_pass: bool = False
     """Bounds for unacknowledged bytes: about 150 ms of link near the end, 300 ms before, and never below 1.5 RTT.
 
     The raw bound is eight times that, but at least 1 MiB, so that runs of unchanged pages do not stall the reader.
-    In the first pass some seconds of link may wait, and many unchanged pages: while the link carries what must
-    be sent, the reader gets on with the pages that cost only CPU (the end of a guest's memory is often zeros, which QEMU
-    takes seconds to look at where they were never touched). What grows stale in the queue would have to be sent
-    again anyway, and before the guest stops the queue has long drained.
+    In the first pass some seconds of link may wait, and many unchanged pages: while the link carries what must be
+    sent, the reader gets on with the pages that cost only CPU (the end of a guest's memory is often zeros, which QEMU
+    takes seconds to look at where they were never touched). What grows stale in the queue would have to be sent again
+    anyway, and before the guest stops the queue has long drained.
     """
     seconds = max(0.15 if ending else 0.30, 1.5 * rtt_s + 0.05)
     wire = max(49_152, int(max(rate_bps, MIN_RATE_BPS) / 8 * seconds))
