@@ -16,8 +16,9 @@ from haulier.errors import Corrupt, GuestError
 from haulier.handoff import urgent
 from haulier.handoff.messages import Channel
 from haulier.handoff.urgent import READ, UrgentPump, UrgentSink, pack, unpack
-from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.memory.proxy import SourceProxy
 from haulier.memory.references import Referring
+from haulier.memory.target_proxy import TargetProxy
 from tests.handoff.test_memory_link import Carrier
 from tests.support.qemustream import PAGE, Writer, changed
 from tests.support.waiting import wait_for

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from haulier.compress import zstd
 from haulier.errors import Corrupt
-from haulier.memory.proxy import SourceProxy, TargetProxy
+from haulier.memory.proxy import SourceProxy
 from haulier.memory.references import PLACE, Referring, resolve
+from haulier.memory.target_proxy import TargetProxy
 from tests.memory.finders import Disk
 from tests.support.qemustream import PAGE, Writer, changed, page_of
 

@@ -26,8 +26,8 @@ import xxhash
 from haulier.compress import zstd
 from haulier.errors import Corrupt, GuestError, HaulierError
 from haulier.handoff.messages import Channel
-from haulier.memory.proxy import TargetProxy
 from haulier.memory.references import PLACE, Referring, resolve
+from haulier.memory.target_proxy import TargetProxy
 from haulier.units import PAGE
 
 log = logging.getLogger(__name__)
