@@ -74,7 +74,7 @@ def test_where_all_of_it_is_wanted_at_once_nothing_is_packed(tmp_path: Path) -> 
 
 
 def test_without_holes_nothing_is_packed_and_zero_stays_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("haulier.memory.mirror.punch", lambda *_: False)
+    monkeypatch.setattr("haulier.memory.pagefile.punch", lambda *_: False)
     mirror = packed(tmp_path / "mirror")
     mirror.zero(np.arange(0, COUNT, 2))
     mirror.complete()
