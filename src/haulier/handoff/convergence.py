@@ -24,7 +24,7 @@ MOST_QUEUED: Final = 24 * MIB
 QUEUED_S: Final = 5.0
 """Seconds of link that may."""
 MIN_RATE_BPS: Final = 64_000.0
-MOST_RATIO: Final = 10.0
+MOST_RATIO: Final = 8.0
 WIDER: Final = 1.2
 """Times its threshold that an open gate can come to before it is opened wider."""
 LONG_ROUNDS: Final = 12
