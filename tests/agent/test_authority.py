@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
+import ssl
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,20 @@ def test_what_is_no_token(text: str) -> None:
 
 def test_days_left(site: Site) -> None:
     assert 1800 < authority.days_left(site.certificate) < 1827
+
+
+def test_the_fleets_authority_is_not_sent_along(site: Site) -> None:
+    """Everybody has it: it would be a third of each handshake."""
+    wires = [(ssl.MemoryBIO(), ssl.MemoryBIO()) for _ in range(2)]
+    client = authority.client_context(site).wrap_bio(*wires[0], server_hostname="oslo.haulier")
+    server = authority.server_context(site).wrap_bio(*wires[1], server_side=True)
+    said = [0, 0]
+    for _ in range(3):
+        for number, end in enumerate((client, server)):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+            said[number] += wires[1 - number][0].write(wires[number][1].read())
+    assert server.getpeercert() and client.getpeercert()
+    own = authority.load_certificate(site.certificate.read_bytes(), "").public_bytes(serialization.Encoding.DER)
+    # Hellos, signatures, ends and the spacer are about 640 bytes, the authority's certificate 390.
+    assert all(count - len(own) < 750 for count in said), said

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
+from haulier.containers import checkpoint
 from haulier.containers.checkpoint import (
     Borrowed,
     CheckpointReceiver,
@@ -93,12 +95,62 @@ NAMES = ["../x", "/etc/x", "a/b", "", ".hidden", "pages-1.img", "x" * 200]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_from_elsewhere_are_not_believed(tmp_path: Path, name: str) -> None:
-    sender = CheckpointSender()
-    good = msgspec.msgpack.decode(sender._part([("good", 3)], b"abc", False), type=Part)
-    bad = msgspec.structs.replace(good, names=[(name, 3)])
     with pytest.raises(Corrupt):
-        CheckpointReceiver(tmp_path, 10).handle(msgspec.msgpack.encode(bad))
+        CheckpointReceiver(tmp_path, 10).handle(CheckpointSender()._part([(name, 3)], b"abc", False))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("listing", [-1, 0, 5, 9, 1 << 40])
+def test_a_list_of_files_of_another_length_is_refused(tmp_path: Path, listing: int) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "good").write_bytes(b"abc")
+    sender, messages = sent(tmp_path / "source")
+    good = msgspec.msgpack.decode(messages[0], type=Part)
+    assert good.listing not in (0, 5, 9)
+    bad = msgspec.structs.replace(good, listing=listing, plain=good.listing + 3 - listing)
+    receiver = CheckpointReceiver(tmp_path, 10)
+    with pytest.raises(Corrupt):
+        receiver.handle(msgspec.msgpack.encode(bad))
+        receiver.handle(sender.end(0, []))
+
+
+def small_dump(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "core-1.img").write_bytes(os.urandom(3000))
+    (folder / "files.img").write_bytes(os.urandom(4000))
+    return folder
+
+
+def taken(receiver: CheckpointReceiver, messages: Iterable[bytes]) -> CheckpointReceiver:
+    for message in messages:
+        receiver.handle(message)
+    return receiver
+
+
+def test_of_a_dump_that_both_sites_kept_only_what_changed_is_sent(tmp_path: Path) -> None:
+    source, out, back = small_dump(tmp_path / "source"), tmp_path / "out", tmp_path / "back"
+    out.mkdir()
+    back.mkdir()
+    first = CheckpointSender()
+    kept = taken(CheckpointReceiver(out, 10), first.files(source)).kept
+    assert kept and kept == first.kept
+    (source / "files.img").write_bytes(b"a little else" + (source / "files.img").read_bytes()[13:])
+    again = CheckpointSender(known=kept)
+    messages = list(again.files(source, trial=True))
+    assert sum(map(len, messages)) < first.wire_bytes / 5
+    messages += [*again.files(source), again.end(0, [])]
+    with pytest.raises(Corrupt):
+        taken(CheckpointReceiver(tmp_path, 10), messages)
+    taken(CheckpointReceiver(back, 10, kept), messages)
+    assert (back / "files.img").read_bytes() == (source / "files.img").read_bytes()
+
+
+def test_a_large_dump_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MAX_KEPT", 6000)
+    source, out = small_dump(tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    sender = CheckpointSender()
+    assert taken(CheckpointReceiver(out, 10), sender.files(source)).kept == sender.kept == b""
 
 
 def test_a_dump_that_is_not_whole_is_refused(tmp_path: Path) -> None:

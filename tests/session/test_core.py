@@ -411,7 +411,7 @@ def test_an_abort_tells_the_peer_why() -> None:
     assert wan.a.core.error is None
 
 
-@pytest.mark.parametrize(("size", "within"), [(1, 0.062), (Settings().ack_bytes, 0.052)])
+@pytest.mark.parametrize(("size", "within"), [(1, 0.152), (Settings().ack_bytes, 0.052)])
 def test_acks_are_prompt(size: int, within: float) -> None:
     wan = Wan([Link(100 * MBPS, 0.025)])
     wan.run(limit_s=0.5)
@@ -438,13 +438,31 @@ def test_what_is_little_is_acknowledged_together_or_with_an_answer() -> None:
     take(0, now)
     take(1, now + 0.004)
     assert acks(now + 0.004) == []
-    assert core.deadline(now + 0.004) <= now + Settings().ack_s
-    assert acks(now + Settings().ack_s) == [had + 2]
+    assert acks(now + 2 * Settings().ack_s) == []
+    assert core.deadline(now + 0.004) <= now + Settings().quiet_ack_s
+    assert acks(now + Settings().quiet_ack_s) == [had + 2]
     take(2, now + 1)
     assert acks(now + 1) == []
     core.send(2, b"an answer", False)
     assert acks(now + 1.001) == [had + 3]
     assert acks(now + 2) == []
+
+
+def test_what_is_little_after_much_is_acknowledged_soon() -> None:
+    wan = Wan([Link(100 * MBPS, 0.025)])
+    wan.run(limit_s=0.5)
+    core = wan.b.core
+    key = next(iter(core.paths())).key
+
+    def acked(number: int, size: int, now: float, after: float) -> bool:
+        core.receive(key, Frame(Kind.DATA, 1, END, number, bytes(size)), now)
+        frames = FrameReader().feed(b"".join(core.output(key, now + after)))
+        return any(frame.kind == Kind.ACK for frame in frames)
+
+    now, s = wan.now, Settings()
+    assert acked(0, s.ack_bytes, now, 0)
+    assert acked(1, 10, now + 0.05, s.ack_s)
+    assert not acked(2, 10, now + s.quiet_after_s + 0.01, s.ack_s)
 
 
 def move(source: SessionCore, sink: SessionCore, key: int) -> None:

@@ -45,6 +45,18 @@ _TOKEN_PREFIX: Final = "haulier-join-"
 _MAX_TOKEN: Final = 1000
 
 
+_SPACER: Final = b"""\
+-----BEGIN CERTIFICATE-----
+MIGrMF+gAwIBAgIBATAFBgMrZXAwADAeFw0wMDAxMDEwMDAwMDBaFw0wMDAxMDEw
+MDAwMDBaMAAwKjAFBgMrZXADIQBnMsC3GxEFw9cnnWxdNYO01uVUYtbHTlIU9v9k
+x8pQGzAFBgMrZXADQQC1NIrZz01gPRZMa+rVyzQPhCbyvKXRar6PdkozD1zXa6IV
+Xemln3FDzJn/dD2CeyQ7pXvo8pzUSl85Invu27cO
+-----END CERTIFICATE-----
+"""
+"""A certificate of nobody, of which no key exists. Where a site's certificate has something behind it, OpenSSL does not
+look for what signed it, and so does not send the fleet's authority, which is twice as long and which everybody has."""
+
+
 class Token(msgspec.Struct, frozen=True):
     """What a join token holds. `fleet` is the SHA-256 of the authority's certificate."""
 
@@ -188,7 +200,7 @@ def sign(site: Site, name: str, request_pem: bytes, addresses: Sequence[str]) ->
 def install(site: Site, key: bytes, certificate: bytes) -> None:
     """Puts a site's key and certificate in place."""
     write_atomically(site.key, key, 0o600)
-    write_atomically(site.certificate, certificate)
+    write_atomically(site.certificate, certificate.rstrip() + b"\n" + _SPACER)
 
 
 def new_token(site: Site, journal: Journal, for_site: str = "", lifetime_s: float = TOKEN_LIFETIME_S) -> str:

@@ -39,6 +39,8 @@ SMALL: Final = 256 << 10
 """So little is compressed as well as can be: that takes a few milliseconds."""
 BEST_LEVEL: Final = 19
 MAX_BORROWED: Final = 4096
+MAX_KEPT: Final = 256 << 10
+"""Of larger dumps nothing is kept for the next one."""
 ARCHIVE: Final = ".tar.gz.img"
 UNPACKED: Final = ".tar.img"
 """Small file systems in memory, which CRIU writes as the former, go as the latter."""
@@ -53,10 +55,10 @@ class PagesFile(msgspec.Struct, frozen=True, array_like=True):
     numbers: bytes
 
 
-class Part(msgspec.Struct, frozen=True, tag="files", tag_field="type"):
-    """Contents of files one after the other, compressed: names and lengths, or a further piece of the last one."""
+class Part(msgspec.Struct, frozen=True, tag="files", array_like=True):
+    """Files one after the other, compressed: `listing` bytes that say which begin here, then `plain` of contents."""
 
-    names: list[tuple[str, int]]
+    listing: int
     plain: int
     data: bytes
     trial: bool = False
@@ -76,7 +78,7 @@ class Borrowed(msgspec.Struct, frozen=True, array_like=True):
     """xxh3-128."""
 
 
-class Layout(msgspec.Struct, frozen=True, tag="layout", tag_field="type"):
+class Layout(msgspec.Struct, frozen=True, tag="layout", array_like=True):
     """The files of pages as the trial dump had them; those of the final dump will be nearly the same."""
 
     stream: int
@@ -85,7 +87,7 @@ class Layout(msgspec.Struct, frozen=True, tag="layout", tag_field="type"):
     """Before the first round: what comes may be put together as it comes. Another one follows after the round."""
 
 
-class End(msgspec.Struct, frozen=True, tag="end", tag_field="type"):
+class End(msgspec.Struct, frozen=True, tag="end", array_like=True):
     """All files were sent. `stream` is how many raw bytes of the picture have to be there before pages are taken.
 
     A restore may begin; nothing may run before the digests of the files of pages were found right.
@@ -99,7 +101,7 @@ class End(msgspec.Struct, frozen=True, tag="end", tag_field="type"):
     """xxh3-128 over names and contents of the files of this dump, in order."""
 
 
-class Digests(msgspec.Struct, frozen=True, tag="digests", tag_field="type"):
+class Digests(msgspec.Struct, frozen=True, tag="digests", array_like=True):
     """The last message: for each file of pages, in the order of `End`, what `digest_of_pages` makes of it."""
 
     pages: list[bytes]
@@ -110,6 +112,7 @@ Numbered = list[tuple[str, NDArray[np.int64]]]
 """Names of files of pages, and the numbers in the picture of the pages of each."""
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Message)
+_LISTING: Final = msgspec.msgpack.Decoder(list[tuple[str, int]])
 
 
 def digest_of(data: bytes | memoryview) -> bytes:
@@ -127,12 +130,18 @@ def digest_of_pages(pages: NDArray[np.uint8]) -> bytes:
 class CheckpointSender:
     """The source's side."""
 
-    def __init__(self, expected: int = 0) -> None:
-        """`expected` bytes a dump has beside its pages, more or less; 0: not known."""
+    def __init__(self, expected: int = 0, known: bytes = b"") -> None:
+        """`expected` bytes a dump has beside its pages, more or less; 0: not known. `known`: what both sites kept."""
         small = 0 < expected < SMALL
         level, window_log = (BEST_LEVEL, 20) if small else (_LEVEL, _WINDOW_LOG)
-        self._compressor = StreamCompressor(level, window_log, False, usual_dump())
+        self._compressor = StreamCompressor(level, window_log, False, usual_dump() + known)
+        self._kept = _Kept()
         self.wire_bytes = 0
+
+    @property
+    def kept(self) -> bytes:
+        """What serves the next handoff as `known`; the receiver has the same."""
+        return self._kept.data
 
     def files(self, folder: Path, borrowed: Sequence[Borrowed] = (), *, trial: bool = False) -> Iterator[bytes]:
         """Messages with all files of a dump but those of pages; CRIU's statistics and logs stay here.
@@ -158,7 +167,10 @@ class CheckpointSender:
         self._digest = hasher.digest()
 
     def _part(self, names: list[tuple[str, int]], plain: bytes, trial: bool) -> bytes:
-        return self._encode(Part(names, len(plain), self._compressor.compress(plain), trial))
+        listing = _ENCODER.encode(names) if names else b""
+        if not trial:
+            self._kept.add(listing + plain)
+        return self._encode(Part(len(listing), len(plain), self._compressor.compress(listing + plain), trial))
 
     def layout(self, stream: int, pages: Numbered, *, early: bool = False) -> bytes:
         """Tells what files of pages will be like, so that the target can put them together before the dump."""
@@ -180,6 +192,18 @@ class CheckpointSender:
         data = _ENCODER.encode(message)
         self.wire_bytes += len(data)
         return data
+
+
+class _Kept:
+    """The files of a dump, while they are not too many."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self._size = 0
+
+    def add(self, data: bytes) -> None:
+        self._size += len(data)
+        self.data = self.data + data if self._size <= MAX_KEPT else b""
 
 
 def _unpacked(name: str, data: bytes) -> tuple[str, bytes]:
@@ -223,7 +247,8 @@ def wanted_files(folder: Path) -> list[Path]:
 class CheckpointReceiver:
     """The target's side: writes the files to `folder`; `end` is set by the last message. Believes nothing."""
 
-    def __init__(self, folder: Path, max_pages: int) -> None:
+    def __init__(self, folder: Path, max_pages: int, known: bytes = b"") -> None:
+        """`known`: what both sites kept of an earlier dump."""
         self.folder = folder
         self.layout: tuple[int, Numbered] | None = None
         """The latest one: from how many raw bytes of the picture on it holds, and the pages."""
@@ -233,11 +258,17 @@ class CheckpointReceiver:
         self.pages: Numbered = []
         self.digests: list[bytes] | None = None
         self._max_pages = max_pages
-        self._decompressor = StreamDecompressor(dictionary=usual_dump())
+        self._decompressor = StreamDecompressor(dictionary=usual_dump() + known)
+        self._kept = _Kept()
         self._hasher = xxhash.xxh3_128()
         self._open: list[tuple[str, int]] = []
         self._data = bytearray()
         self._count = 0
+
+    @property
+    def kept(self) -> bytes:
+        """What serves the next handoff as `known`; the sender has the same."""
+        return self._kept.data
 
     def handle(self, message: bytes) -> None:
         """Takes one message. Raises Corrupt."""
@@ -261,14 +292,19 @@ class CheckpointReceiver:
             self.digests = decoded.pages
 
     def _part(self, part: Part) -> None:
-        if not 0 <= part.plain <= _PART:
-            raise Corrupt(f"a dump's message announces {part.plain} bytes")
-        data = self._decompressor.decompress(part.data, part.plain)
-        if len(data) != part.plain:
+        if not 0 <= part.plain <= _PART or not 0 <= part.listing <= _PART:
+            raise Corrupt(f"a dump's message announces {part.listing} and {part.plain} bytes")
+        data = self._decompressor.decompress(part.data, part.listing + part.plain)
+        if len(data) != part.listing + part.plain:
             raise Corrupt("a dump's message holds less than it announces")
         if part.trial:
             return
-        for name, size in part.names:
+        self._kept.add(data)
+        try:
+            names = _LISTING.decode(data[: part.listing]) if part.listing else []
+        except msgspec.MsgspecError as error:
+            raise Corrupt(f"a dump's list of files makes no sense ({error})") from None
+        for name, size in names:
             if (
                 not NAME.fullmatch(name)
                 or name in (HELD, DESCRIPTORS)
@@ -276,8 +312,8 @@ class CheckpointReceiver:
                 or not 0 <= size <= MAX_FILE
             ):
                 raise Corrupt(f"a dump names a file {name[:80]!r} of {size} bytes")
-        self._open += part.names
-        self._data += data
+        self._open += names
+        self._data += data[part.listing :]
         if len(self._open) > MAX_FILES or len(self._data) > MAX_FILE + _PART:
             raise Corrupt("a dump has too many files")
         while self._open and len(self._data) >= self._open[0][1]:

@@ -40,7 +40,7 @@ def sample(site: Site, spec: GuestSpec, container: Container, memory_base: str) 
         raise Unsupported(f"guest {spec.name!r} cannot be handed over: {'; '.join(problems)}")
     count = picture_pages(spec.memory_mib)
     base = retained.open_base(site, spec.name, spec.uuid, memory_base)
-    kept = retained.places(site, spec.name) if memory_base else b""
+    kept = retained.kept(site, spec.name, retained.PLACES) if memory_base else b""
     places = Places.decode(kept, count) if kept else Places(count)
     view = base.view(PICTURE) if base is not None and kept else None
     total = zero = same = 0

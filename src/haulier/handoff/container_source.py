@@ -59,6 +59,8 @@ GATHER: Final = 2048
 """Pages gathered before they are compared and sent."""
 SMALL_MEMORY: Final = 1 << 20
 """Bytes of pages that are compressed as well as can be."""
+TINY: Final = 1024
+"""Bytes of a batch that may wait for what comes next, to share a packet with it."""
 WORTH_S: Final = 0.03
 """What takes the link longer than this is sent while the dump is written."""
 SPARE_PIPES: Final = 8
@@ -86,6 +88,8 @@ class ContainerSource(SourceHandoff):
     _trial_s = 0.0
     _based = False
     """The target has a picture of it from an earlier stay."""
+    _known = b""
+    """Files of the dump that it came with at its earlier stay; the target has them, too."""
     _ready = False
     _frozen = False
     _files: CheckpointSender
@@ -100,7 +104,8 @@ class ContainerSource(SourceHandoff):
         assert self.spec.container is not None
         self.lower = self.spec.container.lower_chunks
         self._images = images_dir(self.site, self.job.handoff)
-        self._trial: list[bytes] = []
+        self._trial = self._images / "trial"
+        self._trial_borrowed: list[Borrowed] = []
         self._trial_pages: list[PagesOf] = []
         self._dumping: Dumping | None = None
         self._areas: Areas = {}
@@ -126,7 +131,7 @@ class ContainerSource(SourceHandoff):
         problems = scan(self.container.pids())
         if problems:
             raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {'; '.join(problems)}")
-        folder = self._images / "dump"
+        folder = self._trial
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         began = time.monotonic()
         try:
@@ -135,15 +140,25 @@ class ContainerSource(SourceHandoff):
                 self.container.dump(folder)
                 self._trial_s = time.monotonic() - began
                 sizes = arriving.sizes()
-            borrowed = self._borrowed(folder, anywhere=True)
-            beside = sum(path.stat().st_size for path in wanted_files(folder)) - sum(one.length for one in borrowed)
-            self._files = CheckpointSender(beside)
-            self._trial = list(self._files.files(folder, borrowed, trial=True))
+            self._trial_borrowed = self._borrowed(folder, anywhere=True)
             self._trial_pages = pages_of(folder, sizes)
         except GuestError as error:
             raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {explain(str(error))}") from None
-        for path in folder.iterdir():
-            path.unlink()
+
+    def _settle(self, accept: Accept) -> None:
+        super()._settle(accept)
+        if accept.memory_base:
+            self._known = retained.kept(self.site, self.spec.name, retained.DUMP)
+
+    def _send_trial(self) -> None:
+        """The trial dump: what it has in common with the real one costs little then."""
+        assert self._session is not None
+        borrowed = self._trial_borrowed
+        size = sum(path.stat().st_size for path in wanted_files(self._trial)) - sum(one.length for one in borrowed)
+        self._files = CheckpointSender(size, self._known)
+        for message in self._files.files(self._trial, borrowed, trial=True):
+            self._session.send(Channel.CHECKPOINT, message, more=True)
+        shutil.rmtree(self._trial)
 
     def _worth_indexing(self) -> set[bytes]:
         """Of layers that the target has, memory resembles little more than the data of programs that run."""
@@ -165,9 +180,7 @@ class ContainerSource(SourceHandoff):
         """The layers that the target lacks, then what the container wrote, in rounds."""
         if sender.offer_manifest().wire_bytes > 4096:
             sender.commit()
-        assert self._session is not None
-        for message in self._trial:
-            self._session.send(Channel.CHECKPOINT, message)
+        self._send_trial()
         chunks = len(self._manifest) - self.lower
         self._latest = self._manifest
         known = load_signatures(self.container.paths.signatures)
@@ -205,7 +218,7 @@ class ContainerSource(SourceHandoff):
         self.progress.phase("memory", "sending memory while the container runs")
         pages = picture_pages(self.spec.memory_mib)
         base = retained.open_base(self.site, self.spec.name, self.spec.uuid, accept.memory_base)
-        kept = retained.places(self.site, self.spec.name) if accept.memory_base else b""
+        kept = retained.kept(self.site, self.spec.name, retained.PLACES) if accept.memory_base else b""
         self._places = Places.decode(kept, pages) if kept else Places(pages)
         if not accept.manifest:
             self._control.send(PrepareMemory(accept.memory_base))
@@ -218,7 +231,7 @@ class ContainerSource(SourceHandoff):
         known = kernel_pages() if accept.same_vdso else b""
         picture = PictureSource(mirror, pages, base, self._finder, level=level, window_log=window_log, dictionary=known)
         self._picture = picture
-        self._session.send(Channel.MEMORY, picture.begin().data)
+        self._session.send(Channel.MEMORY, picture.begin().data, more=True)
         self._send_layout(early=True)
 
     def _memory_round(self) -> dict[str, Any]:
@@ -279,7 +292,8 @@ class ContainerSource(SourceHandoff):
         rows = picture.differing(numbers, contents)
         for batch in picture.send(numbers[rows], contents[rows]):
             self._check()
-            session.send(Channel.MEMORY, batch.data)
+            # The layout follows the first round.
+            session.send(Channel.MEMORY, batch.data, more=not self._memory_rounds and len(batch.data) < TINY)
             if not self._ending:
                 window = self._window()
                 while not session.wait_below(window.wire, Channel.MEMORY, timeout=0.1):
@@ -293,7 +307,7 @@ class ContainerSource(SourceHandoff):
         picture, session = self._picture, self._session
         assert picture is not None and session is not None
         pages = [(one.name, self._numbers(one)) for one in self._trial_pages]
-        session.send(Channel.CHECKPOINT, self._files.layout(picture.counters.raw_bytes, pages, early=early))
+        session.send(Channel.CHECKPOINT, self._files.layout(picture.counters.raw_bytes, pages, early=early), more=early)
 
     def _numbers(self, pages: PagesOf) -> NDArray[np.int64]:
         """Numbers in the picture, in the order of the file."""
@@ -351,6 +365,7 @@ class ContainerSource(SourceHandoff):
         self.progress.phase("switchover", "the container is frozen")
         self._ending = True
         folder = self._images / "dump"
+        folder.mkdir(mode=0o700)
         expected = {one.name: one.count * PAGE for one in self._trial_pages}
         with ArrivingPages(folder, expected) as arriving:
             dumping = self._dumping = self.container.begin_dump(folder)
@@ -446,7 +461,8 @@ class ContainerSource(SourceHandoff):
         self.report.update(foretold.told(self._forecast, self.report))
         self._picture.keep()
         self._picture.close()
-        self._left(name, self.site.mirror(self.job.handoff), places)
+        beside = {retained.PLACES: places, retained.DUMP: self._files.kept}
+        self._left(name, self.site.mirror(self.job.handoff), beside)
 
     def _figures(self, done: float) -> dict[str, Any]:
         assert self._picture is not None

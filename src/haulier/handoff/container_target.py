@@ -101,7 +101,8 @@ class ContainerTarget(TargetHandoff):
         known = kernel_pages() if same_kernel_pages(self.offer.host) else b""
         mirror = self.site.mirror(self.job.handoff)
         self._proxy = TargetProxy(mirror, base, self._space, max_memory=pages * PAGE, dictionary=known, packs=False)
-        self._checkpoint = CheckpointReceiver(self._images, pages)
+        before = retained.kept(self.site, spec.name, retained.DUMP) if news.memory_base else b""
+        self._checkpoint = CheckpointReceiver(self._images, pages, before)
         self._drafts: dict[str, Draft] = {}
         self._feeding = threading.Lock()
         self._tasks: queue.Queue[tuple[Manifest, bool] | str | None] = queue.Queue()
@@ -339,8 +340,8 @@ class ContainerTarget(TargetHandoff):
         self._proxy.close()
         row = self.journal.guest(self.spec.name)
         meta = retained.Retained(id=news.memory_id, guest=self.spec.name, uuid=self.spec.uuid, epoch=row.epoch)
-        retained.keep(self.site, meta, self.site.mirror(self.job.handoff))
-        retained.keep_places(self.site, self.spec.name, news.places)
+        beside = {retained.PLACES: news.places, retained.DUMP: self._checkpoint.kept}
+        retained.keep(self.site, meta, self.site.mirror(self.job.handoff), beside)
 
     def _stop_building(self) -> None:
         self._closing = True

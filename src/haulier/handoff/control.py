@@ -76,6 +76,10 @@ class Control:
                 found.append(sifted)
         return found
 
+    def drop(self, message: AnyMessage) -> None:
+        """Of what has come, `message` need not be heard any more. Raises the first failure among the news."""
+        self._kept = [kept for kept in self.poll() if kept != message]
+
     def wait(self, kind: type[M], timeout: float) -> M:
         """The next message of `kind`; others are kept for `poll`. PeerError when none comes in time."""
         deadline = time.monotonic() + timeout

@@ -1,6 +1,6 @@
 """What the two workers of a handoff say to each other, and the files that the agent and its worker share.
 
-Channels of the session are numbered by `Channel`. Control messages are MessagePack maps with a ``type``; anything
+Channels of the session are numbered by `Channel`. Control messages are MessagePack arrays, the tag first; anything
 that does not decode is Corrupt and ends the handoff.
 """
 
@@ -185,7 +185,7 @@ class Status(msgspec.Struct, kw_only=True):
 # -- control messages ---------------------------------------------------------------------------------------------
 
 
-class Message(msgspec.Struct, frozen=True, tag_field="type"):
+class Message(msgspec.Struct, frozen=True, array_like=True):
     """Base of all control messages."""
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -20,6 +22,10 @@ from haulier.memory.base import MemoryBase
 from haulier.memory.mirror import Mirror
 
 GOLDEN = "golden:"
+PLACES = "places"
+"""Beside the picture of a container: where each page lies in it, and ..."""
+DUMP = "dump"
+"""... the files of the dump that it went with: the next one has most of them in common with that."""
 
 
 class Retained(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,11 +48,14 @@ def _directory(site: Site, guest: str) -> Path:
     return site.retained / guest
 
 
-def keep(site: Site, meta: Retained, mirror: Mirror | Path) -> None:
+def keep(
+    site: Site, meta: Retained, mirror: Mirror | Path, beside: Mapping[str, bytes] = MappingProxyType({})
+) -> None:
     """Puts a mirror, or the closed and complete file of one, into its place; its file goes with `Path`.
 
     Earlier pictures of that guest go, and what attempts left. A mirror is written straight to the disk: made complete
-    where it lies it would take as much memory as the guest. NoRoom as `Mirror.complete`.
+    where it lies it would take as much memory as the guest. `beside`: what else goes with the picture, by `PLACES` and
+    `DUMP`. NoRoom as `Mirror.complete`.
     """
     attempts.forget(site, meta.guest)
     directory = _directory(site, meta.guest)
@@ -58,19 +67,16 @@ def keep(site: Site, meta: Retained, mirror: Mirror | Path) -> None:
     else:
         sparsefile.copy(mirror, directory / "memory")
         mirror.unlink()
+    for name, data in beside.items():
+        write_atomically(directory / name, data)
     # Last: without it there is no picture, so one that was cut short is never taken for whole.
     write_atomically(directory / "meta.json", msgspec.json.encode(meta))
 
 
-def keep_places(site: Site, guest: str, places: bytes) -> None:
-    """Beside the picture of a container: where each page lies in it."""
-    write_atomically(_directory(site, guest) / "places", places)
-
-
-def places(site: Site, guest: str) -> bytes:
-    """What `keep_places` kept with the picture; empty if nothing was."""
+def kept(site: Site, guest: str, name: str) -> bytes:
+    """What was kept under that name with the picture; empty if nothing was."""
     with contextlib.suppress(OSError):
-        return (_directory(site, guest) / "places").read_bytes()
+        return (_directory(site, guest) / name).read_bytes()
     return b""
 
 

@@ -8,10 +8,11 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
@@ -44,11 +45,13 @@ from haulier.handoff.messages import (
     Job,
     MemoryReady,
     Offer,
+    Own,
     Running,
     Status,
     Stretched,
 )
 from haulier.handoff.offering import connect, make_offer
+from haulier.handoff.ownership import Event
 from haulier.handoff.preparing import Preparation, foreseeable
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import incoming_name, lease_of, pin_name, retire, spec_of
@@ -418,6 +421,8 @@ class SourceHandoff(ABC):
     def _pass_token(self) -> None:
         assert self._control is not None
         self._check()
+        # Its vote has been counted; heard later, it would ask for the token once more.
+        self._control.drop(Own(Event.READY.value, self._epoch))
         self._token.grant(self._control)
         self._marks["token"] = time.time()
         self._granted()
@@ -449,8 +454,10 @@ class SourceHandoff(ABC):
         self.progress.phase("finish", "clearing away")
         return name
 
-    def _left(self, picture: str, mirror: Mirror | Path, places: bytes | None = None) -> None:
-        """Keeps the picture of memory (and where a container's pages lie in it), and takes away what ran here."""
+    def _left(
+        self, picture: str, mirror: Mirror | Path, beside: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
+        """Keeps the picture of memory (and what goes with a container's), and takes away what ran here."""
         assert self._sender is not None
         meta = retained.Retained(
             id=picture,
@@ -460,9 +467,7 @@ class SourceHandoff(ABC):
             manifest=self._sender.manifest.digest.hex(),
         )
         if picture:
-            retained.keep(self.site, meta, mirror)
-        if places is not None:
-            retained.keep_places(self.site, self.spec.name, places)
+            retained.keep(self.site, meta, mirror, beside)
         retire(self.site, self.spec.name, self.job.handoff)
         if self._joining is not None:
             self._joining.wait()

@@ -107,6 +107,8 @@ class Connection:
         self.mptcp = sock.proto == mptcp.IPPROTO_MPTCP
         """Made to speak MPTCP; whether it does, `subflows` tells."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # An answer follows nearly everything that is said here until data flows, and takes the ack with it.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, int(dead_s * 2000))
         except OSError:

@@ -180,7 +180,9 @@ class SessionCore:
             if box.next or box.granted != self.settings.receive_window:
                 box.grant(always=True)
                 path.control.append(_state(box))
-        self._ping(path, now)
+        if rtt is None or cost > self._spend:
+            # Else the handshake was as good as a ping.
+            self._ping(path, now)
         if self.state is State.PARTING:
             self._say_bye(path)
         self._requeue_stalled()
@@ -257,6 +259,8 @@ class SessionCore:
                 path.owed, path.owed_since = 0, now
             path.received += 1
             path.owed += len(payload)
+            if path.owed >= self.settings.ack_bytes:
+                path.busy_at = now
             box = self._inbox[channel]
             completed = box.accept(number, flags, payload)
             self._grant(box)
@@ -352,9 +356,10 @@ class SessionCore:
 
     def _ack_due(self, path: PathFlow) -> float:
         """When what has come on `path` is to be acknowledged, whether or not anything else goes there."""
-        if self.state is not State.OPEN or path.owed >= self.settings.ack_bytes:
+        s = self.settings
+        if self.state is not State.OPEN or path.owed >= s.ack_bytes:
             return path.owed_since
-        return path.owed_since + self.settings.ack_s
+        return path.owed_since + (s.quiet_ack_s if path.owed_since > path.busy_at + s.quiet_after_s else s.ack_s)
 
     def _data(self, path: PathFlow, now: float, room: int, out: list[bytes | memoryview]) -> None:
         """Appends frames of data, about `room` bytes at most."""

@@ -11,6 +11,7 @@ frames then only bound how far the peer may fall behind. Otherwise both are take
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Final, NamedTuple
 
@@ -55,11 +56,13 @@ class PathFlow:
         self.received = 0
         """Data frames that came in on this connection ..."""
         self.acked_to_peer = 0
+        """... and how many of them the peer was told of."""
         self.owed = 0
         """Payload bytes received since then, and ..."""
         self.owed_since = now
         """... since when."""
-        """... and how many of them the peer was told of."""
+        self.busy_at = -math.inf
+        """When so much had last come that acks do not wait."""
         self.control: list[bytes] = []
         """Frames that go out before any data."""
         self.in_flight = 0

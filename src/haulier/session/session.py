@@ -104,12 +104,18 @@ class Session:
     # -- messages
 
     def send(
-        self, channel: int, payload: bytes | bytearray | memoryview | Sequence[bytes], *, urgent: bool = False
+        self,
+        channel: int,
+        payload: bytes | bytearray | memoryview | Sequence[bytes],
+        *,
+        urgent: bool = False,
+        more: bool = False,
     ) -> None:
         """Queue a message (a sequence is joined); returns at once unless much of the channel is unsent already.
 
-        `urgent` goes ahead of everything that is not, with what its own channel holds before it. Raises `error`,
-        PeerError when the session is over, UsageError for a bad channel or more than 16 MiB.
+        `urgent` goes ahead of everything that is not, with what its own channel holds before it. `more`: another one
+        follows at once, with which this one may share a packet. Raises `error`, PeerError when the session is over,
+        UsageError for a bad channel or more than 16 MiB.
         """
         if isinstance(payload, bytes):
             data = payload
@@ -123,7 +129,8 @@ class Session:
                 # Some slack, so that a sender is not woken for every frame that leaves.
                 self._wait_for(lambda: core.room(channel, 0.75) or core.state is not State.OPEN, None)
             core.send(channel, data, urgent)
-        self._transport.wake()
+        if not more:
+            self._transport.wake()
 
     def on(self, channel: int, callback: Callable[[bytes], None]) -> None:
         """Have `callback` called with each message of `channel`, in order, on a thread of its own.

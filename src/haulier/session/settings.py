@@ -45,6 +45,9 @@ class Settings:
     """What is acknowledged alone waits so long for more to come or for something to go the other way, unless ..."""
     ack_bytes: int = 2048
     """... so much has come."""
+    quiet_ack_s: float = 0.1
+    """Where so much has not come for `quiet_after_s`, nothing is estimated from acks: they wait for company so long."""
+    quiet_after_s: float = 0.2
     first_window: int = 64 * 1024
     min_window: int = 16 * 1024
     max_window: int = 48 * MIB
