@@ -36,6 +36,8 @@ _POLL_S: Final = 0.2
 _LACKING_BATCH: Final = 16384
 _WORTH_PACKING: Final = 1024
 """Bytes of a request from which on it is compressed."""
+_WORTH_OURS: Final = 256
+"""The same where both ends are agents: what is said of who owns a guest is shorter, and understood by any version."""
 _PROBE_SIZES: Final = (128 << 10, 512 << 10)
 """The first opens the connection's window, the second is timed."""
 
@@ -139,7 +141,7 @@ class Client:
         headers = {"Content-Type": "application/json"} if data is not None else {}
         if self._packs:
             headers["Accept-Encoding"] = packing.ENCODING
-        if data is not None and self._packs:
+        if data is not None and self._packs and len(data) >= _WORTH_OURS:
             data = packing.pack(data)
             headers["Content-Encoding"] = packing.ENCODING
         elif data is not None and len(data) >= _WORTH_PACKING:

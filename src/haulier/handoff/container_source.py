@@ -93,6 +93,7 @@ class ContainerSource(SourceHandoff):
     _ready = False
     _frozen = False
     _files: CheckpointSender
+    _arriving: ArrivingPages
     _streams = False
     """Its picture is made from its processes, later."""
     _clocks = 2
@@ -328,6 +329,7 @@ class ContainerSource(SourceHandoff):
             memory = self._memory_round()
             if len(self._memory_rounds) == 1:
                 self._send_layout()
+                self._begin_dump()
             files = self._upper_round()
             while not self._session.wait_below(16_384, Channel.MEMORY, timeout=0.1):
                 self._check()
@@ -351,6 +353,13 @@ class ContainerSource(SourceHandoff):
                 self._wait_prepared()
             self._check()
 
+    def _begin_dump(self) -> None:
+        """CRIU starts, and memory is taken for what it will write, while pages are still on their way."""
+        folder = self._images / "dump"
+        folder.mkdir(mode=0o700)
+        self._arriving = ArrivingPages(folder, {one.name: one.count * PAGE for one in self._trial_pages})
+        self._dumping = self.container.begin_dump(folder)
+
     def _wait_prepared(self) -> None:
         """The target still unpacks layers, or puts pages together; meanwhile nothing is gained by further rounds."""
         assert self._control is not None
@@ -364,11 +373,9 @@ class ContainerSource(SourceHandoff):
         assert self._control is not None and self._sender is not None and self._picture is not None
         self.progress.phase("switchover", "the container is frozen")
         self._ending = True
-        folder = self._images / "dump"
-        folder.mkdir(mode=0o700)
-        expected = {one.name: one.count * PAGE for one in self._trial_pages}
-        with ArrivingPages(folder, expected) as arriving:
-            dumping = self._dumping = self.container.begin_dump(folder)
+        folder, dumping = self._images / "dump", self._dumping
+        assert dumping is not None
+        with self._arriving as arriving:
             dumping.ready()
             hurry(os.getpid())
             self._marks["stop"] = time.time()
