@@ -79,5 +79,6 @@ def criu_options(*, restoring: bool, established: bool = True) -> str:
     words = ["network-lock skip", "file-locks", "force-irmap", "irmap-scan-path /var", "irmap-scan-path /etc"]
     words.append("tcp-established" if established else "tcp-close")
     if restoring:
-        words.append("leave-stopped")
+        # runc asks for all there is to be said: thousands of lines, each written on its own.
+        words += ["leave-stopped", "verbosity=2"]
     return "\n".join(words) + "\n"
