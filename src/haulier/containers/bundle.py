@@ -79,6 +79,5 @@ def criu_options(*, restoring: bool, established: bool = True) -> str:
     words = ["network-lock skip", "file-locks", "force-irmap", "irmap-scan-path /var", "irmap-scan-path /etc"]
     words.append("tcp-established" if established else "tcp-close")
     if restoring:
-        # runc asks for all there is to be said: thousands of lines, each written on its own.
-        words += ["leave-stopped", "verbosity=2"]
+        words.append("leave-stopped")
     return "\n".join(words) + "\n"
