@@ -48,9 +48,7 @@ def _directory(site: Site, guest: str) -> Path:
     return site.retained / guest
 
 
-def keep(
-    site: Site, meta: Retained, mirror: Mirror | Path, beside: Mapping[str, bytes] = MappingProxyType({})
-) -> None:
+def keep(site: Site, meta: Retained, mirror: Mirror | Path, beside: Mapping[str, bytes] = MappingProxyType({})) -> None:
     """Puts a mirror, or the closed and complete file of one, into its place; its file goes with `Path`.
 
     Earlier pictures of that guest go, and what attempts left. A mirror is written straight to the disk: made complete

@@ -454,9 +454,7 @@ class SourceHandoff(ABC):
         self.progress.phase("finish", "clearing away")
         return name
 
-    def _left(
-        self, picture: str, mirror: Mirror | Path, beside: Mapping[str, bytes] = MappingProxyType({})
-    ) -> None:
+    def _left(self, picture: str, mirror: Mirror | Path, beside: Mapping[str, bytes] = MappingProxyType({})) -> None:
         """Keeps the picture of memory (and what goes with a container's), and takes away what ran here."""
         assert self._sender is not None
         meta = retained.Retained(
