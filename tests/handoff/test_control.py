@@ -85,6 +85,19 @@ def test_waiting_keeps_what_it_was_not_waiting_for(pair: Pair) -> None:
     assert pair.b.poll() == []
 
 
+def test_what_is_dropped_is_not_heard_and_all_else_is(pair: Pair) -> None:
+    pair.a.own(Event.READY, 2)
+    pair.a.send(MemoryReady())
+    assert pair.b.wait(MemoryReady, 5) == MemoryReady()
+    pair.a.own(Event.READY, 2)
+    pair.a.own(Event.READY, 3)
+    pair.b.tell("loaded")
+    pair.b.drop(Own("ready", 2))
+    assert pair.b.next(0) == Own("ready", 3)
+    assert pair.b.next(0) == "loaded"
+    assert pair.b.next(0) is None and pair.b.poll() == []
+
+
 def test_nobody_answers(pair: Pair) -> None:
     with pytest.raises(PeerError, match=r"'lisbon' did not answer within 0.05 s \(waiting for BaseReady\)"):
         pair.a.wait(BaseReady, 0.05)

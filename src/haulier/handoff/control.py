@@ -77,8 +77,14 @@ class Control:
         return found
 
     def drop(self, message: AnyMessage) -> None:
-        """Of what has come, `message` need not be heard any more. Raises the first failure among the news."""
-        self._kept = [kept for kept in self.poll() if kept != message]
+        """Of what has come, `message` need not be heard any more. Raises what the check or the session says."""
+        self._kept = [kept for kept in self._kept if kept != message]
+        others: list[News] = []
+        while (news := self.next(0)) is not None:
+            if news != message:
+                others.append(news)
+        for news in others:
+            self._news.put(news)
 
     def wait(self, kind: type[M], timeout: float) -> M:
         """The next message of `kind`; others are kept for `poll`. PeerError when none comes in time."""
