@@ -26,7 +26,7 @@ from haulier.handoff.custody import record_of
 from haulier.handoff.memory_link import Carrier
 from haulier.handoff.messages import Accept, Channel, Finish, MemoryReady, Own, PrepareMemory
 from haulier.handoff.residence import incoming_name, lease_of
-from haulier.handoff.target import OTHER_MEMORY, TargetHandoff
+from haulier.handoff.target import TargetHandoff
 from haulier.handoff.vm_source import VmSource
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy
@@ -234,12 +234,8 @@ class PrefetchTarget(TargetHandoff):
     def _prepare_memory(self, news: PrepareMemory) -> None:
         if self._receiver is None or self._proxy is not None:
             raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
-        spec = self.spec
-        self._base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
-        self.progress.status.memory_base = news.memory_base
-        self._proxy = TargetProxy(
-            self.site.mirror(self.job.handoff), self._base, self._space, max_memory=spec.memory_bytes + OTHER_MEMORY
-        )
+        self._proxy = self._make_proxy(news.memory_base)
+        self._proxy.reader = self._space
         self.control.session.on(Channel.MEMORY, self._pages)
         self.control.send(MemoryReady())
 

@@ -25,7 +25,7 @@ from haulier.handoff.attempts import picture_id
 from haulier.handoff.control import Control
 from haulier.handoff.convergence import RecentMost, Window, serving_window
 from haulier.handoff.journal import Journal
-from haulier.handoff.memory_link import MemoryPump, MemorySink
+from haulier.handoff.memory_link import MemoryPump
 from haulier.handoff.messages import (
     Accept,
     AnyMessage,
@@ -42,11 +42,10 @@ from haulier.handoff.offering import connect
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import guest_paths, memory_lost, retire
 from haulier.handoff.source import CONNECT_S
-from haulier.handoff.target import OTHER_MEMORY, TargetHandoff
+from haulier.handoff.target import TargetHandoff
 from haulier.handoff.token import OwnPeer, Token
 from haulier.handoff.urgent import UrgentPump
 from haulier.memory.proxy import SourceProxy
-from haulier.memory.target_proxy import TargetProxy
 from haulier.session import Session
 
 log = logging.getLogger(__name__)
@@ -260,9 +259,7 @@ class ResumeTarget(TargetHandoff):
         self._listen_again()
         mirror = self.site.mirror(self.job.handoff)
         self._base = served.picture_of(mirror) if self.job.memory_base else None
-        proxy = TargetProxy(mirror, self._base, max_memory=self.spec.memory_bytes + OTHER_MEMORY)
-        self._sink = MemorySink(self._to_qemu(), proxy, session, self.control.tell, self._to_qemu)
-        threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
+        self._give_to_qemu(self._proxy_on(self._base), urgent=True)
         self.control.send(MemoryReady(pictured=self._base is not None))
 
     def _listen_again(self) -> None:

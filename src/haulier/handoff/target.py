@@ -371,22 +371,29 @@ class TargetHandoff:
         spec = self.spec
         base = self._base = retained.open_base(self.site, spec.name, spec.uuid, picture)
         self.progress.status.memory_base = picture
-        proxy = TargetProxy(self.site.mirror(self.job.handoff), base, max_memory=spec.memory_bytes + OTHER_MEMORY)
+        proxy = self._proxy_on(base)
         # Of a picture that an attempt left, the sites have yet to agree on what it holds.
         if not attempts.is_attempt(picture):
             proxy.prepare()
         return proxy
+
+    def _proxy_on(self, base: MemoryBase | None) -> TargetProxy:
+        most = self.spec.memory_bytes + OTHER_MEMORY
+        return TargetProxy(self.site.mirror(self.job.handoff), base, max_memory=most)
 
     def _receive_memory(self, proxy: TargetProxy) -> None:
         proxy.reader = self._space
         early = POST_COPY in self.offer.options.allow
         if not early and not without(DIRECT):
             proxy.ram = GuestRam(self.paths.ram, RAM_ID)
-        self._sink = MemorySink(
-            self._to_qemu(), proxy, self.control.session, self.control.tell, self._to_qemu if early else None
-        )
-        threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
+        self._give_to_qemu(proxy, urgent=early)
         self.control.send(MemoryReady())
+
+    def _give_to_qemu(self, proxy: TargetProxy, *, urgent: bool) -> None:
+        """From here on what comes for QEMU goes there; `urgent`: by a second connection what a running guest awaits."""
+        connect = self._to_qemu if urgent else None
+        self._sink = MemorySink(self._to_qemu(), proxy, self.control.session, self.control.tell, connect)
+        threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
 
     def _to_qemu(self) -> socket.socket:
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
