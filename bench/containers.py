@@ -13,28 +13,26 @@ again; --steps N measures so many cells more.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from experiments.parts import chosen  # noqa: E402
+from experiments.parts import Parts, chosen  # noqa: E402
 from report import Report, Target  # noqa: E402
 
 from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.containers.importing import layers_of  # noqa: E402
 from haulier.containers.layers import layer_id, make_layers, regions  # noqa: E402
 from haulier.containers.model import ContainerSpec  # noqa: E402
-from haulier.durable import write_atomically  # noqa: E402
 from haulier.errors import GuestError, HaulierError, UsageError  # noqa: E402
 from haulier.guests.qemu import Qemu  # noqa: E402
 from haulier.handoff.residence import guest_paths  # noqa: E402
@@ -327,7 +325,7 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
     cells: list[Cell] = [(RUNC, app, mbps, at) for mbps in RATES for at in (FOUND, ABSENT) for app in SERVED]
     cells += [(RUNC, "shop", mbps, SHARED) for mbps in RATES]
     cells += [(VM, app, mbps, FOUND) for mbps in RATES for app in SERVED]
-    cells = [cell for cell in (QUICK if quick and not only else cells) if chosen("/".join(map(str, cell)), only)]
+    cells = [cell for cell in (QUICK if quick and not only else cells) if chosen(name_of(cell), only)]
     if not cells:
         raise UsageError(f"no cell is called {', '.join(only)}: say KIND/APPLICATION/MBPS/AT, as runc/memory/100/yes")
     return run_cells(cells, parts, steps)
@@ -335,14 +333,13 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
 
 def run_cells(cells: list[Cell], parts: Path | None = None, steps: int = 0) -> Report:
     """Both methods for each cell, those of one kind, one rate and one state of the target in one lab."""
-    done: dict[Cell, list[dict[str, object]]] = {}
-    for cell in cells if parts is not None else ():
-        if (part := part_of(parts, cell)).exists():
-            done[cell] = json.loads(part.read_text())
+    kept, notes = Cells(parts), list[str]()
+    done: dict[Cell, list[dict[str, object]]] = {
+        cell: rows for cell in cells if (rows := kept.kept(name_of(cell))) is not None
+    }
     due = [cell for cell in cells if cell not in done]
-    due = due[: steps or None]
+    due, later = due[: steps or None], due[steps:] if steps else []
     faces = any(cell[1] == "faces" for cell in due)
-    failed: list[str] = []
     while due:
         kind, _, mbps, at = due[0]
         with scenario("bench-ct", made_for(kind, faces), [wan(f"{mbps}mbit", f"{RTT_S / 2 * 1000:g}ms")]) as lab:
@@ -350,22 +347,17 @@ def run_cells(cells: list[Cell], parts: Path | None = None, steps: int = 0) -> R
                 unpack_layers(lab)
             for cell in [cell for cell in due if (cell[0], *cell[2:]) == (kind, mbps, at)]:
                 due.remove(cell)
-                name, began = "/".join(map(str, cell)), time.monotonic()
-                try:
-                    done[cell] = compare(lab, *cell)
-                except (HaulierError, OSError, subprocess.SubprocessError) as error:
+                name, began = name_of(cell), time.monotonic()
+                if (rows := kept.attempt(name, partial(compare, lab, *cell), notes)) is None:
                     # The rest is measured in a lab of its own.
-                    failed.append(f"{name} failed: {error}")
-                    print(failed[-1], file=sys.stderr, flush=True)
                     break
+                done[cell] = rows
                 print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-                if parts is not None:
-                    parts.mkdir(parents=True, exist_ok=True)
-                    write_atomically(part_of(parts, cell), json.dumps(done[cell]).encode())
     rows = [row for cell in cells for row in done.get(cell, ())]
     rates = sorted({cell[2] for cell in cells}, reverse=True)
     setting = f"{', '.join(str(rate) for rate in rates)} Mbit/s, 40 ms round trip"
-    return Report(rows, targets(rows), setting, NOTES + failed)
+    notes += [f"not run yet: {name_of(cell)}" for cell in later]
+    return Report(rows, targets(rows), setting, NOTES + notes)
 
 
 def made_for(kind: str, faces: bool) -> Filled:
@@ -375,9 +367,15 @@ def made_for(kind: str, faces: bool) -> Filled:
     return container_template(faces=faces)
 
 
-def part_of(parts: Path, cell: Cell) -> Path:
-    """Where the rows of a cell are kept."""
-    return parts / f"containers-{'-'.join(map(str, cell))}.json"
+def name_of(cell: Cell) -> str:
+    return "/".join(map(str, cell))
+
+
+class Cells(Parts):
+    """Rows of cells, by their names alone: no two of these are alike."""
+
+    def path(self, name: str) -> Path | None:
+        return self.folder / f"containers-{name.replace('/', '-')}.json" if self.folder is not None else None
 
 
 def compare(lab: Scenario, kind: str, app: str, mbps: int, at: str) -> list[dict[str, object]]:

@@ -21,7 +21,7 @@ class Parts:
     """`folder`: where they are kept (None: nowhere). `steps`: units that may be run now (0: all)."""
 
     def __init__(self, folder: Path | None = None, steps: int = 0) -> None:
-        self._folder, self._steps, self._run = folder, steps, 0
+        self.folder, self._steps, self._run = folder, steps, 0
 
     def do(self, name: str, unit: Callable[[], Experiment]) -> Experiment:
         """What was kept of the unit `name`, else what it finds now. Raises Enough."""
@@ -64,10 +64,10 @@ class Parts:
         return None
 
     def path(self, name: str) -> Path | None:
-        if self._folder is None:
+        if self.folder is None:
             return None
         readable = "".join(letter if letter.isalnum() else "-" for letter in name)[:60]
-        return self._folder / f"{readable}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}.json"
+        return self.folder / f"{readable}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}.json"
 
 
 def chosen(name: str, only: Sequence[str]) -> bool:

@@ -36,7 +36,7 @@ def test_a_name_that_no_cell_has_is_refused() -> None:
 def test_cells_that_are_kept_are_not_measured_again(tmp_path: Path) -> None:
     one = {"total": 2.0, "mb": 1.0, "down": 250.0, "gap": 400.0, "marks": {}}
     rows = [containers.row(*CELL, one, {"total": 4.0, "mb": 5.0, "down": 1000.0, "gap": None})]
-    containers.part_of(tmp_path, CELL).write_text(json.dumps(rows))
+    (tmp_path / "containers-runc-memory-100-yes.json").write_text(json.dumps(rows))
     report = containers.run_cells([CELL], tmp_path)
     assert report.rows == rows
     assert {target.name: target.ok for target in report.targets} == {
