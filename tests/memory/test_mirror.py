@@ -58,6 +58,7 @@ def test_like_a_plain_array(tmp_path: Path, changes: list[tuple[str, list[int], 
             # Rows further apart than their pages are, in places.
             chosen = np.cumsum(np.array([1 + (page % 2) for page in pages], np.int64)) - 1
             mirror.set(gidx, new, chosen)
+            mirror.pack()
             model[gidx] = new[chosen]
         else:
             mirror.zero(gidx)
@@ -85,6 +86,7 @@ def test_like_a_plain_array_that_began_as_the_base(
         if what == "set":
             new = rows(*(value + k for k in range(len(pages))))
             mirror.set(gidx, new)
+            mirror.pack(value)
             model[gidx] = new
         else:
             mirror.zero(gidx)

@@ -33,6 +33,8 @@ def packed(path: Path) -> Mirror:
     for at in range(0, COUNT, 100):
         some = np.arange(at, min(at + 100, COUNT))
         mirror.set(some, text(at, len(some)))
+        while mirror.pack():
+            pass
     return mirror
 
 
@@ -50,6 +52,7 @@ def test_records_without_a_page_give_their_memory_back(tmp_path: Path) -> None:
     before = taken(tmp_path / "mirror")
     for _ in range(20):
         mirror.set(np.arange(COUNT), text(7))
+        mirror.pack(COUNT)
     assert taken(tmp_path / "mirror") < 2 * before
     mirror.zero(np.arange(COUNT))
     assert taken(tmp_path / "mirror") <= 2 * PAGE
@@ -61,6 +64,7 @@ def test_noise_is_left_as_it_is(tmp_path: Path) -> None:
     mirror.most_plain = 0
     noise = np.random.default_rng(1).integers(0, 256, (COUNT, PAGE), np.uint8)
     mirror.set(np.arange(COUNT), noise)
+    assert mirror.pack(COUNT)
     assert taken(tmp_path / "mirror") <= COUNT * PAGE + 2 * PAGE
     assert (mirror.get(np.arange(COUNT)) == noise).all()
 
@@ -69,6 +73,7 @@ def test_where_all_of_it_is_wanted_at_once_nothing_is_packed(tmp_path: Path) -> 
     mirror = Mirror.create(tmp_path / "mirror", {"ram0": COUNT * PAGE}, packs=False)
     mirror.most_plain = 0
     mirror.set(np.arange(COUNT), text(0))
+    assert not mirror.pack()
     assert taken(tmp_path / "mirror") >= COUNT * PAGE
     assert (mirror.view == text(0)).all()
 
@@ -90,6 +95,7 @@ def test_what_a_dead_process_had_packed_is_found(tmp_path: Path) -> None:
     mirror = packed(tmp_path / "mirror")
     again = np.arange(0, COUNT, 3)
     mirror.set(again, text(50_000, len(again)))
+    mirror.pack(COUNT)
     mirror.close()
     assert taken(tmp_path / "mirror") < COUNT * PAGE // 2
     expected = text(0).copy()

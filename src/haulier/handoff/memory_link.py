@@ -38,6 +38,8 @@ NEARLY = 0.99
 """Of the first pass."""
 PIECES = 8
 """Decoded batches that may wait for the target's QEMU."""
+QUIET_S = 0.005
+"""If the decoder has nothing for QEMU for so long, there is time for other things."""
 IDLE_S = 0.002
 """How long the pump waits for more before it closes a batch."""
 _U64 = struct.Struct(">Q")
@@ -152,6 +154,9 @@ class MemoryPump:
         began = time.monotonic()
         while True:
             window = self._window()
+            waits = self.raw - self.delivered >= window.raw or self._carrier.unacked(Channel.MEMORY) >= window.wire
+            if waits and not self._closing and self._tidy():
+                continue
             with self._progress:
                 if self._closing:
                     return window
@@ -162,6 +167,11 @@ class MemoryPump:
                 continue
             self.stalled_s += time.monotonic() - began
             return window
+
+    def _tidy(self) -> bool:
+        """Does a little of what can wait for such a moment; False if there is nothing to do."""
+        mirror = self.proxy.mirror
+        return mirror is not None and mirror.pack()
 
     def _feed_ahead(self, window: Window) -> bool:
         """Gives a hungry link pages that the stream has not come to yet; False if there is nothing to do."""
@@ -245,6 +255,8 @@ class MemoryPump:
                 if self._feed_ahead(window):
                     continue
                 window = self._wait_for_room()
+                while not more_now.poll(0) and self._tidy():
+                    pass
                 limit = max(4096, min(READ, window.raw - (self.raw - self.delivered)))
                 got = self._stream.recv_into(view[:limit])
                 if not got:
@@ -348,10 +360,20 @@ class MemorySink:
             if not self._closing:
                 self._fail(error)
 
+    def _next(self) -> Piece | None:
+        """What QEMU is to be given next. While nothing comes the mirror is made smaller."""
+        while True:
+            try:
+                return self._pieces.get(timeout=QUIET_S)
+            except queue.Empty:
+                mirror = self.proxy.mirror
+                if mirror is None or not mirror.pack():
+                    return self._pieces.get()
+
     def _give(self) -> None:
         """Beside the decoder: QEMU takes what was decoded while the next batch is being decoded."""
         try:
-            while (piece := self._pieces.get()) is not None and not self._closing:
+            while (piece := self._next()) is not None and not self._closing:
                 piece.load()
                 self._stream.sendall(piece.data)
                 if not piece.raw_bytes:

@@ -142,6 +142,9 @@ class PrefetchSource(VmSource):
         assert self._session is not None
         carrier: Carrier = self._session
         limit = window(self._rate or 10e6, self._session.rtt_s(), False, True).wire
+        mirror = self._proxy.mirror if self._proxy is not None else None
+        while carrier.unacked(Channel.MEMORY) >= limit and mirror is not None and mirror.pack():
+            self._check()
         while not carrier.wait_below(limit, Channel.MEMORY, timeout=0.1):
             self._check()
         carrier.send(Channel.MEMORY, data)
@@ -243,6 +246,8 @@ class PrefetchTarget(TargetHandoff):
         assert self._proxy is not None
         try:
             self._proxy.feed(data)
+            if self._proxy.mirror is not None:
+                self._proxy.mirror.pack()
         except Exception as error:
             self.control.tell(error)
 

@@ -2,7 +2,7 @@
 
 It starts as the base (blocks matched by idstr and length; others are zero) and changes only by what the peers tell one
 another. Pages have one index over all blocks, in stream order. The file is sparse: it holds only what differs from the
-base, of that the pages that were set long ago compressed (`packing`), until `complete` makes it a picture of its own.
+base, of that the pages that were set long ago compressed (`pack`), until `complete` makes it a picture of its own.
 """
 
 from __future__ import annotations
@@ -201,27 +201,36 @@ class Mirror:
                 self._set_at[gidx] = self._count
                 self._old.append((self._count, gidx.copy()))
                 self._waiting += len(gidx)
-                self._pack()
 
     def _store(self, gidx: NDArray[np.int64], pages: NDArray[np.uint8], rows: NDArray[np.int64]) -> None:
         self._file.set(gidx, pages, rows)
         self.present[gidx] = True
 
-    def _pack(self) -> None:
-        """Compresses what was set longest ago, if more than enough lies there as it is."""
-        while self._waiting > self.most_plain:
-            found: list[NDArray[np.int64]] = []
-            while self._old and sum(map(len, found)) < FRAME:
-                count, gidx = self._old.popleft()
-                self._waiting -= len(gidx)
-                # Others were set again since, or became zero.
-                found.append(gidx[(self._set_at[gidx] == count) & self._file.held[gidx]])
-            pages = np.concatenate(found)
-            for at in range(0, len(pages), FRAME):
-                some = np.sort(pages[at : at + FRAME])
-                if self._packed.add(some, self._file.view[some]):
-                    # Where a file system has no holes they stay: what is not its own's is taken to be zero.
-                    self._packed.drop(some[~self._file.forget(some)])
+    def pack(self, most: int = 4 * FRAME) -> bool:
+        """Compresses about `most` pages of those that were set longest ago, if more than enough lie there as they are.
+
+        For moments in which there is nothing else to do. False if nothing was to be compressed.
+        """
+        with self._lock:
+            left = most
+            while self._waiting > self.most_plain and left > 0 and not self._whole:
+                left -= FRAME
+                self._pack_some()
+            return left < most
+
+    def _pack_some(self) -> None:
+        found: list[NDArray[np.int64]] = []
+        while self._old and sum(map(len, found)) < FRAME:
+            count, gidx = self._old.popleft()
+            self._waiting -= len(gidx)
+            # Others were set again since, or became zero.
+            found.append(gidx[(self._set_at[gidx] == count) & self._file.held[gidx]])
+        pages = np.concatenate(found)
+        for at in range(0, len(pages), FRAME):
+            some = np.sort(pages[at : at + FRAME])
+            if self._packed.add(some, self._file.view[some]):
+                # Where a file system has no holes they stay: what is not its own's is taken to be zero.
+                self._packed.drop(some[~self._file.forget(some)])
 
     def zero(self, gidx: NDArray[np.int64]) -> None:
         """Make pages zero; long runs give their memory back."""
