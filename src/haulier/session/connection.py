@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import ipaddress
@@ -108,7 +109,8 @@ class Connection:
         """Made to speak MPTCP; whether it does, `subflows` tells."""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # An answer follows nearly everything that is said here until data flows, and takes the ack with it.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        with contextlib.suppress(OSError):  # Multipath TCP has no such option
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         try:
             sock.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, int(dead_s * 2000))
         except OSError:

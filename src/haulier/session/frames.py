@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from haulier.errors import Corrupt
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAGIC: Final = b"haulier\0"
 CHANNELS: Final = 16
 
