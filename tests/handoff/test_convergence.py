@@ -13,6 +13,7 @@ from haulier.handoff.convergence import (
     Gate,
     Reading,
     RecentMost,
+    RecentRounds,
     Step,
     switchover_bandwidth,
     window,
@@ -114,6 +115,27 @@ def test_an_open_gate_follows_what_pages_come_to_on_the_wire() -> None:
     assert gate.step(Reading(1.0, 9, 0, 10e6, 2.0)) is Step.WAIT, "never narrower: QEMU may just be stopping the guest"
     assert gate.attempts == 1
     assert gate.step(Reading(2.7, 9, 0, 10e6, 6.0)) is Step.CLOSE, "patience is counted from its opening"
+
+
+def test_recent_rounds_tell_once_there_are_four_of_them() -> None:
+    rounds = RecentRounds()
+    assert rounds.add(0.0, 3, 0, 0) == (0, 0)
+    assert rounds.add(0.5, 6, 3_000_000, 90_000) == (0, 0)
+    assert rounds.add(1.0, 8, 5_000_000, 150_000) == (1_000_000, 30_000)
+    assert rounds.add(2.6, 12, 6_000_000, 190_000) == (250_000, 10_000), "only what is not long ago counts"
+    assert rounds.add(9.0, 13, 7_000_000, 290_000) == (0, 0)
+
+
+def test_what_the_guest_always_writes_is_no_reason_to_wait() -> None:
+    gate = Gate(300)
+    narrow = gate.threshold(10e6, 8.0)
+    cheap = Reading(0.0, 9, 0, 10e6, 8.0, 2_000_000, 40_000)
+    assert gate.wide(cheap) == 2_600_000 > narrow
+    assert gate.wide(Reading(0.0, 9, 0, 10e6, 8.0, 100_000, 4_000)) == narrow, "never narrower for it"
+    assert gate.wide(Reading(0.0, 9, 0, 10e6, 8.0, 2_000_000, 400_000)) == narrow, (
+        "such a round takes the link too long"
+    )
+    assert gate.wide(Reading(0.0, 9, 0, 1e6, 8.0, 2_000_000, 40_000)) == gate.threshold(1e6, 8.0)
 
 
 @dataclass

@@ -27,6 +27,8 @@ MIN_RATE_BPS: Final = 64_000.0
 MOST_RATIO: Final = 8.0
 WIDER: Final = 1.2
 """Times its threshold that an open gate can come to before it is opened wider."""
+MORE_THAN_USUAL: Final = 1.3
+"""Times what the guest's last rounds held."""
 LONG_ROUNDS: Final = 12
 """Memory rounds after which the guest counts as one that is hard to catch."""
 
@@ -67,6 +69,28 @@ class RecentMost:
         while len(values) > 1 and values[0][0] < now - self._span:
             values.popleft()
         return values[0][1]
+
+
+class RecentRounds:
+    """What a round of memory came to over the last second and a half, in raw and wire bytes, from running totals.
+
+    (0, 0) until four rounds have gone by in that time: then they are of the pages that the guest writes all the time.
+    """
+
+    def __init__(self, span: float = 1.5, least: int = 4) -> None:
+        self._span, self._least = span, least
+        self._totals: deque[tuple[float, int, int, int]] = deque()
+
+    def add(self, now: float, rounds: int, raw: int, wire: int) -> tuple[int, int]:
+        """Takes the totals so far."""
+        totals = self._totals
+        totals.append((now, rounds, raw, wire))
+        while len(totals) > 2 and totals[0][0] < now - self._span:
+            totals.popleft()
+        _, first, first_raw, first_wire = totals[0]
+        if rounds - first < self._least:
+            return 0, 0
+        return (raw - first_raw) // (rounds - first), (wire - first_wire) // (rounds - first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +165,10 @@ class Reading:
     rate_bps: float
     ratio: float = 1.0
     """Raw bytes of memory that a byte on the wire stood for lately, of pages that were dirtied again."""
+    round_raw: int = 0
+    """What a memory round came to lately, in raw bytes and ..."""
+    round_wire: int = 0
+    """... on the wire; 0 where there were too few to tell."""
 
 
 def quiet(seconds: float, wire_bytes: int, rate_bps: float) -> bool:
@@ -187,6 +215,19 @@ class Gate:
         grown = min(self.stretch, 1.0 + 0.5 * max(0, self.attempts - 1 + self._long))
         return max(8192, int(wire * grown * max(1.0, min(MOST_RATIO, 0.8 * ratio))))
 
+    def wide(self, reading: Reading) -> int:
+        """The threshold as things are.
+
+        Rounds that follow each other at once and still hold as much each hold what the guest always writes. When the
+        link takes such a round in half of the time that it may take, a little more than one is no reason to wait: only
+        what comes on top is pages that have not been sent before.
+        """
+        wide = self.threshold(reading.rate_bps, reading.ratio)
+        usual = max(reading.rate_bps, MIN_RATE_BPS) / 8 * self.downtime_ms / 1000 * 0.5
+        if reading.round_raw and reading.round_wire <= usual / 2:
+            wide = max(wide, int(MORE_THAN_USUAL * reading.round_raw))
+        return wide
+
     def near(self, reading: Reading) -> bool:
         """Memory is small enough to think of switching over."""
         return reading.rounds >= 2 and reading.remaining < 4 * self.threshold(reading.rate_bps, reading.ratio)
@@ -203,7 +244,7 @@ class Gate:
             if reading.now - self._opened > self.patience:
                 self.is_open = False
                 return Step.CLOSE
-            wide = self.threshold(reading.rate_bps, reading.ratio)
+            wide = self.wide(reading)
             if wide > WIDER * self._wide:
                 self._wide = wide
                 return Step.WIDEN
@@ -213,7 +254,7 @@ class Gate:
                 self.is_open = True
                 self.attempts += 1
                 self._opened = reading.now
-                self._wide = self.threshold(reading.rate_bps, reading.ratio)
+                self._wide = self.wide(reading)
                 self._small = False
                 return Step.OPEN
             return Step.DISK_ROUND

@@ -28,6 +28,7 @@ from haulier.handoff.convergence import (
     Gate,
     Reading,
     RecentRatio,
+    RecentRounds,
     Step,
     Window,
     quiet,
@@ -90,7 +91,7 @@ class VmSource(SourceHandoff):
         self.paths = guest_paths(site, job.guest)
         self._pump: MemoryPump | None = None
         self._rounds: DiskRounds | None = None
-        self._ratios = RecentRatio()
+        self._ratios, self._usual = RecentRatio(), RecentRounds()
         self._base: MemoryBase | None = None
         self._adapting: Adapting | None = None
         self._measures: Measures | None = None
@@ -336,7 +337,7 @@ class VmSource(SourceHandoff):
                 entry = self._send_round(self._rounds.next(hold_back=not without(ORDER)))
                 gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate)
             elif step is not Step.WAIT:
-                threshold = CLOSED_THRESHOLD if step is Step.CLOSE else gate.threshold(self._rate, reading.ratio)
+                threshold = CLOSED_THRESHOLD if step is Step.CLOSE else gate.wide(reading)
                 self.qemu.set_parameters(
                     avail_switchover_bandwidth=switchover_bandwidth(threshold, self.job.options.downtime_ms)
                 )
@@ -372,7 +373,8 @@ class VmSource(SourceHandoff):
         now = time.monotonic()
         # Only from the second pass on: what the first one holds is nothing like what will be left at the end.
         ratio = self._ratios.add(now, self._pump.raw, self._pump.wire) if rounds >= 2 else 1.0
-        return Reading(now, rounds, self._remaining, self._rate, ratio)
+        usual = self._usual.add(now, rounds, self._pump.raw, self._pump.wire)
+        return Reading(now, rounds, self._remaining, self._rate, ratio, *usual)
 
     def _note(self, reading: Reading, gate_open: bool) -> None:
         """One point of the report's time line, four a second."""
