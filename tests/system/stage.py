@@ -190,7 +190,7 @@ class Stage:
         workload = self.workload(name)
         self.memory_mib = int(work.pop("memory_mib", MEMORY_MIB))
         workload.start(self.memory_mib, **(WORK | work))
-        wait_for(lambda: workload.stats()["files_written"] > 0, 60, "a file of the workload")
+        wait_for(lambda: workload.stats()["files_written"] > 0, 180, "a file of the workload")
 
     def workload(self, name: str) -> Workload:
         return Workload(self.scenario.lab, "client", self.addresses[name])
