@@ -6,7 +6,6 @@ tail was never acknowledged and may be torn. Whoever appends to, truncates or re
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -17,6 +16,7 @@ from typing import Final, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
+from haulier import holes
 from haulier.chunks.fingerprint import Buffer, fingerprint
 from haulier.compress import zstd
 from haulier.durable import sync
@@ -37,8 +37,6 @@ _RECORD_MAGIC: Final = b"HREC"
 _VERSION: Final = 1
 _WINDOW: Final = 1 << 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_KEEP_SIZE_PUNCH: Final = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Location(NamedTuple):
@@ -277,7 +275,6 @@ def punch(pack: Pack, start: int, end: int) -> None:
     except OSError as error:
         if error.errno == errno.ENXIO:
             return
-    done = _libc.fallocate(pack.fd, _KEEP_SIZE_PUNCH, ctypes.c_int64(start), ctypes.c_int64(end - start))
-    if done != 0 and ctypes.get_errno() not in (errno.EOPNOTSUPP, errno.ENOSYS):
-        number = ctypes.get_errno()
+    number = holes.punch(pack.fd, start, end - start)
+    if number not in (0, errno.EOPNOTSUPP, errno.ENOSYS):
         raise disk_error(OSError(number, os.strerror(number)), pack.path)

@@ -210,10 +210,13 @@ class Gate:
         `ratio` must come from pages like those that will be left: a ratio of the first pass, full of pages that
         equal the mirror, doubles the downtime.
         """
-        # The other half of the downtime asked for goes to the last disk round, device state and round trips.
-        wire = max(rate_bps, MIN_RATE_BPS) / 8 * self.downtime_ms / 1000 * 0.5
         grown = min(self.stretch, 1.0 + 0.5 * max(0, self.attempts - 1 + self._long))
-        return max(8192, int(wire * grown * max(1.0, min(MOST_RATIO, 0.8 * ratio))))
+        return max(8192, int(self._affordable(rate_bps) * grown * max(1.0, min(MOST_RATIO, 0.8 * ratio))))
+
+    def _affordable(self, rate_bps: float) -> float:
+        """Wire bytes of memory that the stopped guest may wait for."""
+        # The other half of the downtime asked for goes to the last disk round, device state and round trips.
+        return max(rate_bps, MIN_RATE_BPS) / 8 * self.downtime_ms / 1000 * 0.5
 
     def wide(self, reading: Reading) -> int:
         """The threshold as things are.
@@ -223,8 +226,7 @@ class Gate:
         what comes on top is pages that have not been sent before.
         """
         wide = self.threshold(reading.rate_bps, reading.ratio)
-        usual = max(reading.rate_bps, MIN_RATE_BPS) / 8 * self.downtime_ms / 1000 * 0.5
-        if reading.round_raw and reading.round_wire <= usual / 2:
+        if reading.round_raw and reading.round_wire <= self._affordable(reading.rate_bps) / 2:
             wide = max(wide, int(MORE_THAN_USUAL * reading.round_raw))
         return wide
 

@@ -53,16 +53,19 @@ def pack(data: bytes, needs: int = 0, differences: bytes | None = None, table: b
 
 def needs(message: bytes) -> int:
     """How many batches of the main stream must have been taken before this message. Corrupt if it is none."""
+    return _head(message)[2]
+
+
+def _head(message: bytes) -> tuple[int, int, int, int]:
     if len(message) < _HEAD.size:
         raise Corrupt("a message with urgent pages is shorter than its head")
-    return int(_HEAD.unpack_from(message)[2])
+    checksum, length, before, places = _HEAD.unpack_from(message)
+    return checksum, length, before, places
 
 
 def unpack(message: bytes, proxy: TargetProxy | None = None) -> bytes:
     """The bytes of a message. Corrupt if it is none, or they are others. `proxy` has what it may refer to."""
-    if len(message) < _HEAD.size:
-        raise Corrupt("a message with urgent pages is shorter than its head")
-    checksum, length, _, places = _HEAD.unpack_from(message)
+    checksum, length, _, places = _head(message)
     if length > READ or places > READ // PAGE:
         raise Corrupt(f"a message with urgent pages announces {length} bytes, {places} pages, which is too much")
     table = message[_HEAD.size : _HEAD.size + places * PLACE.itemsize]
@@ -135,11 +138,12 @@ class UrgentPump:
             self._connection, _ = self._listener.accept()
             self._carrier.send(Channel.URGENT, pack(b""), urgent=True)
             while data := self._connection.recv(READ):
-                message = pack(data)
                 # Once some went without, it does not know where a record begins.
                 if self._referring is not None and (self.raw == 0 or self._referring.begun):
                     differences, table = self._referring.refer(data)
                     message = pack(data, self._needs if table else 0, differences, table)
+                else:
+                    message = pack(data)
                 self.raw += len(data)
                 self.wire += len(message)
                 self._carrier.send(Channel.URGENT, message, urgent=True)

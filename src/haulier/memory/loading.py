@@ -38,8 +38,7 @@ class GuestRam:
             os.close(fd)
             raise
         # Machines put firmware into their RAM as they start.
-        for start, end in sparse.data_extents(fd, 0, self.bytes):
-            self._file.held[start // PAGE : -(-end // PAGE)] = True
+        self._file.held = sparse.held(fd, 0, self._file.pages)
         self.loaded = np.zeros(self._file.pages, np.bool_)
 
     def load(self, batch: Decoded, first: int) -> None:

@@ -5,7 +5,6 @@ New pages are written, not stored through the mapping: a full disk is then an er
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -14,21 +13,18 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from haulier import holes
 from haulier.errors import NoRoom
 from haulier.memory import sparse
 from haulier.units import PAGE
 
 _WORTH: Final = 16
 """Pages from which on a run that becomes zero is made a hole: fewer are written over."""
-_PUNCH: Final = 0x03
-"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE"""
-_FALLOCATE: Final = ctypes.CDLL(None, use_errno=True).fallocate
-_FALLOCATE.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def punch(fd: int, offset: int, length: int) -> bool:
     """Makes that part of the file a hole; False where the file system cannot."""
-    return int(_FALLOCATE(fd, _PUNCH, offset, length)) == 0
+    return holes.punch(fd, offset, length) == 0
 
 
 class PageFile:

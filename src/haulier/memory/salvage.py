@@ -55,23 +55,15 @@ def salvage(path: Path, base: MemoryBase | None) -> None:
 def _unpack(fd: int, header: MirrorHeader) -> None:
     """Packed pages to their places, but where something newer lies."""
     pages = sum(header.blocks.values()) // PAGE
-    plain = _plain(fd, header.data_offset, pages)
+    plain = sparse.held(fd, header.data_offset, pages)
     for gidx, data in packing.left(fd, header.size):
         for page, row in zip(gidx.tolist(), data, strict=True):
             if page < pages and not plain[page] and os.pwrite(fd, row.data, header.data_offset + page * PAGE) != PAGE:
                 raise NoRoom("no room to keep a guest's memory: free some, and try again")
 
 
-def _plain(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:
-    """Which of so many pages from `offset` on are no holes."""
-    found = np.zeros(pages, np.bool_)
-    for start, end in sparse.data_extents(fd, offset, offset + pages * PAGE):
-        found[(start - offset) // PAGE : -(-(end - offset) // PAGE)] = True
-    return found
-
-
 def _lend(fd: int, offset: int, length: int, base: MemoryBase, name: str) -> None:
-    mine = _plain(fd, offset, length // PAGE)
+    mine = sparse.held(fd, offset, length // PAGE)
     view = base.view(name)
     for first, count in base.nonzero_runs(name):
         lent = np.flatnonzero(~mine[first : first + count]) + first

@@ -33,6 +33,14 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield first, at
 
 
+def held(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:
+    """Which of so many pages of the file from `offset` on are not holes."""
+    found = np.zeros(pages, np.bool_)
+    for start, end in data_extents(fd, offset, offset + pages * PAGE):
+        found[(start - offset) // PAGE : -(-(end - offset) // PAGE)] = True
+    return found
+
+
 def nonzero(pages: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """For each of the pages (n, 4096), contiguous: is it anything but zero?"""
     words = pages.view(np.uint64)
