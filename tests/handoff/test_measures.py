@@ -18,6 +18,7 @@ from haulier.handoff.measures import (
     REACH,
     ROUNDS,
     STEP_ROUNDS,
+    STEP_S,
     STEPS,
     Kind,
     Measure,
@@ -97,6 +98,19 @@ def test_what_is_allowed_comes_first_each_step_with_time_to_work_and_a_refusal_l
 def test_a_step_that_helps_is_the_last() -> None:
     found = drive(Measures([AUTO_CONVERGE], 300), [20.0] * ROUNDS + [14, 9, 6, 4, 2.6, 1.7, 1.1, 0.5])
     assert [measure.percent for measure in found] == [STEPS[0]]
+
+
+def test_one_that_hovers_within_reach_has_until_what_is_left_to_do_needs_the_time() -> None:
+    within = REACH * 0.3 * RATE / 8 / 1e6 * 0.9
+    hovers = [40, 20, *[within, within * 0.95] * 10]
+    deadline = 80.0
+    assert drive(Measures([], 300, deadline=deadline), hovers[:15]) == []
+    for allowed, least in (([], 0), ([POST_COPY], STEP_S), ([AUTO_CONVERGE], STEP_S * len(STEPS))):
+        measures = Measures(allowed, 300, deadline=deadline)
+        first = drive(measures, hovers)[0]
+        at = (measures.taken[0]["round"] - 2) * 5.0
+        assert first.kind is (Kind.THROTTLE if AUTO_CONVERGE in allowed else Kind.POST_COPY if allowed else Kind.REFUSE)
+        assert least - 5.0 < deadline - at <= least  # rounds are looked at every five seconds
 
 
 def test_a_deadline_that_will_not_be_met_is_acted_on_before_it_is_missed() -> None:

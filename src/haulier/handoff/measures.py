@@ -2,7 +2,8 @@
 
 Each round is looked at when QEMU begins it: how much is left, and how long the link needs for that. A guest outruns the
 link when over several rounds that has not become less, and is more than even the most patient gate would switch over
-with. Or when, as things go, it will not be there by the deadline. Then comes what the operator allows, the mildest
+with. Or when, as things go, it will not be there by the deadline (one that hovers within the gate's reach is given
+until the measures that are left need the time). Then comes what the operator allows, the mildest
 first: the guest is slowed step by step (QEMU's auto-converge, held back until then), or goes before the rest of its
 memory (post-copy; where both are allowed, after the first two steps); and where nothing is allowed, or nothing has
 helped, the handoff is refused, and the guest runs on where it is.
@@ -151,15 +152,27 @@ class Measures:
     def _late(self, reading: Reading) -> str:
         if not self._deadline or len(self._rounds) < 3:
             return ""
-        seconds = self.outlook(reading).seconds
-        if reading.now + seconds <= self._deadline:
+        seconds, left = self.outlook(reading).seconds, self._deadline - reading.now
+        # What only hovers within the gate's reach may be let through at any round: there is no trend to go by.
+        hovers = self._rounds[-1][2] <= REACH * self._downtime_s
+        if seconds <= left or (hovers and left > self._for_measures_s()):
             return ""
         when = "never" if seconds == float("inf") else f"in {seconds:.0f} s"
-        return f"as things go it would be there {when}, and {max(0.0, self._deadline - reading.now):.0f} s are left"
+        return f"as things go it would be there {when}, and {max(0.0, left):.0f} s are left"
+
+    def _for_measures_s(self) -> float:
+        """Seconds to leave for what is still allowed; 0 where nothing is, for a refusal takes none."""
+        return STEP_S * (len(self._steps()[self._step :]) + (POST_COPY in self._allow))
+
+    def _steps(self) -> tuple[int, ...]:
+        """By which this guest may be slowed, one after another."""
+        if AUTO_CONVERGE not in self._allow:
+            return ()
+        return STEPS[:GENTLE] if POST_COPY in self._allow else STEPS
 
     def _next(self, why: str) -> Measure:
-        steps = STEPS[:GENTLE] if POST_COPY in self._allow else STEPS
-        if AUTO_CONVERGE in self._allow and self._step < len(steps):
+        steps = self._steps()
+        if self._step < len(steps):
             self._step += 1
             return Measure(Kind.THROTTLE, steps[self._step - 1], why)
         if POST_COPY in self._allow:
