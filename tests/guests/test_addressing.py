@@ -111,7 +111,8 @@ class Shell:
 
     def execute(self, command: str, args: dict[str, Any]) -> Any:
         script = args["arg"][1].replace("PATH=", f"PATH={self.path}:", 1).replace("/run/", f"{self.path}/")
-        script = script.replace("/proc/sys/net/ipv4/", f"{self.path}/")
+        for folder in ("ipv4", "mptcp"):
+            script = script.replace(f"/proc/sys/net/{folder}/", f"{self.path}/")
         fifo = self.path / f"events-{len(self.started)}"
         os.mkfifo(fifo)
         script = script.replace('timeout 900 ip -o monitor link dev "$0"', f"cat {fifo}", 1)
@@ -166,6 +167,18 @@ def test_a_guest_has_room_for_what_subflows_that_join_late_bring(
     shell.happens(0, "NOTIFY PEERS")
     assert shell.done() == "one\n"
     assert setting.read_text() == (after or before)
+
+
+@pytest.mark.parametrize(("before", "after"), [("120\n", "1\n"), ("30\n", "30\n"), ("0\n", "0\n"), (None, None)])
+def test_a_guest_soon_announces_again_what_was_lost(tmp_path: Path, before: str | None, after: str | None) -> None:
+    setting = tmp_path / "add_addr_timeout"
+    if before is not None:
+        setting.write_text(before)
+    shell = Shell(tmp_path)
+    addressing.arm(shell, "eth0", ["one"])  # type: ignore[arg-type]
+    shell.happens(0, "NOTIFY PEERS")
+    assert shell.done() == "one\n"
+    assert (setting.read_text() if setting.exists() else None) == after
 
 
 def test_what_was_armed_before_or_disarmed_is_not_run(tmp_path: Path) -> None:

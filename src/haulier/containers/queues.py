@@ -18,16 +18,21 @@ from typing import Final
 import numpy as np
 import xxhash
 
+from haulier.containers import sockets
 from haulier.containers.checkpoint import Borrowed
 
 LEAST: Final = 16 << 10
 """Shorter stretches are sent."""
 _NEEDLE: Final = 48
-_STEP: Final = 256 << 10
-_NEAR: Final = 64 << 20
-"""How much of a file is looked through from where the trial found something: the container stands still meanwhile."""
+_PLACES: Final = 3
+"""In a queue, from which its stretch is looked for: it may begin and end with something else."""
+_BEFORE: Final = 4 << 20
+_BEHIND: Final = 28 << 20
+"""Where a connection stands in its file is known to some megabytes: it went on while it was looked at."""
 _ALL: Final = 1 << 30
-_MOST_NEAR: Final = 128 << 20
+_MOST_EACH: Final = 64
+"""Bytes that are looked through for each byte of a queue while the container stands still: in memory it takes about as
+long as sending that byte at 1 Gbit/s."""
 _MOST: Final = 2 << 30
 """Bytes that are looked through for a dump at most: a second or so while it runs, little while it stands still."""
 
@@ -36,36 +41,37 @@ _MOST: Final = 2 << 30
 class Queues:
     """Finds stretches of a dump's connections in open files, and remembers where for the next dump."""
 
-    _seen: dict[bytes, int] = field(default_factory=dict)
+    _begins: dict[int, int] = field(default_factory=dict)
+    """By a socket's inode: where in its file the first byte that it ever sent would be."""
 
     def find(self, folder: Path, pids: list[int], root: Path, *, anywhere: bool = False) -> list[Borrowed]:
         """Stretches of connections' files in `folder` that lie in files below `root`, open in these processes.
 
-        `anywhere`: not only close to where the last dump had some.
+        First where each connection must be by what its peer has acknowledged, of which one that began after the last
+        dump has said little before its file; then in all of each file. `anywhere`: however long it takes, for the
+        container runs.
         """
         streams = [path for path in sorted(folder.glob("tcp-stream-*.img")) if path.stat().st_size >= LEAST]
         if not streams:
             return []
         found: list[Borrowed] = []
-        budget = _Budget(_MOST if anywhere else _MOST_NEAR)
+        size = sum(path.stat().st_size for path in streams)
+        budget = _Budget(_MOST if anywhere else min(_MOST, size * _MOST_EACH))
+        acknowledged = sockets.acknowledged(pids)
         with contextlib.ExitStack() as stack:
             files = list(_open_files(pids, root, stack))
             for stream in streams:
                 data = stream.read_bytes()
-                for name, view in files:
-                    begin, end = 0, len(view)
-                    if not anywhere:
-                        if name not in self._seen:
-                            continue
-                        begin = self._seen[name]
-                        end = min(end, begin + _NEAR)
-                    stretch = _stretch(data, view, begin, end, budget)
-                    if stretch is not None:
-                        at, offset, length = stretch
-                        self._seen[name] = offset
-                        digest = xxhash.xxh3_128_digest(data[at : at + length])
-                        found.append(Borrowed(stream.name, at, name, offset, length, digest))
-                        break
+                connection = int(stream.name.removeprefix("tcp-stream-").removesuffix(".img"), 16)
+                acked = acknowledged.get(connection, 0)
+                stands = self._begins.get(connection, 0) + acked
+                hit = _first(data, files, [(stands - _BEFORE, stands + _BEHIND), (0, _ALL)], budget)
+                if hit is None:
+                    continue
+                name, (at, offset, length) = hit
+                self._begins[connection] = offset - at - acked
+                digest = xxhash.xxh3_128_digest(data[at : at + length])
+                found.append(Borrowed(stream.name, at, name, offset, length, digest))
         return found
 
 
@@ -98,18 +104,31 @@ class _Budget:
     left: int
 
 
+def _first(
+    data: bytes, files: list[tuple[bytes, mmap.mmap]], windows: list[tuple[int, int]], budget: _Budget
+) -> tuple[bytes, tuple[int, int, int]] | None:
+    """The first of `files` that has a stretch of `data` in a window; the likeliest window comes first."""
+    for begin, end in windows:
+        for name, view in files:
+            stretch = _stretch(data, view, begin, end, budget)
+            if stretch is not None:
+                return name, stretch
+    return None
+
+
 def _stretch(data: bytes, view: mmap.mmap, begin: int, end: int, budget: _Budget) -> tuple[int, int, int] | None:
     """The longest stretch of `data` around one of a few places in it that `view` has between `begin` and `end`.
 
     (where in `data`, where in the file, length); None if there is none of use.
     """
-    for at in range(min(LEAST, len(data)) // 2, len(data) - _NEEDLE, _STEP):
-        if budget.left <= 0:
-            return None
-        end = min(end, begin + budget.left)
-        place = view.find(data[at : at + _NEEDLE], begin, end)
-        budget.left -= (place if place >= 0 else end) - begin
+    begin, end = max(0, begin), min(end, len(view))
+    first = min(LEAST, len(data)) // 2
+    for at in range(first, len(data) - _NEEDLE, max(1, (len(data) - first) // _PLACES)):
+        place = view.find(data[at : at + _NEEDLE], begin, min(end, begin + budget.left))
+        budget.left -= max(0, (place if place >= 0 else end) - begin)
         if place < 0:
+            if budget.left <= 0:
+                return None
             continue
         before = min(at, place)
         mine = np.frombuffer(data, np.uint8)
@@ -117,9 +136,9 @@ def _stretch(data: bytes, view: mmap.mmap, begin: int, end: int, budget: _Budget
         theirs = np.frombuffer(view[place - before : place + len(data) - at], np.uint8)
         here = mine[at - before : at - before + len(theirs)]
         unequal = np.flatnonzero(here != theirs)
-        first = int(unequal[unequal < before].max()) + 1 if (unequal < before).any() else 0
+        start = int(unequal[unequal < before].max()) + 1 if (unequal < before).any() else 0
         after = unequal[unequal >= before]
-        last = int(after.min()) if len(after) else len(theirs)
-        if last - first >= LEAST:
-            return at - before + first, place - before + first, last - first
+        stop = int(after.min()) if len(after) else len(theirs)
+        if stop - start >= LEAST:
+            return at - before + start, place - before + start, stop - start
     return None

@@ -22,6 +22,8 @@ _TCP_QUEUE_SEQ: Final = 21
 _NO_QUEUE: Final = 0
 _RECV_QUEUE: Final = 1
 _ESTABLISHED: Final = 1
+_ACKED_AT: Final = 120
+"""Where tcp_info has `tcpi_bytes_acked` (linux/tcp.h)."""
 _URGES: Final = 3
 """A downtime of half a second leaves a peer with two doublings of its timer."""
 
@@ -61,6 +63,17 @@ def _established(sock: socket.socket) -> bool:
     ):
         return False
     return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _ESTABLISHED
+
+
+def acknowledged(pids: list[int]) -> dict[int, int]:
+    """Bytes that the peer of each established TCP connection has acknowledged, by the inode of its socket."""
+    found: dict[int, int] = {}
+    for pid, number in talking(pids):
+        with contextlib.suppress(OSError), borrowed(pid, number) as sock:
+            facts = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_AT + 8)
+            if len(facts) == _ACKED_AT + 8:
+                found[os.fstat(sock.fileno()).st_ino] = struct.unpack_from("=Q", facts, _ACKED_AT)[0]
+    return found
 
 
 def probe(pids: list[int]) -> int:

@@ -31,8 +31,11 @@ programs have a session of their own each, hence an autogroup, within which alon
 _ROOM: Final = (
     "{ f=/proc/sys/net/ipv4/tcp_rmem; read -r least usual most <$f; "
     f'[ "$usual" -ge {RECEIVE_BYTES} ] || echo "$least {RECEIVE_BYTES} $most" >$f; }} 2>/dev/null; '
+    "{ f=/proc/sys/net/mptcp/add_addr_timeout; read -r seconds <$f; "
+    '[ "$seconds" = 120 ] && echo 1 >$f; } 2>/dev/null; '
 )
-"""For what clients send: a subflow that joins late has no more room than this."""
+"""For what clients send: a subflow that joins late has no more room than this. And the announcement of an address that
+is lost, as a packet among those of a stream may be, is sent again after a second, not after Linux's two minutes."""
 _BATCH: Final = _GENTLY + _ROOM + "exec ip -force -batch -"
 _SOCKETS: Final = _GENTLY + "exec ss -HtniO state established"
 _MARK: Final = "-- sockets"
