@@ -38,7 +38,7 @@ class Wire:
     def wait_connected(self, timeout: float | None = None) -> bool:
         return self.connected
 
-    def send(self, channel: int, payload: bytes, *, urgent: bool = False) -> None:
+    def send(self, channel: int, payload: bytes, *, urgent: bool = False, more: bool = False) -> None:
         self.sent.append((channel, payload, urgent))
         if self.peer is not None:
             self.peer.callbacks[channel](payload)

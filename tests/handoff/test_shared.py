@@ -12,7 +12,7 @@ from haulier.chunks.blocks import BlockIndex
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict
-from haulier.handoff.shared import block_list, blocks_of, images_by_digest
+from haulier.handoff.shared import block_list, blocks_of, images_named, short
 from haulier.units import BLOCK, CHUNK
 
 
@@ -52,7 +52,7 @@ def test_an_image_that_went_meanwhile_is_a_conflict(tmp_path: Path) -> None:
     with ChunkStore(tmp_path) as store:
         image = disk(store, 0)
         store.save_manifest("image/debian", image)
-        assert images_by_digest(store, [image.digest.hex()]) == [image]
-        assert images_by_digest(store, []) == []
+        assert images_named(store, [short(image)]) == [image]
+        assert images_named(store, []) == []
         with pytest.raises(Conflict, match="begin it again"):
-            images_by_digest(store, ["00" * 32])
+            images_named(store, ["00" * 32])

@@ -411,7 +411,7 @@ def test_an_abort_tells_the_peer_why() -> None:
     assert wan.a.core.error is None
 
 
-@pytest.mark.parametrize(("size", "within"), [(1, 0.152), (Settings().ack_bytes, 0.052)])
+@pytest.mark.parametrize(("size", "within"), [(1, Settings().quiet_ack_s + 0.052), (Settings().ack_bytes, 0.052)])
 def test_acks_are_prompt(size: int, within: float) -> None:
     wan = Wan([Link(100 * MBPS, 0.025)])
     wan.run(limit_s=0.5)
@@ -638,3 +638,26 @@ def test_any_frames_give_corrupt_or_are_taken(frames: list[Frame]) -> None:
             core.output(0, float(next(now)) / 1000)
     except Corrupt:
         pass
+
+
+def test_a_path_that_is_retired_carries_no_data_either_way() -> None:
+    a, b = two_cores()
+    a.retire(0, 1.0)
+    move(a, b, 0)
+    a.send(1, bytes(1000))
+    b.send(1, bytes(1000))
+    for core in (a, b):
+        kinds = [frame.kind for frame in FrameReader().feed(b"".join(core.output(0, 1.0)))]
+        assert Kind.DATA not in kinds
+        assert Kind.DATA in [frame.kind for frame in FrameReader().feed(b"".join(core.output(1, 1.0)))]
+
+
+def test_a_retired_path_still_serves_where_there_is_no_other() -> None:
+    a, b = two_cores()
+    a.retire(0, 1.0)
+    for core in (a, b):
+        core.path_down(1, 1.0, "x")
+    a.send(1, bytes(1000))
+    # Not in the beginning: another one may be about to come up.
+    (frame,) = (frame for frame in FrameReader().feed(b"".join(a.output(0, 3.0))) if frame.kind == Kind.DATA)
+    assert b.receive(0, frame, 3.0)

@@ -172,6 +172,22 @@ def test_a_game_goes_there_and_back_with_its_players(standing: ContainerStage) -
         talk.close()
 
 
+def test_a_small_one_goes_over_the_connection_of_its_offer(standing: ContainerStage) -> None:
+    standing.run_container("idle1", "base", "--command", "sleep 1000000")
+    reports, crossed = [], []
+    for _ in range(2):
+        before = standing.scenario.wan_bytes()
+        reports.append(standing.go("idle1"))
+        crossed.append(standing.scenario.wan_bytes() - before)
+    print(crossed)
+    for report in reports:
+        up = {path["name"]: path["sent"] for path in report["wire"]["paths"] if path["up"]}
+        assert len(up) == 1 and next(iter(up)).endswith("(handed over)"), report["wire"]
+        assert sum(path["sent"] for path in report["wire"]["paths"]) == sum(up.values()) > 0, "nothing was dialled"
+        assert abs(report["clock_offset_s"]) < 1
+    assert crossed[1] < 10_000, "two handshakes alone would be 4300 of them"
+
+
 def test_redis_keeps_every_acknowledged_write(standing: ContainerStage) -> None:
     standing.run_container("redis1", "redis")
     redis = Redis(standing.scenario.lab, "client", HOST)

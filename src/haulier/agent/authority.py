@@ -47,14 +47,14 @@ _MAX_TOKEN: Final = 1000
 
 _SPACER: Final = b"""\
 -----BEGIN CERTIFICATE-----
-MIGrMF+gAwIBAgIBATAFBgMrZXAwADAeFw0wMDAxMDEwMDAwMDBaFw0wMDAxMDEw
-MDAwMDBaMAAwKjAFBgMrZXADIQBnMsC3GxEFw9cnnWxdNYO01uVUYtbHTlIU9v9k
-x8pQGzAFBgMrZXADQQC1NIrZz01gPRZMa+rVyzQPhCbyvKXRar6PdkozD1zXa6IV
-Xemln3FDzJn/dD2CeyQ7pXvo8pzUSl85Invu27cO
+MGYwWgIBATAFBgMrZXAwADAeFw0wMDAxMDEwMDAwMDBaFw0wMDAxMDEwMDAwMDBa
+MAAwKjAFBgMrZXADIQBnMsC3GxEFw9cnnWxdNYO01uVUYtbHTlIU9v9kx8pQGzAF
+BgMrZXADAQA=
 -----END CERTIFICATE-----
 """
-"""A certificate of nobody, of which no key exists. Where a site's certificate has something behind it, OpenSSL does not
-look for what signed it, and so does not send the fleet's authority, which is twice as long and which everybody has."""
+"""A certificate of nobody, unsigned, to whose key no private one exists. Where a site's certificate has something
+behind it, OpenSSL does not look for what signed it, and so does not send the fleet's authority, which is four times
+as long and which everybody has."""
 
 
 class Token(msgspec.Struct, frozen=True):

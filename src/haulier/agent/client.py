@@ -10,6 +10,7 @@ here as the same class of `haulier.errors`. What a peer answers is bounded and m
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -26,6 +27,8 @@ from haulier.agent import authority, packing
 from haulier.agent.site import Site, split_address
 from haulier.errors import HaulierError, NotTrusted, PeerError, UnknownThing, by_code
 from haulier.handoff.journal import SiteRow
+from haulier.session import Handed
+from haulier.session.frames import VERSION
 
 TIMEOUT_S: Final = 60.0
 OWNERSHIP_S: Final = 15.0
@@ -38,6 +41,9 @@ _WORTH_PACKING: Final = 1024
 """Bytes of a request from which on it is compressed."""
 _WORTH_OURS: Final = 256
 """The same where both ends are agents: what is said of who owns a guest is shorter, and understood by any version."""
+PATH_HEADER: Final = "Haulier-Path"
+PATH_VERSION: Final = str(VERSION)
+"""A call whose connection may go on as a path of the bulk protocol (`haulier.agent.handing`)."""
 _PROBE_SIZES: Final = (128 << 10, 512 << 10)
 """The first opens the connection's window, the second is timed."""
 
@@ -60,6 +66,8 @@ class _SiteConnection(http.client.HTTPConnection):
         super().__init__(host, port, timeout=timeout)
         self._context = context
         self._name = name
+        self._parts: list[bytes] | None = None
+        """Of a request that is being put together."""
 
     def connect(self) -> None:
         raw = socket.create_connection((self.host, self.port), min(CONNECT_S, self.timeout or CONNECT_S))
@@ -74,12 +82,22 @@ class _SiteConnection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
 
     def request(self, *words: Any, **more: Any) -> None:
-        """The head and the body of a request in one packet, if they fit."""
+        """The head and the body of a request in one record, if they fit."""
         if self.sock is None:
             self.connect()
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        self._parts = []
         super().request(*words, **more)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+        parts, self._parts = self._parts, None
+        self.send(b"".join(parts))
+
+    def putrequest(self, *words: Any, **more: Any) -> None:
+        super().putrequest(*words, **more | {"skip_accept_encoding": True})
+
+    def send(self, data: Any) -> None:
+        if self._parts is not None:
+            self._parts.append(data)
+        else:
+            super().send(data)
 
 
 class Client:
@@ -137,21 +155,36 @@ class Client:
 
     def call(self, method: str, path: str, body: Any = None, timeout: float = TIMEOUT_S) -> dict[str, Any]:
         """One request; the answer is a JSON object. Raises what the agent reports, PeerError if it does not answer."""
+        return self._call(method, path, body, timeout)[0]
+
+    def _call(
+        self, method: str, path: str, body: Any, timeout: float, *, keep: bool = False
+    ) -> tuple[dict[str, Any], Handed | None]:
+        """`keep`: with the answer comes the connection, if the other site agrees that it goes on."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"} if data is not None else {}
-        if self._packs:
-            headers["Accept-Encoding"] = packing.ENCODING
         if data is not None and self._packs and len(data) >= _WORTH_OURS:
             data = packing.pack(data)
-            headers["Content-Encoding"] = packing.ENCODING
+            # It says as well what the answer may be, and what both are made of.
+            headers = {"Content-Encoding": packing.ENCODING}
+        elif self._packs:
+            headers["Accept-Encoding"] = packing.ENCODING
         elif data is not None and len(data) >= _WORTH_PACKING:
             data = zlib.compress(data, 9)
             headers["Content-Encoding"] = "deflate"
         connection = self._connect(timeout)
+        handed: Handed | None = None
         try:
+            if keep:
+                headers[PATH_HEADER] = PATH_VERSION
+                connection.connect()
+            asked = time.time()
             connection.request(method, path, data, headers)
             response = connection.getresponse()
-            answer = response.read(MAX_ANSWER + 1)
+            if keep and PATH_HEADER in response.headers:
+                answer, handed = _take_over(connection, response, asked)
+            else:
+                answer = response.read(MAX_ANSWER + 1)
         except ssl.SSLCertVerificationError as error:
             raise NotTrusted(
                 f"{self.where} shows a certificate that is not this fleet's, or another site's "
@@ -171,7 +204,7 @@ class Client:
             raise PeerError(f"{self.where} sent more than {MAX_ANSWER >> 20} MiB in answer to {method} {path}")
         if response.headers.get("Content-Encoding") == packing.ENCODING:
             answer = packing.unpack(answer, MAX_ANSWER)
-        return _read(self.where, response.status, answer)
+        return _read(self.where, response.status, answer), handed
 
     def get(self, path: str, timeout: float = TIMEOUT_S) -> dict[str, Any]:
         return self.call("GET", path, timeout=timeout)
@@ -234,6 +267,10 @@ class Client:
         """To the target of a handoff (an `Offer`); answers an `Accept`, or raises what stands against it there."""
         return self.post("/v1/peer/offers", dict(offer))
 
+    def offer_on(self, offer: Mapping[str, Any]) -> tuple[dict[str, Any], Handed | None]:
+        """As `offer`; with the connection, if the workers' session goes on over it (`haulier.agent.handing`)."""
+        return self._call("POST", "/v1/peer/offers", dict(offer), TIMEOUT_S, keep=True)
+
     def resume(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """To the target of a post-copy whose workers died (a `Resumption`); answers an `Accept`."""
         return self.post("/v1/peer/resumptions", dict(request))
@@ -285,6 +322,36 @@ def path_segment(text: str) -> str:
     if text in ("", ".", ".."):
         raise UnknownThing(f"{text!r} names nothing")
     return quote(text, safe="")
+
+
+def _take_over(
+    connection: http.client.HTTPConnection, response: http.client.HTTPResponse, asked: float
+) -> tuple[bytes, Handed]:
+    """The answer's body, and what goes on after it. Raises http.client.HTTPException if it makes no sense."""
+    heard, took = _clock(response.headers[PATH_HEADER])
+    sock, length = connection.sock, response.length
+    if not isinstance(sock, ssl.SSLSocket) or length is None or length > MAX_ANSWER:
+        raise http.client.HTTPException("it wants to go on in a way that makes no sense")
+    # Not by the response, which would close what it reads from, with all that it has read ahead.
+    answer = response.fp.read(length)
+    answered = time.time()
+    sock.setblocking(False)
+    early = b""
+    with contextlib.suppress(ssl.SSLWantReadError):
+        early = response.fp.peek()
+    connection.sock = None
+    return answer, Handed(sock, early, ((heard - asked) + (heard + took - answered)) / 2)
+
+
+def _clock(said: str) -> tuple[float, float]:
+    """When a call was heard, by the other site's clock, and how long it took there, in seconds."""
+    try:
+        version, first, second = said.split(" ")
+        if version != PATH_VERSION:
+            raise ValueError
+        return float(first), float(second)
+    except ValueError:
+        raise http.client.HTTPException(f"{PATH_HEADER}: {said[:80]!r}") from None
 
 
 def _read(where: str, status: int, answer: bytes) -> dict[str, Any]:

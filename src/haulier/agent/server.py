@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
@@ -25,8 +26,10 @@ from aiohttp import web
 from haulier.agent import authority, packing
 from haulier.agent.addresses import Addresses
 from haulier.agent.cache import Cache
+from haulier.agent.client import PATH_HEADER, PATH_VERSION
 from haulier.agent.core import Core
 from haulier.agent.guests import Guests
+from haulier.agent.handing import Handing
 from haulier.agent.handoffs import Handoffs
 from haulier.agent.health import Health
 from haulier.agent.images import Images
@@ -153,7 +156,7 @@ class Agent:
     def recover(self) -> None:
         """Takes up handoffs, which may need other sites, and begins to watch over guests and handoffs. Blocking."""
         _try("handoffs", self.handoffs.adopt)
-        _try("a worker in waiting", STANDBY.warm_soon)
+        _try("a worker in waiting", STANDBY.open)
         # The first offer would otherwise wait for it: what QEMU can do here is asked once per process.
         _try("what QEMU can do", _ask_qemu)
         for name, every_s, watch in (
@@ -264,9 +267,11 @@ def _authorize(agent: Daemon, route: Route, operator: bool, name: str | None) ->
     return site.name
 
 
-def _handler(agent: Daemon, route: Route, pool: concurrent.futures.Executor) -> Handler:
-    def work(operator: bool, name: str | None, call: Callable[[str], Call]) -> str:
-        return json.dumps(route.handler(agent, call(_authorize(agent, route, operator, name))))
+def _handler(agent: Daemon, route: Route, pool: concurrent.futures.Executor, handing: Handing) -> Handler:
+    def work(operator: bool, name: str | None, call: Callable[[str], Call], hands: bool) -> tuple[str, Path | None]:
+        said = call(_authorize(agent, route, operator, name))
+        text = json.dumps(route.handler(agent, said))
+        return text, route.worker(agent, said) if hands and route.worker is not None else None
 
     async def handle(request: web.Request) -> web.StreamResponse:
         operator, name = _caller(request)
@@ -274,23 +279,30 @@ def _handler(agent: Daemon, route: Route, pool: concurrent.futures.Executor) -> 
         if request.headers.get("Content-Encoding") == packing.ENCODING:
             body = packing.unpack(body, MAX_BODY)
         names, query = dict(request.match_info), dict(request.query)
+        heard = time.time()
+        hands = not operator and request.headers.get(PATH_HEADER) == PATH_VERSION
         loop = asyncio.get_running_loop()
-        text = await loop.run_in_executor(
-            pool, work, operator, name, lambda site: Call(site=site, names=names, body=body, query=query)
+        text, worker = await loop.run_in_executor(
+            pool, work, operator, name, lambda site: Call(site=site, names=names, body=body, query=query), hands
         )
-        if request.headers.get("Accept-Encoding") != packing.ENCODING:
+        if not _packs(request):
             return web.Response(text=text, content_type="application/json")
         answer = web.Response(body=packing.pack(text.encode()), content_type="application/json")
         answer.headers["Content-Encoding"] = packing.ENCODING
-        return answer
+        return answer if worker is None else await handing.answer(request, answer, worker, heard)
 
     return handle
 
 
+def _packs(request: web.Request) -> bool:
+    """Who packs what it says understands answers that are packed, and need not say so."""
+    return packing.ENCODING in (request.headers.get("Accept-Encoding"), request.headers.get("Content-Encoding"))
+
+
 async def _spare(request: web.Request, response: web.StreamResponse) -> None:
     """Says no more about itself than a site that counts bytes has use for."""
-    if request.headers.get("Accept-Encoding") == packing.ENCODING:
-        for name in ("Server", "Date"):
+    if _packs(request):
+        for name in ("Server", "Date", "Content-Type"):
             response.headers.popall(name, None)
 
 
@@ -357,8 +369,9 @@ async def serve(agent: Daemon, stop: asyncio.Event, ready: Callable[[], None] = 
     app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY)
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="request") as pool:
         app.on_response_prepare.append(_spare)
+        handing = Handing()
         for route in agent.routes():
-            app.router.add_route(route.method, route.path, _handler(agent, route, pool))
+            app.router.add_route(route.method, route.path, _handler(agent, route, pool, handing))
         service = ChunkService(agent.store) if agent.store is not None else None
         if service is not None:
             app.router.add_get(chunk_wire.PATH, _chunk_handler(agent, service, pool))
@@ -373,6 +386,7 @@ async def serve(agent: Daemon, stop: asyncio.Event, ready: Callable[[], None] = 
             ready()
             await stop.wait()
         finally:
+            handing.close()
             if service is not None:
                 await service.close()
             await runner.cleanup()

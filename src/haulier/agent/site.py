@@ -303,6 +303,10 @@ class Site:
         """Directory of one handoff; UsageError for an id that is none."""
         return self.handoffs / check_name(handoff, "handoff")
 
+    def offer_socket(self, handoff: str) -> Path:
+        """Where a handoff's worker takes over the connection on which its offer came."""
+        return self.handoff_root(handoff) / "offer.sock"
+
     def reachable(self) -> tuple[str, ...]:
         """Where others can bring bytes to: the bulk addresses, or (auto) those of this host's uplinks as they are now.
 

@@ -40,6 +40,7 @@ from typing import IO, Any, Final
 
 import psutil
 
+from haulier import priority
 from haulier.chunks.store import ChunkStore
 from haulier.disks.fill import Filler, Mode, hints_at, sources_for
 from haulier.disks.heat import read_heat
@@ -429,6 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not words:
             return 0
         arguments = json.loads(words)
+        priority.usual()  # of one that was started by a worker in waiting
     parser = argparse.ArgumentParser(prog="haulier.disks.export", description="Serves a disk's manifest as NBD.")
     parser.add_argument("--store", type=Path, required=True, help="directory of the chunk store")
     parser.add_argument("--manifest", required=True, help="name of the manifest in the store")

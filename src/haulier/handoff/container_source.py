@@ -74,6 +74,7 @@ MARKS: Final = (
     "end-sent",
     "sent",
     "disk-durable",
+    "dump-there",
     "memory-loaded",
     "arrived",
 )
@@ -96,6 +97,7 @@ class ContainerSource(SourceHandoff):
     _arriving: ArrivingPages
     _streams = False
     """Its picture is made from its processes, later."""
+    _begins_on_offer = True
     _clocks = 2
     _probe_bytes = 0
     """Its pages tell the link's rate soon enough, and a small container has hardly more of them than a probe takes."""
@@ -179,9 +181,10 @@ class ContainerSource(SourceHandoff):
 
     def _first_disk(self, sender: DiskSender, first: object) -> None:
         """The layers that the target lacks, then what the container wrote, in rounds."""
+        # Shares its packets with the question that follows.
+        self._send_trial()
         if sender.offer_manifest().wire_bytes > 4096:
             sender.commit()
-        self._send_trial()
         chunks = len(self._manifest) - self.lower
         self._latest = self._manifest
         known = load_signatures(self.container.paths.signatures)
@@ -287,14 +290,16 @@ class ContainerSource(SourceHandoff):
             with contextlib.suppress(OSError):
                 yield changed.original()
 
-    def _send_pages(self, numbers: NDArray[np.int64], contents: NDArray[np.uint8]) -> int:
+    def _send_pages(self, numbers: NDArray[np.int64], contents: NDArray[np.uint8], *, more: bool = False) -> int:
+        """Those that the target has not got; how many. `more`: something follows at once."""
         picture, session = self._picture, self._session
         assert picture is not None and session is not None
         rows = picture.differing(numbers, contents)
         for batch in picture.send(numbers[rows], contents[rows]):
             self._check()
             # The layout follows the first round.
-            session.send(Channel.MEMORY, batch.data, more=not self._memory_rounds and len(batch.data) < TINY)
+            small = len(batch.data) < TINY
+            session.send(Channel.MEMORY, batch.data, more=small and (more or not self._memory_rounds))
             if not self._ending:
                 window = self._window()
                 while not session.wait_below(window.wire, Channel.MEMORY, timeout=0.1):
@@ -401,6 +406,7 @@ class ContainerSource(SourceHandoff):
         self._arrived = arrived = self._control.wait(Arrived, 120)
         self._marks["arrived"] = time.time()
         self._marks["disk-durable"] = arrived.durable_at - self._control.clock_offset
+        self._marks["dump-there"] = arrived.came_at - self._control.clock_offset
         self._marks["memory-loaded"] = arrived.loaded_at - self._control.clock_offset
         self._compare(arrived, check)
 
@@ -424,7 +430,8 @@ class ContainerSource(SourceHandoff):
         assert picture is not None and session is not None
         borrowed = self._borrowed(folder)
         for message in self._files.files(folder, borrowed):
-            session.send(Channel.CHECKPOINT, message, urgent=True)
+            # What is small shares a packet with the end, without which it is of no use.
+            session.send(Channel.CHECKPOINT, message, urgent=True, more=len(message) < TINY)
         sizes = {name: contents.nbytes for name, contents in arrived.items()}
         found = [
             (one, arrived[one.name] if one.name in arrived else _pages(folder / one.name))
@@ -433,7 +440,7 @@ class ContainerSource(SourceHandoff):
         pages: list[tuple[str, NDArray[np.int64]]] = []
         for one, contents in found:
             numbers = self._numbers(one)
-            self._late_pages += self._send_pages(numbers, contents)
+            self._late_pages += self._send_pages(numbers, contents, more=True)
             pages.append((one.name, numbers))
         session.send(Channel.CHECKPOINT, self._files.end(picture.counters.raw_bytes, pages, borrowed), urgent=True)
         self._marks["end-sent"] = time.time()

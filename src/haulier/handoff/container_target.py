@@ -55,6 +55,7 @@ DRAFT_BYTES: Final = 16 << 20
 class ContainerTarget(TargetHandoff):
     """One handoff of a container at its target."""
 
+    _begins_on_offer = True
     _proxy: TargetProxy | None = None
     _container: Container | None = None
     _checkpoint: CheckpointReceiver
@@ -63,6 +64,7 @@ class ContainerTarget(TargetHandoff):
     _upper_manifest: Manifest | None = None
     _lower: list[Path] | None = None
     _check_s = 0.0
+    _came_at = 0.0
     _check_digests = b""
     _restoring: Restoring | None = None
     _hasher: _Hasher | None = None
@@ -76,15 +78,19 @@ class ContainerTarget(TargetHandoff):
     """... those that were there then."""
     _drafts_made = False
     _prepared = False
+    _asked = False
+    """The source has said something of the disk."""
+    _owes_ready = False
 
     # -- collected -------------------------------------------------------------------------------------------------
 
     def _prepare_early(self, session: Session, manifest: Manifest) -> None:
         self._start_receiver(manifest)
         session.on(Channel.DISK, self._disk)
-        self._prepare_memory(PrepareMemory(self.job.memory_base))
+        self._prepare_memory(PrepareMemory(self.job.memory_base), early=True)
 
-    def _prepare_memory(self, news: PrepareMemory) -> None:
+    def _prepare_memory(self, news: PrepareMemory, early: bool = False) -> None:
+        """`early`: before the source has asked what is here of the disk; with that answer it is told, in one packet."""
         if self._receiver is None or self._proxy is not None:
             raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
         spec, session = self.spec, self.control.session
@@ -112,7 +118,17 @@ class ContainerTarget(TargetHandoff):
         self._tasks.put((self._receiver.manifest, False))
         session.on(Channel.MEMORY, self._pages)
         session.on(Channel.CHECKPOINT, self._files)
-        self.control.send(MemoryReady())
+        with self._lock:
+            later = self._owes_ready = early and not self._asked
+        if not later:
+            self.control.send(MemoryReady())
+
+    def _disk(self, data: bytes) -> None:
+        with self._lock:
+            owed, self._owes_ready, self._asked = self._owes_ready, False, True
+        if owed:
+            self.control.send(MemoryReady(), more=True)
+        super()._disk(data)
 
     def _pages(self, data: bytes) -> None:
         assert self._proxy is not None
@@ -235,6 +251,7 @@ class ContainerTarget(TargetHandoff):
             self._changed.wait_for(self._dump_is_here)
         if self._closing:
             return
+        self._came_at = time.time()
         self._assemble(self._checkpoint.pages)
         self._checkpoint.give_back(self.container_paths.rootfs)
         self._hasher = _Hasher([self._drafts[name] for name, _ in self._checkpoint.pages])
@@ -305,6 +322,7 @@ class ContainerTarget(TargetHandoff):
                 self._check_s,
                 self._durable_at,
                 self._loaded_at,
+                self._came_at,
             )
         )
         self._send(happened)
@@ -317,7 +335,8 @@ class ContainerTarget(TargetHandoff):
         at = self._container.cont()
         self._running = True
         self.outcome = "done"
-        self.control.send(Running(at))
+        # With the word that it was taken.
+        self.control.send(Running(at), more=True)
 
     def _moved(self) -> None:
         super()._moved()

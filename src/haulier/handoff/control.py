@@ -43,8 +43,9 @@ class Control:
                     "see that its bulk addresses can be reached from here ('haulier doctor')"
                 )
 
-    def send(self, message: AnyMessage) -> None:
-        self.session.send(Channel.CONTROL, encode(message), urgent=True)
+    def send(self, message: AnyMessage, *, more: bool = False) -> None:
+        """`more`: something follows at once, with which it may share a packet."""
+        self.session.send(Channel.CONTROL, encode(message), urgent=True, more=more)
 
     def own(self, event: Event, epoch: int) -> None:
         """Sends a message of the ownership table."""

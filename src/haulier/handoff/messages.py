@@ -79,7 +79,7 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     memory_bases: tuple[str, ...] = ()
     """Pictures of memory that the source could start its mirror from, best first."""
     images: tuple[str, ...] = ()
-    """Digests of images that the source holds, those that the guest was made from first."""
+    """Images that the source holds (`haulier.handoff.shared.short`), those that the guest was made from first."""
     golden: bool = True
     """The source has the disk of the golden snapshot that the guest was born from: both start from it, or neither."""
     qemu: str = ""
@@ -286,6 +286,8 @@ class Arrived(Message, frozen=True, tag="arrived"):
     """When the final manifest was durable, and ..."""
     loaded_at: float = 0.0
     """... when QEMU had loaded device state, by the target's clock."""
+    came_at: float = 0.0
+    """Of a container: when all of its dump was there, by the same clock; its restore is what follows."""
 
 
 class GoFirst(Message, frozen=True, tag="go-first"):

@@ -11,7 +11,7 @@ from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.errors import HaulierError
 from haulier.guests.model import GuestSpec
-from haulier.handoff import retained
+from haulier.handoff import retained, shared
 from haulier.handoff.journal import GuestRow
 from haulier.handoff.messages import Accept, Job, Offer
 from haulier.handoff.residence import spec_of
@@ -19,7 +19,7 @@ from haulier.handoff.shared import golden_manifest
 from haulier.images import common
 from haulier.images.layers import chain
 from haulier.network import paths as networks
-from haulier.session import Session, TlsConfig
+from haulier.session import Handed, Session, TlsConfig
 from haulier.units import CHUNK
 
 log = logging.getLogger(__name__)
@@ -45,20 +45,25 @@ def make_offer(site: Site, store: ChunkStore, job: Job, row: GuestRow, manifest:
 
 def _held_images(store: ChunkStore, spec: GuestSpec) -> tuple[str, ...]:
     """What the target may hold as well, those that the guest was made from first."""
-    here = common.held(store)
+    here = shared.held(store)
     mine: list[str] = []
     with contextlib.suppress(HaulierError):
         names = chain(store, spec.image)[::-1]
-        mine = [store.load_manifest(f"image/{name}").digest.hex() for name in names]
+        mine = [shared.short(store.load_manifest(f"image/{name}")) for name in names]
     return common.choose(here, here, mine)
 
 
 def connect(
-    site: Site, peer: str, offer: Offer, accept: Accept, network: contextlib.ExitStack
+    site: Site,
+    peer: str,
+    offer: Offer,
+    accept: Accept,
+    network: contextlib.ExitStack,
+    handed: Handed | None = None,
 ) -> tuple[Session, list[networks.Way]]:
     """A session to the worker that waits at site `peer`, and the ways that it has; its paths connect by and by.
 
-    `network` takes what has to be undone of the host's network.
+    `network` takes what has to be undone of the host's network. `handed`: what the offer went over, if it goes on.
     """
     mptcp = offer.options.transport == "mptcp"
     ways = networks.find(accept.bulk, accept.port, site.paths, explore=site.explores, uplinks=mptcp)
@@ -73,5 +78,6 @@ def connect(
         bytes.fromhex(offer.secret),
         peers=[way.address(accept.port) for way in ways],
         mptcp=mptcp,
+        handed=handed,
     )
     return session, ways

@@ -21,7 +21,7 @@ from haulier.guests.model import GuestSpec
 from haulier.handoff import attempts, retained
 from haulier.handoff.messages import Accept
 from haulier.handoff.residence import guest_paths
-from haulier.handoff.shared import blocks_of, golden_manifest, images_by_digest
+from haulier.handoff.shared import blocks_of, golden_manifest, images_named
 from haulier.memory.ahead import AheadReader
 from haulier.memory.base import MemoryBase
 from haulier.memory.proxy import SourceProxy
@@ -104,7 +104,7 @@ class Preparation:
 
     def _index(self, accept: Accept | None = None) -> StoreBlockFinder:
         golden = golden_manifest(self._store, self._spec.golden) if accept is None or accept.golden else None
-        images = images_by_digest(self._store, accept.images) if accept is not None else []
+        images = images_named(self._store, accept.images) if accept is not None else []
         ready = self._site.golden / self._spec.golden / "blocks.idx"
         only = self._worth() if self._worth is not None and (accept is None or accept.complete) else None
         return StoreBlockFinder(*blocks_of(self._store, self._manifest, golden, ready, images, only))

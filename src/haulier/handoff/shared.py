@@ -31,13 +31,23 @@ def golden_manifest(store: ChunkStore, golden: str) -> Manifest | None:
     return store.load_manifest(name)
 
 
-def images_by_digest(store: ChunkStore, digests: Sequence[str]) -> list[Manifest]:
-    """The images that both sites hold, in the order agreed on. Conflict if one is gone meanwhile."""
-    here = common.held(store) if digests else {}
-    gone = [digest for digest in digests if digest not in here]
+def short(manifest: Manifest) -> str:
+    """What an offer calls an image: the first 12 bytes of its digest, hexadecimal. What is made with it is checked."""
+    return manifest.digest.hex()[:24]
+
+
+def held(store: ChunkStore) -> dict[str, Manifest]:
+    """The images that this site holds, by `short`."""
+    return {short(manifest): manifest for manifest in common.held(store).values()}
+
+
+def images_named(store: ChunkStore, names: Sequence[str]) -> list[Manifest]:
+    """The images that both sites hold, by `short`, in the order agreed on. Conflict if one is gone meanwhile."""
+    here = held(store) if names else {}
+    gone = [name for name in names if name not in here]
     if gone:
-        raise Conflict(f"image {gone[0][:12]} was removed while a handoff began: begin it again")
-    return [here[digest] for digest in digests]
+        raise Conflict(f"image {gone[0]} was removed while a handoff began: begin it again")
+    return [here[name] for name in names]
 
 
 def block_list(base: Manifest, golden: Manifest | None, images: Sequence[Manifest] = ()) -> tuple[list[bytes], int]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from haulier import priority
 from haulier.agent.site import Site
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
@@ -24,6 +25,7 @@ from haulier.compress.stream import level_for
 from haulier.disks.rounds import Round
 from haulier.disks.sending import RoundReport
 from haulier.disks.transfer import DiskSender
+from haulier.disks.wire import DELTA
 from haulier.errors import Cancelled, Corrupt, HandoffFailed, HaulierError, PeerError
 from haulier.handoff import clients, foretold, readdressing, retained
 from haulier.handoff.control import Control, failure
@@ -59,7 +61,7 @@ from haulier.handoff.token import RESTART_S, OwnPeer, Token
 from haulier.images.layers import LAYERS, split_of
 from haulier.memory.mirror import Mirror
 from haulier.network import paths as networks
-from haulier.session import Session
+from haulier.session import Handed, Session
 from haulier.without import DISK_FIRST, RECIPES, without
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class Peer(OwnPeer, Protocol):
     """The target's agent, as far as a worker talks to it."""
 
     def offer(self, offer: Offer) -> Accept: ...
+    def offer_on(self, offer: Offer) -> tuple[Accept, Handed | None]: ...
     def prefetch(self, offer: Offer) -> Accept: ...
 
 
@@ -86,6 +89,10 @@ class SourceHandoff(ABC):
     """How often the clocks are compared."""
     _streams = False
     """Memory comes as QEMU's stream: what sends it can be made ready before the target has answered."""
+
+    _begins_on_offer = False
+    """There is often little to say: the session begins on the connection of the offer, which saves a handshake."""
+    _handed: Handed | None = None
 
     def __init__(self, site: Site, journal: Journal, job: Job, peer: Peer, cancelled: threading.Event) -> None:
         self.site, self.journal, self.job, self.peer = site, journal, job, peer
@@ -294,7 +301,11 @@ class SourceHandoff(ABC):
         if first is not None and self._streams:
             assert self._preparation is not None
             self._preparation.foresee(first)
-        return offer, self.peer.offer(offer)
+        # Where paths have prices or limits, the session keeps to them from its first byte.
+        if not self._begins_on_offer or self._transport != "striping" or self.site.paths:
+            return offer, self.peer.offer(offer)
+        accept, self._handed = self.peer.offer_on(offer)
+        return offer, accept
 
     def _prepare(self, epoch: int) -> Offer:
         """The offer; what both sites hold is indexed from here on, while the target looks at it."""
@@ -320,14 +331,17 @@ class SourceHandoff(ABC):
 
     def _connect(self, offer: Offer, accept: Accept) -> None:
         self.progress.phase("connect", f"connecting to {self.job.peer}")
-        session, ways = connect(self.site, self.job.peer, offer, accept, self._host_network)
+        session, ways = connect(self.site, self.job.peer, offer, accept, self._host_network, self._handed)
         self._session = session
         options = self.job.options
         self._spender = networks.Spender(options.paths, options.deadline_s, [way.rule.cost for way in ways])
         session.may_spend(self._spender.cost)
         self._control = Control(session, self.job.peer, self._check)
         self._control.wait_connected(CONNECT_S)
-        self._control.compare_clocks(self._clocks)
+        if self._handed is None:
+            self._control.compare_clocks(self._clocks)
+        else:
+            self._control.clock_offset = self._handed.clock_offset
         self._stretch(ways[0].there)
         self._join_clients(ways[0].there, accept.site_address)
         # Learns the link's rate while the disk is looked at; at 10 Mbps it is through in 80 ms.
@@ -371,7 +385,8 @@ class SourceHandoff(ABC):
             self._manifest,
             finder.space,
             finder.index,
-            lambda data: session.send(Channel.DISK, data),
+            # A commit follows what it makes durable.
+            lambda data: session.send(Channel.DISK, data, more=data[0] == DELTA),
             lease_of(self.job.handoff),
             level=level_for(self._rate),
             layer_of=self._split.of,
@@ -452,6 +467,8 @@ class SourceHandoff(ABC):
         with contextlib.suppress(PeerError):
             self._control.send(Finish(name, places))
         self.progress.phase("finish", "clearing away")
+        # What is left to do is of no use to the guest, which may share this host's processors with its clients' way.
+        priority.behind()
         return name
 
     def _left(self, picture: str, mirror: Mirror | Path, beside: Mapping[str, bytes] = MappingProxyType({})) -> None:
@@ -539,6 +556,8 @@ class SourceHandoff(ABC):
         self.report["phases"] = self.progress.phases
         if self._session is not None:
             self._session.close(linger_s=3)
+        elif self._handed is not None:
+            self._handed.close()
         self._host_network.close()
         if self._preparation is not None:
             self._preparation.close()

@@ -13,6 +13,7 @@ from typing import IO
 import msgspec
 import psutil
 
+from haulier import priority
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.durable import write_atomically
@@ -24,11 +25,16 @@ from haulier.handoff.messages import Accept, Job, Offer, Status
 from haulier.handoff.ownership import Action, Event, State
 from haulier.handoff.recovery import worker_alive
 from haulier.handoff.residence import discard_copy, retire
-from haulier.handoff.shared import golden_manifest, grown
+from haulier.handoff.shared import golden_manifest, grown, held
 from haulier.images import common
 
 LISTEN_S = 20.0
 WARM_S = 2.0
+KEPT = 2
+"""One for a handoff that follows another at once, as the way back or the next guest of a site that is emptied may."""
+QUIET_S = 5.0
+"""After a handoff the guest's processor finds its caches empty (under TCG: its translated code gone), and its clients'
+streams begin anew; beside it, a second of Python's imports took a third of what they had for two."""
 PREFETCH_SOURCE = "prefetch-source"
 PREFETCH_TARGET = "prefetch-target"
 RESUME_SOURCE = "resume-source"
@@ -39,7 +45,7 @@ PREFETCH = (PREFETCH_SOURCE, PREFETCH_TARGET)
 
 
 class Standby:
-    """A worker that has started and waits to be told which handoff is its own.
+    """Workers that have started and wait to be told which handoff is their own.
 
     Half a second of a handoff is otherwise the start of a Python process, at each side. One that waits holds nothing
     of the site, and ends when the agent that keeps it ends (its standard input closes). A worker that was given its
@@ -48,55 +54,77 @@ class Standby:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: subprocess.Popen[bytes] | None = None
+        self._waiting: list[subprocess.Popen[bytes]] = []
         self._closed = False
         self._timer: threading.Timer | None = None
 
-    def warm_soon(self) -> None:
-        """Has one waiting in a moment: an agent that starts has other things to do first."""
+    def open(self) -> None:
+        """Has `KEPT` waiting in a moment, and from then on: an agent that starts has other things to do first."""
         with self._lock:
             self._closed = False
-            self._timer = threading.Timer(WARM_S, self._warm)
+        self._soon(WARM_S)
+
+    def _soon(self, seconds: float) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = threading.Timer(seconds, self.warm)
             self._timer.daemon = True
             self._timer.start()
 
-    def _warm(self) -> None:
+    def warm(self) -> None:
+        """Has them waiting now."""
         with self._lock:
-            if not self._closed and (self._waiting is None or self._waiting.poll() is not None):
-                self._waiting = _start(["--standby"], stdin=subprocess.PIPE, output=None)
+            for process in [process for process in self._waiting if process.poll() is not None]:
+                self._waiting.remove(process)
+                process.communicate()
+            while not self._closed and len(self._waiting) < KEPT:
+                process = _start(["--standby"], stdin=subprocess.PIPE, output=None)
+                priority.behind(process.pid)
+                self._waiting.append(process)
 
-    def warm_after(self, process: subprocess.Popen[bytes]) -> None:
-        """Has the next one waiting once that handoff is over: until then the processors have better things to do."""
+    def warm_after(self, process: subprocess.Popen[bytes], quiet_s: float) -> None:
+        """Has the next one waiting so many seconds after that one has ended."""
         process.wait()
-        self._warm()
+        self._soon(quiet_s)
+
+    def pids(self) -> list[int]:
+        """The processes that wait, the one that has waited longest first."""
+        with self._lock:
+            return [process.pid for process in self._waiting]
 
     def give(self, site: Site, handoff: str) -> subprocess.Popen[bytes] | None:
-        """The waiting worker, told its handoff; None if there is none."""
-        with self._lock:
-            process, self._waiting = self._waiting, None
-        if process is None or process.stdin is None:
-            return None
-        try:
-            process.stdin.write(f"{handoff}\t{site.root}\n".encode())
-            process.stdin.close()
-        except OSError:
-            process.wait()
-            return None
-        return process
+        """A waiting worker, told its handoff; None if there is none."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return None
+                process = self._waiting.pop(0)
+            assert process.stdin is not None
+            priority.usual(process.pid)  # it may still be starting
+            try:
+                process.stdin.write(f"{handoff}\t{site.root}\n".encode())
+                process.stdin.close()
+            except OSError:
+                process.communicate()
+                continue
+            return process
 
     def close(self) -> None:
-        """Ends the one that waits; no other comes."""
+        """Ends those that wait; no other comes."""
         with self._lock:
             self._closed = True
             if self._timer is not None:
                 self._timer.cancel()
-            process, self._waiting = self._waiting, None
-        if process is not None:
+            waiting, self._waiting = self._waiting, []
+        for process in waiting:
             process.communicate()
 
 
 STANDBY = Standby()
-"""Used by an agent that has called `STANDBY.warm_soon`; other callers start a worker when they need it."""
+"""Used by an agent that has called `STANDBY.open`; other callers start a worker when they need it."""
 
 
 def _start(words: list[str], *, stdin: int, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
@@ -120,7 +148,9 @@ def spawn(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
             words = ["--root", str(site.root), "--id", job.handoff]
             process = _start(words, stdin=subprocess.DEVNULL, output=output)
     else:
-        threading.Thread(target=STANDBY.warm_after, args=(process,), name="standby", daemon=True).start()
+        # A prefetch leaves the guest where it is, and the handoff may follow at once.
+        after = (process, 0.0 if job.role in PREFETCH else QUIET_S)
+        threading.Thread(target=STANDBY.warm_after, args=after, name="standby", daemon=True).start()
     started = psutil.Process(process.pid).create_time()
     journal.update_handoff(job.handoff, pid=process.pid, pid_started=started)
     return process
@@ -284,7 +314,7 @@ def _manifest_name(site: Site, offer: Offer) -> str:
 
 def _common_images(site: Site, offered: Sequence[str]) -> tuple[str, ...]:
     with ChunkStore(site.store) as store:
-        return common.choose(common.held(store), offered, offered)
+        return common.choose(held(store), offered, offered)
 
 
 def _has_golden(site: Site, golden: str) -> bool:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from haulier import priority
 from haulier.agent.site import Site
 from haulier.chunks.manifest import Manifest, chunks_of
 from haulier.chunks.store import ChunkStore
@@ -69,7 +70,7 @@ from haulier.handoff.residence import (
     run_copy,
     spec_of,
 )
-from haulier.handoff.shared import block_space, golden_manifest, grown, images_by_digest
+from haulier.handoff.shared import block_space, golden_manifest, grown, images_named
 from haulier.memory.base import MemoryBase
 from haulier.memory.loading import GuestRam
 from haulier.memory.target_proxy import TargetProxy
@@ -90,6 +91,9 @@ class Undecided(HandoffFailed):
 
 class TargetHandoff:
     """One handoff at its target. `run` returns the outcome: "done", "failed" or "undecided"."""
+
+    _begins_on_offer = False
+    """The session may begin on the connection over which the offer came."""
 
     def __init__(
         self,
@@ -146,12 +150,13 @@ class TargetHandoff:
 
     def run(self) -> str:
         """Works until the guest runs here for good, or the copy is thrown away."""
-        site = self.site
+        site, mptcp = self.site, self.offer.options.transport == "mptcp"
         session = Session.listen(
             TlsConfig(site.certificate, site.key, site.ca_certificate, self.job.peer),
             bytes.fromhex(self.offer.secret),
             bind=site.listening(),
-            mptcp=self.offer.options.transport == "mptcp",
+            mptcp=mptcp,
+            handed_at=site.offer_socket(self.job.handoff) if self._begins_on_offer and not mptcp else None,
         )
         self.control = Control(session, self.job.peer, self._check)
         try:
@@ -282,7 +287,7 @@ class TargetHandoff:
 
     def _start_receiver(self, manifest: Manifest) -> None:
         golden = golden_manifest(self._store, self.spec.golden) if self.job.golden else None
-        space = block_space(self._store, manifest, golden, images_by_digest(self._store, self.job.images))
+        space = block_space(self._store, manifest, golden, images_named(self._store, self.job.images))
         name = incoming_name(self.job.handoff)
         self._space = space
         meta = {"residual": {"source": self.job.peer, "handoff": self.job.handoff}} if self._partial else None
@@ -555,6 +560,8 @@ class TargetHandoff:
         """All that need not be done before the guest runs, most urgent first."""
         self._moved()
         self.progress.phase("post-copy" if self._filling else "running")
+        if not self._filling:
+            priority.behind()
         self._footprint = footprint(self.site.mirror(self.job.handoff))
         # The guest's manifest gets its lasting name only now; until here the incoming one pinned the chunks.
         name = manifest_name(self.spec.name)

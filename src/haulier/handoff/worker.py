@@ -48,6 +48,7 @@ from haulier.handoff.spawning import (
 )
 from haulier.handoff.target import TargetHandoff
 from haulier.handoff.vm_source import VmSource
+from haulier.session import Handed
 
 __all__ = ["AgentPeer", "accept", "main", "peer_of", "spawn", "start_source"]
 
@@ -62,6 +63,11 @@ class AgentPeer:
 
     def offer(self, offer: Offer) -> Accept:
         return self._accept(self._client.offer(msgspec.to_builtins(offer)))
+
+    def offer_on(self, offer: Offer) -> tuple[Accept, Handed | None]:
+        """As `offer`; with the connection that it went over, if the session begins on it."""
+        answer, handed = self._client.offer_on(msgspec.to_builtins(offer))
+        return self._accept(answer), handed
 
     def prefetch(self, offer: Offer) -> Accept:
         """As `offer`, for a prefetch."""

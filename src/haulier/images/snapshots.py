@@ -68,7 +68,7 @@ def keep_snapshot(store: ChunkStore, root: Path, meta: GoldenMeta, memory: Manif
     shutil.rmtree(half, ignore_errors=True)
     try:
         half.mkdir(parents=True)
-        _write(store, memory, meta.memory_size, half / "memory")
+        write_disk(store, memory, meta.memory_size, half / "memory")
         base = MemoryBase.from_mapped_ram(half / "memory")
         try:
             digest = base.digest.hex()
@@ -91,7 +91,8 @@ def keep_snapshot(store: ChunkStore, root: Path, meta: GoldenMeta, memory: Manif
         shutil.rmtree(half, ignore_errors=True)
 
 
-def _write(store: ChunkStore, manifest: Manifest, size: int, path: Path) -> None:
+def write_disk(store: ChunkStore, manifest: Manifest, size: int, path: Path) -> None:
+    """The first `size` bytes of the disk that `manifest` describes, as a sparse file."""
     with path.open("wb") as file:
         os.ftruncate(file.fileno(), size)
         for index, fp in enumerate(manifest.chunks()):

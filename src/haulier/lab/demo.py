@@ -227,9 +227,12 @@ def stock_pair(lab: Scenario) -> Iterator[tuple[Qemu, Qemu]]:
 
 
 @contextlib.contextmanager
-def stock_sites(lab: Scenario) -> Iterator[tuple[Qemu, GuestPaths, Callable[[], Qemu]]]:
+def stock_sites(lab: Scenario, *, served: bool = True) -> Iterator[tuple[Qemu, GuestPaths, Callable[[], Qemu]]]:
     """The same clone as haulier's guest at oslo; the files that it will have at lisbon, where its disk is served, and
-    what starts a QEMU there that waits for it, once its overlay is there. All that runs is ended with the block."""
+    what starts a QEMU there that waits for it, once its overlay is there. All that runs is ended with the block.
+
+    Unless `served` lisbon does not have the disk: what serves it at its socket is the caller's to start.
+    """
     assert isinstance(lab.template, Template)
     golden = lab.template.golden
     spec = golden.spec(GUEST, address=GUEST_ADDRESS, gateway="10.77.0.1", mac="52:54:00:77:00:10")
@@ -252,11 +255,12 @@ def stock_sites(lab: Scenario) -> Iterator[tuple[Qemu, GuestPaths, Callable[[], 
         )
         opened.append(source)
         there.prepare()
-        exports.append(
-            DiskExport.start(
-                lab.work / "lisbon" / "store", golden.manifest_name, there.nbd_sock, there.nbd_ctl, there.nbd_log
+        if served:
+            exports.append(
+                DiskExport.start(
+                    lab.work / "lisbon" / "store", golden.manifest_name, there.nbd_sock, there.nbd_ctl, there.nbd_log
+                )
             )
-        )
         yield source, there, receive
     finally:
         for qemu in opened:

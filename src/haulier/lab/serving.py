@@ -36,17 +36,25 @@ _VIDEO: Final = (
 )
 
 
-def application() -> Application:
-    """What the image has more than the lab's Debian: programs and files of all the services; none is started."""
+def application(service: str = "") -> Application:
+    """What an image has more than the lab's Debian: programs and files of all services, or of one; none is started.
+
+    Services that need nothing but Python share an image.
+    """
     files = {
         f"{_PLACE}/services.py": resources.files("haulier").joinpath("lab/services.py").read_bytes(),
         f"{_PLACE}/serve.sh": _SERVE.encode(),
         "usr/lib/systemd/system/haulier-service@.service": _UNIT.encode(),
         "etc/nginx/lab.conf": NGINX_CONF.encode(),
     }
-    # nginx's own unit would serve in every guest.
-    commands = ("systemctl disable nginx", f'python3 -c "{_VIDEO}"')
-    return Application(NAME, (*FACE_PACKAGES, "nginx-light"), files, commands)
+    packages: tuple[str, ...] = FACE_PACKAGES if service in ("", "faces") else ()
+    commands: tuple[str, ...] = ()
+    if service in ("", "video"):
+        packages += ("nginx-light",)
+        # nginx's own unit would serve in every guest.
+        commands = ("systemctl disable nginx", f'python3 -c "{_VIDEO}"')
+    name = f"{NAME}-{service if packages else 'python'}" if service else NAME
+    return Application(name, packages, files, commands)
 
 
 def start(qemu: Qemu, service: str) -> None:

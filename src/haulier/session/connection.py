@@ -84,29 +84,42 @@ class Connection:
         sock: socket.socket,
         name: str,
         tls: TlsConfig,
-        context: ssl.SSLContext,
-        handshake: ConnectorHandshake | ListenerHandshake,
+        context: ssl.SSLContext | None,
+        handshake: ConnectorHandshake | ListenerHandshake | None,
         deadlines: tuple[float, float],
         dead_s: float,
+        early: bytes = b"",
     ) -> None:
+        """Without `handshake` it is open: it was handed over, after `early` had been read from it."""
         self.name = name
         self.peer = tls.peer
         self.stage = Stage.TLS if isinstance(handshake, ListenerHandshake) else Stage.DIALLING
+        if handshake is None:
+            self.stage = Stage.OPEN
         self.handshake = handshake
         self.dial_by, self.open_by = deadlines
         self.hello_at = 0.0
         self.rtt: float | None = None
         self.tx = 0
         self.rx = 0
-        self.events = selectors.EVENT_WRITE
-        self.more_to_read = False
+        self.events = selectors.EVENT_READ if handshake is None else selectors.EVENT_WRITE
+        self.more_to_read = handshake is None  # TLS may have decrypted more than was read
         self._tls = tls
         self._context = context
         self._reader = FrameReader()
+        self._early = early
         self._out = memoryview(b"")
         self._lowat = 0
         self.mptcp = sock.proto == mptcp.IPPROTO_MPTCP
         """Made to speak MPTCP; whether it does, `subflows` tells."""
+        self._tcp = sock.family != socket.AF_UNIX
+        self._raw: socket.socket = sock
+        if self._tcp:
+            self._set_up(dead_s)
+        self.shorten_queue(4 * _LEAST_LOWAT)
+
+    def _set_up(self, dead_s: float) -> None:
+        sock = self._raw
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # An answer follows nearly everything that is said here until data flows, and takes the ack with it.
         with contextlib.suppress(OSError):  # Multipath TCP has no such option
@@ -117,9 +130,6 @@ class Connection:
             if not self.mptcp:
                 raise
             # MPTCP has none; silence is noticed by our own pings.
-        self._raw: socket.socket = sock
-        self._ssl: ssl.SSLSocket | None = None
-        self.shorten_queue(4 * _LEAST_LOWAT)
 
     @classmethod
     def dial(cls, address: PathAddress, *, with_mptcp: bool = False) -> socket.socket:
@@ -153,7 +163,7 @@ class Connection:
 
     def fileno(self) -> int:
         """For the selector."""
-        return (self._ssl or self._raw).fileno()
+        return self._raw.fileno()
 
     @property
     def blocked(self) -> bool:
@@ -163,23 +173,31 @@ class Connection:
     def shorten_queue(self, most: int) -> None:
         """Keep no more than about `most` bytes in the kernel that TCP has not sent: they could not be overtaken."""
         most = max(_LEAST_LOWAT, min(most, 1 << 20))
-        if self._lowat and self._lowat / 2 < most < self._lowat * 2:
+        if not self._tcp or (self._lowat and self._lowat / 2 < most < self._lowat * 2):
             return
         self._lowat = most
-        (self._ssl or self._raw).setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, most)
+        self._raw.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, most)
 
     def subflows(self) -> int:
         """Subflows of MPTCP; 0 where it is plain TCP."""
-        return mptcp.subflows(self._ssl or self._raw) if self.mptcp else 0
+        return mptcp.subflows(self._raw) if self.mptcp else 0
+
+    def least_rtt(self) -> float | None:
+        """The shortest round trip that TCP has seen, in seconds; None where there is no such thing."""
+        if self.mptcp or not self._tcp:
+            return None
+        info = self._raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+        (least_us,) = _U32.unpack_from(info, 148)
+        return least_us / 1e6 if 0 < least_us < 1 << 31 else None
 
     def tcp_state(self) -> tuple[int, float, float] | None:
-        """What TCP says of itself; None of MPTCP, which would tell of its first subflow alone.
+        """What TCP says of itself; None where it is none, or MPTCP, which would tell of its first subflow alone.
 
         Bytes in flight or not sent yet, the smoothed round trip in seconds, and the share of segments sent again.
         """
-        if self.mptcp:
+        if self.mptcp or not self._tcp:
             return None
-        info = (self._ssl or self._raw).getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
+        info = self._raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
         (mss,) = _U32.unpack_from(info, 16)
         unacked, sacked, lost, again = _COUNTS.unpack_from(info, 24)
         (rtt_us,) = _U32.unpack_from(info, 68)
@@ -215,13 +233,13 @@ class Connection:
     def _shake_hands(self, now: float) -> bool:
         server = isinstance(self.handshake, ListenerHandshake)
         try:
-            if self._ssl is None:
+            if not isinstance(self._raw, ssl.SSLSocket):
+                assert self._context is not None
                 self._raw.getpeername()  # if the peer is gone already: wrap_socket would lose the socket
-                self._ssl = self._context.wrap_socket(
+                self._raw = self._context.wrap_socket(
                     self._raw, server_side=server, do_handshake_on_connect=False, suppress_ragged_eofs=True
                 )
-                self._raw = self._ssl
-            self._ssl.do_handshake()
+            self._raw.do_handshake()
         except ssl.SSLWantReadError:
             self.events = selectors.EVENT_READ
             return False
@@ -230,7 +248,8 @@ class Connection:
             return False
         except ssl.SSLError as e:
             raise explain(e, self.peer) from e
-        self.peer = f"site {self._tls.check_peer(self._ssl)}"
+        assert isinstance(self._raw, ssl.SSLSocket) and self.handshake is not None
+        self.peer = f"site {self._tls.check_peer(self._raw)}"
         self.handshake.peer = self.peer
         self.stage = Stage.HELLO
         self.hello_at = now
@@ -239,6 +258,7 @@ class Connection:
         return True
 
     def _hello(self, now: float) -> None:
+        assert self.handshake is not None
         frames, closed = self._read(one=True)
         for frame in frames:
             try:
@@ -267,15 +287,18 @@ class Connection:
         return self._read(one=False)
 
     def _read(self, *, one: bool) -> tuple[list[Frame], bool]:
-        assert self._ssl is not None
         reader = self._reader
         frames = list(reader) if not one else []
+        if self._early:
+            early, self._early = self._early, b""
+            self.rx += len(early) + _RECORD
+            frames += reader.feed(early)
         self.more_to_read = False
         if one and (frame := next(reader, None)) is not None:
             return [frame], False
         try:
             for _ in range(_READS):
-                count = self._ssl.recv_into(reader.space())
+                count = self._raw.recv_into(reader.space())
                 if not count:
                     return frames, True
                 self.rx += count + _RECORD
@@ -286,9 +309,7 @@ class Connection:
                         return [frame], False
                 else:
                     frames.extend(reader)
-        except ssl.SSLWantReadError:
-            return frames, False
-        except ssl.SSLWantWriteError:
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
             return frames, False
         except ssl.SSLError as e:
             raise explain(e, self.peer) from e
@@ -302,14 +323,13 @@ class Connection:
 
     def flush(self) -> None:
         """Write what is queued as far as the kernel takes it; sets `events`. Raises OSError."""
-        assert self._ssl is not None
         out = self._out
         try:
             while out:
-                count = self._ssl.send(out)
+                count = self._raw.send(out)
                 self.tx += count + _RECORD
                 out = out[count:]
-        except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError, BlockingIOError):
             pass
         except ssl.SSLError as e:
             raise explain(e, self.peer) from e
@@ -322,16 +342,15 @@ class Connection:
             return
         self.stage = Stage.LEAVING
         try:
-            (self._ssl or self._raw).shutdown(socket.SHUT_WR)
+            self._raw.shutdown(socket.SHUT_WR)
         except OSError:
             self.close()
 
     def drained(self) -> bool:
         """After `leave`: the peer has closed as well."""
-        assert self._ssl is not None
         try:
             while True:
-                if not self._ssl.recv(65536):
+                if not self._raw.recv(65536):
                     return True
         except BlockingIOError:
             return False
@@ -341,4 +360,4 @@ class Connection:
     def close(self) -> None:
         """Close the socket."""
         self.stage = Stage.CLOSED
-        (self._ssl or self._raw).close()
+        self._raw.close()

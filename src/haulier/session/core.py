@@ -38,6 +38,8 @@ _CREDIT: Final = struct.Struct("!Q")
 _OUTPUT: Final = 128 * 1024
 _SMALL: Final = 4096
 _DATA: Final = int(Kind.DATA)
+_RETIRED: Final = 1 << 30
+"""Cost of a path that nothing should go over any more."""
 
 
 class State(Enum):
@@ -80,6 +82,8 @@ class SessionCore:
         self._unacked = 0
         self._paths: dict[int, PathFlow] = {}
         self._spend = 0
+        self._paths_lost = False
+        """Acks may have been lost with one."""
         self._waits_for_cheap = now + settings.first_cheap_s
         self._outage_since: float | None = now
         self.ever_up = False
@@ -168,8 +172,13 @@ class SessionCore:
 
     # -- paths
 
-    def path_up(self, key: int, name: str, now: float, rtt: float | None = None, cost: int = 0) -> None:
-        """A connection has proved itself; `rtt` if the handshake showed it, `cost` as the operator says."""
+    def path_up(
+        self, key: int, name: str, now: float, rtt: float | None = None, cost: int = 0, *, ping: bool = True
+    ) -> None:
+        """A connection has proved itself; `rtt` if the handshake showed it, `cost` as the operator says.
+
+        `ping`: ask for the round trip at once, where it is not known.
+        """
         if key in self._paths:
             self.path_down(key, now, "replaced by a new connection")
         path = self._paths[key] = PathFlow(key, name, now, self.settings, rtt)
@@ -180,18 +189,26 @@ class SessionCore:
             if box.next or box.granted != self.settings.receive_window:
                 box.grant(always=True)
                 path.control.append(_state(box))
-        if rtt is None or cost > self._spend:
+        if (rtt is None and ping) or cost > self._spend:
             # Else the handshake was as good as a ping.
             self._ping(path, now)
         if self.state is State.PARTING:
             self._say_bye(path)
         self._requeue_stalled()
 
+    def retire(self, key: int, now: float) -> None:
+        """From here on neither side sends data on that path while another one works."""
+        path = self._paths[key]
+        path.cost = _RETIRED
+        self._ping(path, now)
+        self.progress += 1
+
     def path_down(self, key: int, now: float, why: str) -> None:
         """The connection is gone; what was in flight on it goes another way."""
         path = self._paths.pop(key, None)
         if path is None:
             return
+        self._paths_lost = True
         self._requeue(path, path.unacked())
         self.why_no_path = f"{path.name}: {why}"
         if not self._paths:
@@ -324,8 +341,9 @@ class SessionCore:
                 self._say_bye(path)
 
     def _say_bye(self, path: PathFlow) -> None:
-        # What the peer sent may be acknowledged on another path that is later than this goodbye: say it here too.
-        path.control.extend(_state(box) for box in self._inbox if box.next)
+        # What the peer sent may be acknowledged on another path, later than this goodbye or never: say it here too.
+        if self._paths_lost or len(self._paths) > 1:
+            path.control.extend(_state(box) for box in self._inbox if box.next)
         path.control.append(encode(Kind.BYE))
 
     def _grant(self, box: Inbox) -> bool:

@@ -215,8 +215,9 @@ class PathFlow:
         return max(self._settings.dead_s, self._settings.dead_rtts * self._patience_rtt)
 
     def ping_due(self) -> float:
-        """When the next ping is due."""
-        return self._ping_at + self._settings.ping_s
+        """When the next ping is due: on a path that is idle but for what comes, that is sign of life enough."""
+        last = self._ping_at if self.in_flight else max(self._ping_at, self.heard)
+        return last + self._settings.ping_s
 
     def ping(self, now: float) -> int:
         """The number of a ping that leaves now."""

@@ -50,6 +50,11 @@ class Refused(HaulierError):
         self.fatal = fatal
 
 
+def session_of(secret: bytes) -> bytes:
+    """The id of a session that began on a connection that was handed over: there no hello says one."""
+    return hmac.digest(secret, b"session", hashlib.sha256)[:SESSION_ID]
+
+
 def check_secret(secret: bytes) -> None:
     """UsageError unless the secret is long enough to be one."""
     if len(secret) < LEAST_SECRET:

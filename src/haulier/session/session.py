@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 
 from haulier.errors import HaulierError, PeerError, UsageError
 from haulier.session.connection import PathAddress
 from haulier.session.core import SessionCore, State
 from haulier.session.frames import CHANNELS
+from haulier.session.handed import Handed
 from haulier.session.handshake import check_secret
 from haulier.session.settings import Settings
 from haulier.session.tls import TlsConfig
@@ -73,13 +75,15 @@ class Session:
         port: int = 0,
         settings: Settings | None = None,
         mptcp: bool = False,
+        handed_at: Path | None = None,
     ) -> Session:
         """Wait for the peer on `bind` at `port` (0: any; see `.port`). Raises UsageError.
 
-        The first session that proves the secret is ours; any other is refused.
+        The first session that proves the secret is ours; any other is refused. `handed_at`: where to make a unix socket
+        at which a process that has spoken with the peer may hand its connection over, as bytes in the clear.
         """
         session = cls(tls, secret, settings)
-        session.port = session._transport.listen(bind, port, mptcp)
+        session.port = session._transport.listen(bind, port, mptcp, handed_at)
         session._transport.thread.start()
         return session
 
@@ -91,13 +95,15 @@ class Session:
         peers: Sequence[PathAddress],
         settings: Settings | None = None,
         mptcp: bool = False,
+        handed: Handed | None = None,
     ) -> Session:
         """Dial the peer on every path, again and again while the session lives. Raises UsageError.
 
         With `mptcp` one connection is made that is to spread over all paths; where it does not, there are several.
+        With `handed` that connection is the first path, and others are dialled when it is not enough.
         """
         session = cls(tls, secret, settings)
-        session._transport.connect(peers, mptcp)
+        session._transport.connect(peers, mptcp, handed)
         session._transport.thread.start()
         return session
 

@@ -40,12 +40,15 @@ class Settings:
     """MPTCP has so long to show all its subflows; then there are several connections instead."""
     handshake_s: float = 10.0
     """TCP, TLS and hello together."""
+    handed_bytes: int = 64 * 1024
+    """A session that has said so much, both ways, dials paths of its own beside a connection that was handed over:
+    each costs some 3 KB, but what goes over the other is passed on by the agent there."""
 
     ack_s: float = 0.010
     """What is acknowledged alone waits so long for more to come or for something to go the other way, unless ..."""
     ack_bytes: int = 2048
     """... so much has come."""
-    quiet_ack_s: float = 0.1
+    quiet_ack_s: float = 0.25
     """Where so much has not come for `quiet_after_s`, nothing is estimated from acks: they wait for company so long."""
     quiet_after_s: float = 0.2
     first_window: int = 64 * 1024

@@ -6,6 +6,7 @@ while it talks to the core, never while it encrypts, decrypts or waits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -15,19 +16,23 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from haulier.errors import Corrupt, HaulierError, NoRoom, NotTrusted, PeerError, UsageError
 from haulier.session import mptcp
 from haulier.session.connection import Connection, PathAddress, Stage
 from haulier.session.core import SessionCore, State
 from haulier.session.frames import Frame
+from haulier.session.handed import Handed
 from haulier.session.handshake import (
     MAX_PATHS,
     NONCE,
+    SESSION_ID,
     ConnectorHandshake,
     ListenerHandshake,
     Refusal,
     Refused,
+    session_of,
 )
 from haulier.session.tls import TlsConfig
 
@@ -36,6 +41,8 @@ log = logging.getLogger("haulier.session")
 _PENDING: int = 32
 """Connections that may be between accept and hello at once."""
 _LEAVE_S = 1.0
+_HANDED: int = MAX_PATHS
+"""Key of the connection that was handed over; those of paths that are dialled are lower."""
 
 
 @dataclass
@@ -91,6 +98,7 @@ class Transport:
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
         self._waking = False
         self._listeners: list[socket.socket] = []
+        self._handing: tuple[socket.socket, Path] | None = None
         self._pending: list[Connection] = []
         self._open: dict[int, Connection] = {}
         self._leaving: list[Connection] = []
@@ -108,8 +116,10 @@ class Transport:
 
     # -- set-up, before the thread runs
 
-    def listen(self, bind: Sequence[str], port: int, with_mptcp: bool = False) -> int:
+    def listen(self, bind: Sequence[str], port: int, with_mptcp: bool = False, handed_at: Path | None = None) -> int:
         """Listen on every address of `bind`; the port. Raises UsageError.
+
+        `handed_at`: a unix socket, made here, at which one connection may be handed over as the first path.
 
         Listeners stay open as long as the session lives: with MPTCP a new subflow would be refused otherwise.
         """
@@ -135,11 +145,30 @@ class Transport:
                 continue  # the port that the first address got is taken on the second: try another
             for sock in self._listeners:
                 self._selector.register(sock, selectors.EVENT_READ)
+            if handed_at is not None:
+                self._await_handed(handed_at)
             return chosen
         raise NoRoom(f"no port is free on all of {', '.join(bind)}: name one")
 
-    def connect(self, peers: Sequence[PathAddress], with_mptcp: bool = False) -> None:
+    def _await_handed(self, path: Path) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._handing = sock, path
+        sock.setblocking(False)
+        try:
+            path.unlink(missing_ok=True)
+            sock.bind(str(path))
+            sock.listen(1)
+        except OSError as e:
+            # The session has other ways.
+            log.warning("no connection can be handed over at %s: %s", path, e)
+            self._stop_handing()
+            return
+        self._selector.register(sock, selectors.EVENT_READ)
+
+    def connect(self, peers: Sequence[PathAddress], with_mptcp: bool = False, handed: Handed | None = None) -> None:
         """Dial every peer address, for ever. Raises UsageError.
+
+        With `handed` not before the session has more to say than that connection is good for, or it is lost.
 
         With MPTCP only the first is dialled, and its connection is to spread over as many subflows as there are peers;
         when it does not, or breaks, all are dialled as without.
@@ -147,11 +176,13 @@ class Transport:
         if not 0 < len(peers) <= MAX_PATHS:
             raise UsageError(f"{len(peers)} paths given: a session needs 1 to {MAX_PATHS}")
         self._client_context = self._tls.context(server=False)
-        self._session = os.urandom(16)
+        self._session = os.urandom(SESSION_ID)
         now = self._clock()
         for key, address in enumerate(peers):
             self._dialled.append(_Dialled(address, now, self.core.settings.redial_first_s))
             self.totals[key] = Totals(str(address))
+        if handed is not None:
+            self._adopt(handed.sock, f"{peers[0].host} (handed over)", handed.early)
         if with_mptcp:
             if mptcp.available():
                 self._mptcp = len(peers)
@@ -205,6 +236,7 @@ class Transport:
         return True
 
     def _turn(self) -> None:
+        self._let_handed_go()
         now = self._clock()
         with self._lock:
             before = self.core.progress
@@ -390,6 +422,13 @@ class Transport:
             sock, address = listener.accept()
         except OSError:
             return
+        if self._handing is not None and listener is self._handing[0]:
+            self._stop_handing()
+            if self._admit(session_of(self._secret)) is None:
+                self._adopt(sock, "handed over")
+            else:
+                sock.close()
+            return
         if len(self._pending) >= _PENDING:
             sock.close()  # a flood; honest peers dial again
             return
@@ -404,6 +443,32 @@ class Transport:
         connection.peer = handshake.peer
         self._pending.append(connection)
         connection.more_to_read = True
+
+    def _adopt(self, sock: socket.socket, name: str, early: bytes = b"") -> None:
+        """A connection whose peer has proved itself to whoever hands it over, and knows the secret from there."""
+        self._session = session_of(self._secret)
+        sock.setblocking(False)
+        by = (0.0, 0.0)  # nothing more has to happen before it is open
+        connection = Connection(sock, name, self._tls, None, None, by, self.core.settings.dead_s, early)
+        self._open[_HANDED] = connection
+        self.totals[_HANDED] = Totals(name)
+        log.info("path %s up, %s", name, connection.peer)
+        with self._lock:
+            self.core.path_up(_HANDED, name, self._clock(), connection.least_rtt(), ping=False)
+        self._changed(set())
+
+    def _let_handed_go(self) -> None:
+        """Closes the connection that was handed over, once a path of our own does its work."""
+        connection = self._open.get(_HANDED)
+        if connection is None or not self._dialled or len(self._open) == 1 or connection.blocked:
+            return
+        if not self.core.path(_HANDED).in_flight:
+            self._drop(connection, PeerError("the session has paths of its own"))
+
+    def _worth_dialling(self) -> bool:
+        """Not while the connection that was handed over is enough."""
+        said = sum(self.core.payload)
+        return _HANDED not in self._open or len(self._open) > 1 or said > self.core.settings.handed_bytes
 
     def _admit(self, session: bytes) -> tuple[Refusal, str] | None:
         if self.core.state in (State.ENDED, State.FAILED):
@@ -424,6 +489,7 @@ class Transport:
             self._drop(connection, e)
             return
         self._pending.remove(connection)
+        assert connection.handshake is not None
         key = connection.handshake.path
         if (old := self._open.pop(key, None)) is not None:
             self._unregister(old.fileno())
@@ -442,6 +508,8 @@ class Transport:
             self.core.peer = connection.peer
             cost = self._dialled[key].address.cost if self._dialled else 0
             self.core.path_up(key, connection.name, self._clock(), connection.rtt, cost)
+            if self._dialled and _HANDED in self._open:
+                self.core.retire(_HANDED, self._clock())
         if self._mptcp:
             self._verify_by = self._clock() + self.core.settings.subflows_s
         self._changed(set())
@@ -451,6 +519,8 @@ class Transport:
     def _dial(self, now: float) -> float:
         """Dial what is due; seconds until the next is."""
         soonest = 60.0
+        if not self._worth_dialling():
+            return soonest
         s = self.core.settings
         for key, dialled in enumerate(self._dialled):
             if dialled.connection is not None or (self._mptcp and key):
@@ -554,10 +624,20 @@ class Transport:
             sock.close()
         self._listeners.clear()
 
+    def _stop_handing(self) -> None:
+        if self._handing is not None:
+            sock, path = self._handing
+            self._handing = None
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(sock)
+            sock.close()
+            path.unlink(missing_ok=True)
+
     def _close_all(self) -> None:
         for connection in (*self._pending, *self._open.values()):
             connection.close()
         self._pending.clear()
+        self._stop_handing()
         self._close_listeners()
         self._selector.close()
         with self._wake_lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -57,3 +58,5 @@ class Route:
     path: str
     access: Access
     handler: Handler
+    worker: Callable[[Any, Call], Path | None] | None = None
+    """Where a worker waits for the connection over which the call came, once the handler has answered it."""

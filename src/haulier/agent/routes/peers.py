@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from haulier.agent import offers
 from haulier.agent.handoffs import OwnershipMessage
 from haulier.agent.routes import Access, Call, Route
 from haulier.agent.tunnels import RoutedMessage
-from haulier.handoff.messages import Resumption
+from haulier.handoff.messages import Offer, Resumption
 
 if TYPE_CHECKING:
     from haulier.agent.server import Agent
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 def offer(agent: Agent, call: Call) -> dict[str, Any]:
     return offers.take(agent.core, agent.store, agent.cache, call.read(dict[str, Any]), call.site)
+
+
+def offered(agent: Agent, call: Call) -> Path | None:
+    """Where the worker of an offer that was taken waits for its connection."""
+    path = agent.site.offer_socket(call.read(Offer).handoff)
+    return path if path.is_socket() else None
 
 
 def prefetch(agent: Agent, call: Call) -> dict[str, Any]:
@@ -49,7 +56,7 @@ def routed(agent: Agent, call: Call) -> dict[str, Any]:
 
 TABLE = (
     Route("POST", "/v1/peer/routed", Access.SITE, routed),
-    Route("POST", "/v1/peer/offers", Access.SITE, offer),
+    Route("POST", "/v1/peer/offers", Access.SITE, offer, offered),
     Route("POST", "/v1/peer/prefetches", Access.SITE, prefetch),
     Route("POST", "/v1/peer/look", Access.SITE, look),
     Route("POST", "/v1/peer/probe", Access.SITE, probe),
