@@ -35,6 +35,8 @@ from typing import Any
 PORT, MPTCP_PORT = 7100, 7101
 WARM_UP_S, BEFORE_S = 2.0, 2.0
 SETTLED_S, AFTER_S = 3.0, 6.0
+REST_S = 4.0
+"""Then both sites start their next workers, on this one machine: what comes before the next move is not to show it."""
 MOVES, PART = 20, 10
 RTT_S = 0.03
 """There and back by way of both sites."""
@@ -315,6 +317,7 @@ def one(stage: Any, row: Row, client: Client, at: str, to: str) -> dict[str, Any
     time.sleep(max(0.0, running + SETTLED_S + AFTER_S - time.time()))
     end = time.time()
     rate(stage, 50)
+    time.sleep(REST_S)
     before = client.mbps(begun - BEFORE_S, begun)
     return {
         "downtime_s": report["downtime_ms"] / 1000,

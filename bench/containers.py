@@ -3,7 +3,8 @@ same ones, in turn.
 
 Applications: none, a game, 110 MB of random memory that changes, a server of a 180 MB file, and (not in --quick, which
 would have to fetch OpenCV) face detection; the application's layer found at the target or not; and a trip back. Virtual
-machines have 256 MiB, the same applications, and all of their image at the target.
+machines have 256 MiB and the same applications. Where theirs is not found, each has an image with that application
+alone, and the target has the lab's Debian.
 
 --only takes cells, KIND[/APPLICATION[/MBPS[/AT]]], each part with wildcards: runc/memory/100, runc/*/10/no, vm. With
 --parts FOLDER the rows of each cell are kept there when it is done, and cells that are there already are not measured
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ sys.path.insert(0, str(HERE))
 from experiments.parts import Parts, chosen  # noqa: E402
 from report import Report, Target  # noqa: E402
 
+from haulier.chunks.images import PREFIX as IMAGE_PREFIX  # noqa: E402
 from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.containers.importing import layers_of  # noqa: E402
 from haulier.containers.layers import layer_id, make_layers, regions  # noqa: E402
@@ -40,7 +43,17 @@ from haulier.lab import seed_method, serving  # noqa: E402
 from haulier.lab.container_clients import Download, Talk  # noqa: E402
 from haulier.lab.containers import container_template  # noqa: E402
 from haulier.lab.demo import stock_sites  # noqa: E402
-from haulier.lab.scenario import GUEST_ADDRESS, Filled, LabSite, Scenario, scenario, template, wan  # noqa: E402
+from haulier.lab.scenario import (  # noqa: E402
+    GUEST_ADDRESS,
+    IMAGE,
+    Filled,
+    LabSite,
+    Scenario,
+    Template,
+    scenario,
+    template,
+    wan,
+)
 from haulier.lab.services import PORT  # noqa: E402
 
 HOST = GUEST_ADDRESS.partition("/")[0]
@@ -63,6 +76,8 @@ QUICK = [
 ]
 Cell = tuple[str, str, int, str]
 """Kind of guest, application, Mbit/s, what the target has."""
+BASE_MIB = 512
+"""Of the base image's snapshot that all other benchmarks have: of other sizes there is none at a time."""
 LISTENS_S = 180.0
 """Importing OpenCV takes half a minute under emulation."""
 
@@ -264,6 +279,25 @@ def of_seed(done: seed_method.SeedResult) -> dict[str, Any]:
 # -- virtual machines
 
 
+@dataclass(frozen=True)
+class BaseOnly(Template):
+    """As the template for oslo, which has the base image beside it; lisbon has the base alone."""
+
+    base: Template
+
+    def copy_to(self, root: Path) -> None:
+        if root.name == "lisbon":
+            self.base.copy_to(root)
+            return
+        super().copy_to(root)
+        name = IMAGE_PREFIX + IMAGE
+        with ChunkStore(self.base.store, create=False) as base, ChunkStore(root / "store") as store:
+            manifest = base.load_manifest(name)
+            for fp in manifest.unique():
+                store.put(base.get(fp), fp)
+            store.save_manifest(name, manifest, base.manifest_meta(name))
+
+
 def used(lab: Scenario, app: str, qemu: Qemu) -> Any:
     """The application runs in the guest, and has been used a moment; its client."""
     lab.route("oslo")
@@ -275,26 +309,39 @@ def used(lab: Scenario, app: str, qemu: Qemu) -> Any:
     return client
 
 
-def our_vm(lab: Scenario, app: str) -> list[dict[str, Any]]:
-    """Figures of a handoff by haulier there and back."""
-    lab.start_guest("bench1", memory=f"{serving.MEMORY_MIB}M", image=serving.NAME)
+def our_vm(lab: Scenario, app: str, back: bool) -> list[dict[str, Any]]:
+    """Figures of a handoff by haulier, and if asked for of the way back; its disk is checked where it is then."""
+    assert isinstance(lab.template, Template)
+    lab.start_guest("bench1", memory=f"{serving.MEMORY_MIB}M", image=lab.template.golden.meta.image)
     try:
         qemu = Qemu.adopt(guest_paths(lab.oslo.site, "bench1"))
         try:
             client = used(lab, app, qemu)
         finally:
             qemu.close()
-        return there_and_back(lab, client, 2)
+        found = there_and_back(lab, client, 2 if back else 1)
+        checked = (lab.oslo if back else lab.lisbon).facts("verify", "bench1", timeout=300)
+        if not checked["ok"]:
+            raise GuestError(f"the guest did not arrive whole: {checked['problems']}")
+        return found
     finally:
         remove(lab, "bench1")
 
 
 def their_vm(lab: Scenario, app: str) -> list[dict[str, Any]]:
     """The same by the published method."""
-    with stock_sites(lab) as (qemu, there, receive):
+    with contextlib.ExitStack() as stack:
+        layer = None
+        if isinstance(lab.template, BaseOnly):
+            whole = lab.template.golden.manifest_name
+            layer = stack.enter_context(contextlib.closing(seed_method.Layer(lab, IMAGE_PREFIX + IMAGE, whole)))
+        qemu, there, receive = stack.enter_context(stock_sites(lab, served=layer is None))
         client = used(lab, app, qemu)
-        done, _ = seed_method.move_vm(lab, qemu, there.overlay, receive, HOST)
-        return [of_seed(done) | {"gap": client.gap_ms()}]
+        done, _ = seed_method.move_vm(lab, qemu, there, receive, HOST, layer)
+        found = of_seed(done) | {"gap": client.gap_ms()}
+        if layer is not None:
+            layer.check()
+        return [found]
 
 
 # -- rows
@@ -324,7 +371,7 @@ def row(kind: str, app: str, mbps: int, found: str, one: dict[str, Any], other: 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Report:
     cells: list[Cell] = [(RUNC, app, mbps, at) for mbps in RATES for at in (FOUND, ABSENT) for app in SERVED]
     cells += [(RUNC, "shop", mbps, SHARED) for mbps in RATES]
-    cells += [(VM, app, mbps, FOUND) for mbps in RATES for app in SERVED]
+    cells += [(VM, app, mbps, at) for mbps in RATES for at in (FOUND, ABSENT) for app in SERVED]
     cells = [cell for cell in (QUICK if quick and not only else cells) if chosen(name_of(cell), only)]
     if not cells:
         raise UsageError(f"no cell is called {', '.join(only)}: say KIND/APPLICATION/MBPS/AT, as runc/memory/100/yes")
@@ -341,11 +388,12 @@ def run_cells(cells: list[Cell], parts: Path | None = None, steps: int = 0) -> R
     due, later = due[: steps or None], due[steps:] if steps else []
     faces = any(cell[1] == "faces" for cell in due)
     while due:
-        kind, _, mbps, at = due[0]
-        with scenario("bench-ct", made_for(kind, faces), [wan(f"{mbps}mbit", f"{RTT_S / 2 * 1000:g}ms")]) as lab:
+        first = due[0]
+        kind, _, mbps, _ = first
+        with scenario("bench-ct", made_for(first, faces), [wan(f"{mbps}mbit", f"{RTT_S / 2 * 1000:g}ms")]) as lab:
             if kind == RUNC:
                 unpack_layers(lab)
-            for cell in [cell for cell in due if (cell[0], *cell[2:]) == (kind, mbps, at)]:
+            for cell in [cell for cell in due if lab_of(cell) == lab_of(first)]:
                 due.remove(cell)
                 name, began = name_of(cell), time.monotonic()
                 if (rows := kept.attempt(name, partial(compare, lab, *cell), notes)) is None:
@@ -360,8 +408,24 @@ def run_cells(cells: list[Cell], parts: Path | None = None, steps: int = 0) -> R
     return Report(rows, targets(rows), setting, NOTES + notes)
 
 
-def made_for(kind: str, faces: bool) -> Filled:
+def lab_of(cell: Cell) -> tuple[object, ...]:
+    """What is the same of cells that are measured in one lab."""
+    kind, app, mbps, at = cell
+    return kind, mbps, at, app if lacks_application(cell) else ""
+
+
+def lacks_application(cell: Cell) -> bool:
+    """Whether it is a virtual machine whose application the target lacks; where there is none, nothing is lacking."""
+    kind, app, _, at = cell
+    return kind == VM and at == ABSENT and app != "none"
+
+
+def made_for(cell: Cell, faces: bool) -> Filled:
     """What sites start from."""
+    kind, app, _, _ = cell
+    if lacks_application(cell):
+        made = template(serving.MEMORY_MIB, application=serving.application(app))
+        return BaseOnly(made.root, made.golden, template(BASE_MIB))
     if kind == VM:
         return template(serving.MEMORY_MIB, application=serving.application())
     return container_template(faces=faces)
@@ -382,7 +446,7 @@ def compare(lab: Scenario, kind: str, app: str, mbps: int, at: str) -> list[dict
     """The rows of one cell."""
     found: dict[str, list[dict[str, Any]]] = {}
     if kind == VM:
-        found = {"rsync": their_vm(lab, app), "haulier": our_vm(lab, app)}
+        found = {"rsync": their_vm(lab, app), "haulier": our_vm(lab, app, back=at == FOUND)}
     for name, method in (("rsync", theirs), ("haulier", ours)) if kind == RUNC else ():
         if at != FOUND:
             forget_layer(lab, ("base",) if at == ABSENT else ("base", "servers"))

@@ -1,4 +1,5 @@
-"""Three layers of a container (base, application, instance), found at the target or not (three-layer handoff)."""
+"""Three layers (base, application, instance) of containers and virtual machines, the application's found at the target
+or not (three-layer handoff)."""
 
 from __future__ import annotations
 
@@ -14,32 +15,36 @@ from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 OURS, THEIRS = "haulier", "rsync, dump, rsync, restore (the published method)"
 APPS = ("none", "game", "memory", "video", "faces")
 RATES = (100, 10)
+PREFIX = {containers.RUNC: "", containers.VM: "VM with "}
+"""What names of units and settings begin with, by the kind of guest."""
 
 
 def new() -> Experiment:
     return Experiment(
         "layers",
         "Three layers, five applications",
-        "What does a container take when the target has its layers, or only the base, by haulier and by rsync?",
+        "What does a handoff take when the target has the application, or only the base, by haulier and by rsync?",
     )
 
 
 def units(form: Form) -> dict[str, Callable[[], Experiment]]:
     if form != Form.WHOLE:
-        return {"game 100": partial(cells, [("game", 100, containers.FOUND)])}
+        return {"game 100": partial(cells, [(containers.RUNC, "game", 100, containers.FOUND)])}
     # One at a time; what takes minutes at 10 Mbps whatever is done (110 MB of random bytes) is left to the faster link.
-    wanted = [(app, rate, at) for rate in RATES for app in APPS for at in (containers.FOUND, containers.ABSENT)]
+    ats = (containers.FOUND, containers.ABSENT)
+    wanted = [(kind, app, rate, at) for kind in PREFIX for rate in RATES for app in APPS for at in ats]
     return {
-        f"{app} {rate} {at}": partial(cells, [(app, rate, at)])
-        for app, rate, at in wanted
+        f"{PREFIX[kind]}{app} {rate} {at}": partial(cells, [(kind, app, rate, at)])
+        for kind, app, rate, at in wanted
         if rate == RATES[0] or app not in ("memory", "video") or at == containers.FOUND
     }
 
 
-def cells(wanted: list[tuple[str, int, str]]) -> Experiment:
+def cells(wanted: list[containers.Cell]) -> Experiment:
     found = new()
-    for row in containers.run_cells([(containers.RUNC, *cell) for cell in wanted]).rows:
-        setting = f"{row['application']}, {row['Mbit/s']} Mbps, layer at target: {row['layer at target']}"
+    for row in containers.run_cells(wanted).rows:
+        prefix = PREFIX[str(row["kind"])]
+        setting = f"{prefix}{row['application']}, {row['Mbit/s']} Mbps, layer at target: {row['layer at target']}"
         for way, name in ((OURS, "haulier"), (THEIRS, "rsync")):
             figures = {
                 "total s": row[f"{name} s"],
