@@ -67,6 +67,9 @@ def test_lines_for_both_families() -> None:
         "mptcp endpoint delete id 0 10.78.1.21",
         "mptcp endpoint delete id 7",
     ]
+    once = addressing.again_lines("eth0", "10.78.2.21", [5], 4)
+    assert once[:2] == ["mptcp endpoint delete id 5", "mptcp endpoint add 10.78.2.21 id 67 dev eth0 signal"]
+    assert addressing.again_lines("eth0", "10.78.2.21", [67], 4)[1].endswith("id 5 dev eth0 signal")
     shown = "10.78.1.10 id 3 signal dev eth0 \nadd_addr_accepted 0 subflows 8 \nfd78::1 id 4 signal backup\n"
     assert addressing.endpoints(shown) == {"10.78.1.10": [3], "fd78::1": [4]}
 

@@ -157,6 +157,28 @@ def test_clients_that_do_not_join_keep_the_old_address_and_its_tunnel(lisbon: Ho
     assert clients.records(lisbon.site).all() == []
 
 
+def test_an_address_that_nobody_joins_is_announced_once_more(
+    lisbon: Host, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readdressing, "AGAIN_S", 0.02)
+    monkeypatch.setattr(readdressing, "JOIN_S", 20.0)
+    inside.slow = {"a": 4, "b": 4}
+    assert readdressing.settle(lisbon.site, lisbon.journal, GUEST)["left"] == 0
+    again = f"mptcp endpoint add {NEW} id 67 dev eth0 signal"
+    assert inside.lines.count(again) == 1 and inside.lines.index(again) < inside.lines.index(
+        f"mptcp endpoint delete id 0 {OLD}"
+    )
+
+
+def test_an_address_that_some_have_joined_is_not_taken_from_them(
+    lisbon: Host, inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readdressing, "AGAIN_S", 0.0)
+    inside.slow = {"a": 1}
+    assert readdressing.settle(lisbon.site, lisbon.journal, GUEST)["left"] == 1
+    assert inside.looks > 1 and not any(NEW in line and "id 67" in line for line in inside.lines)
+
+
 def test_plain_connections_keep_the_address_while_the_others_leave(lisbon: Host, inside: Inside) -> None:
     inside.slow, inside.plain = {"a": 1, "b": 1}, 1
     assert readdressing.settle(lisbon.site, lisbon.journal, GUEST)["left"] == 1
@@ -182,11 +204,12 @@ def test_joining_ahead_there_and_called_off(hosts: Hosts, inside: Inside, kernel
     assert sorted(kernel.ends.values()) == [False, True], "what comes for the new address goes to the guest already"
     assert f"mptcp endpoint add {NEW} id 5 dev eth0 signal backup" in inside.lines
     assert readdressing.plan_ahead(oslo.site, GUEST, "h2", "127.0.0.9") is None, "one at a time"
-    assert inside.armed[-4:] == [
+    assert inside.armed[-5:] == [
         "mptcp endpoint change id 5 nobackup",
         f"mptcp endpoint add {OLD} id 130 dev eth0",
         "mptcp endpoint change id 130 backup",
         "mptcp endpoint change id 4 backup",
+        "mptcp endpoint change id 66 backup",
     ], "when it has arrived, the new address is the one to use"
     readdressing.called_off(oslo.site, GUEST)
     assert f"addr del {NEW}/32 dev eth0" in inside.lines and clients.records(oslo.site).all() == []

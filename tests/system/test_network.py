@@ -440,6 +440,36 @@ def test_a_plain_connection_keeps_its_address_until_it_ends(mobile: Stage) -> No
         assert_no_trace(mobile, site)
 
 
+DEAF = "table inet deaf { chain in { type filter hook input priority 0; tcp option mptcp subtype 3 drop; }; }"
+"""Addresses that peers announce (ADD_ADDR) do not arrive."""
+
+
+@pytest.mark.full
+def test_an_address_is_announced_again_until_somebody_has_heard_of_it(mobile: Stage) -> None:
+    """Linux itself gives up after a few lost packets."""
+    lab = mobile.scenario.lab
+    client = OneConnection(lab, address_at(mobile.site("oslo")), MPTCP_PORT, mptcp=True)
+    try:
+        lab.exec("client", ["nft", DEAF])
+        try:
+            handoff = mobile.begin("web1", "--join", "after")
+            handoff.done()
+            wait_for(lambda: address_at(mobile.site("lisbon")) in POOLS_AT["lisbon"], 30, "its address of the new site")
+            client.assert_goes_on()
+            assert len(tunnels(mobile.site("lisbon"))) == 1, "it goes by the old address"
+        finally:
+            lab.exec("client", ["nft", "delete table inet deaf"])
+        wait_for(lambda: not tunnels(mobile.site("lisbon")), 90, "the connection goes by the new address")
+        client.assert_goes_on()
+        handoff.settled()
+        mobile.begin("web1").done()
+        client.assert_goes_on()
+    finally:
+        client.close()
+    for site in ("oslo", "lisbon"):
+        assert_no_trace(mobile, site)
+
+
 @pytest.mark.full
 def test_a_handoff_that_fails_takes_the_new_address_back(mobile: Stage) -> None:
     client = OneConnection(mobile.scenario.lab, address_at(mobile.site("oslo")), MPTCP_PORT, mptcp=True)

@@ -156,6 +156,11 @@ def number_of(epoch: int) -> int:
     return 1 + epoch % 250
 
 
+def numbers_of(epoch: int) -> list[int]:
+    """All ids that it may have: a second one where it had to be announced again."""
+    return [number_of(epoch), number_of(epoch + 62)]
+
+
 def take_lines(nic: str, address: str, gateway: str = "") -> list[str]:
     """The guest has `address`. `gateway`: of IPv6, where its packets leave by; IPv4 has its default route. Pure."""
     length = ipaddress.ip_address(address).max_prefixlen
@@ -172,6 +177,16 @@ def join_lines(nic: str, address: str, number: int, *, backup: bool = False) -> 
         f"mptcp endpoint add {address} id {number} dev {nic} {words}",
         f"mptcp endpoint change id {number} {'backup' if backup else 'nobackup'}",
     ]
+
+
+def again_lines(nic: str, address: str, used: Sequence[int], epoch: int) -> list[str]:
+    """Clients are told of `address` anew, of which nobody makes use; `used`: its ids as an endpoint. Pure.
+
+    By another id: taking one back and giving it to the same address are two messages whose order nothing keeps.
+    """
+    first, second = numbers_of(epoch)
+    number = first if second in used else second
+    return [*(f"mptcp endpoint delete id {each}" for each in used), *join_lines(nic, address, number)]
 
 
 def leave_lines(nic: str, address: str, numbers: Sequence[int]) -> list[str]:

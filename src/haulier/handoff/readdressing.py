@@ -38,8 +38,12 @@ from haulier.network import announce, tunnel
 log = logging.getLogger(__name__)
 
 AGENT_S: Final = 10.0
-JOIN_S: Final = 3.0
-"""Clients that have not joined the new address by then do not accept it, or are far away."""
+JOIN_S: Final = 8.0
+"""Clients that have not joined the new address by then do not accept it, or are far away. Until then those that have
+are served by it already: the old one is their backup from the guest's arrival on."""
+AGAIN_S: Final = 2.5
+"""When nobody has joined by then, the address is announced once more: Linux gives up after a few lost packets, and the
+queue of a narrow detour is full just when the guest arrives."""
 POLL_S: Final = 0.05
 PATIENCE_S: Final = 1.0
 """A guest that has just arrived has better things to do for so long: its clients' streams are to be full again."""
@@ -127,7 +131,7 @@ def prepare(site: Site, journal: Journal, guest: str, target: str, address: str,
         there = [*take, *addressing.join_lines(nic, address, number)]
         if spec.site_address:
             # It is an endpoint already where the guest came to it by a move.
-            mine = [addressing.number_of(row.epoch)]
+            mine = addressing.numbers_of(row.epoch)
             there += addressing.spare_lines(nic, spec.site_address, _spare_number(row.pending), mine)
         addressing.arm(agent, nic, there)
     log.info("guest %s: clients join %s %s", guest, address, "ahead" if ahead is not None else "after its move")
@@ -204,7 +208,7 @@ def settle(site: Site, journal: Journal, guest: str, *, after_s: float = 0.0) ->
         if failed:
             log.debug("guest %s: %s", guest, failed)
         if old:
-            left = _leave(agent, nic, old, address, addressing.endpoints(said).get(old, []), row.epoch, now)
+            left = _leave(agent, nic, old, address, addressing.endpoints(said), row.epoch, now)
     spec = msgspec.structs.replace(spec, site_address=address)
     journal.advance(guest, State.OWNER.value, State.OWNER.value, spec=msgspec.to_builtins(spec))
     if left:
@@ -232,21 +236,28 @@ def _leave(
     nic: str,
     old: str,
     address: str,
-    numbers: list[int],
+    numbers: dict[str, list[int]],
     epoch: int,
     now: addressing.Connections,
 ) -> int:
-    """Waits until clients have joined `address`, then gives `old` up. How many connections could not leave it."""
-    deadline = time.monotonic() + JOIN_S
-    while (waiting := now.without(old, address)) and time.monotonic() < deadline:
+    """Waits until clients have joined `address`, then gives `old` up. How many connections could not leave it.
+
+    `numbers`: of the guest's addresses, their ids as endpoints.
+    """
+    began = time.monotonic()
+    again = began + AGAIN_S
+    while (waiting := now.without(old, address)) and time.monotonic() < began + JOIN_S:
         time.sleep(POLL_S)
+        if time.monotonic() > again and not now.tokens.get(address):
+            again = began + JOIN_S
+            addressing.batch(agent, addressing.again_lines(nic, address, numbers.get(address, ()), epoch))
         now = addressing.sockets(agent)
     plain = now.plain.get(old, 0)
     if waiting:
         # Closing their only subflow would end them; those that have joined shall use it only if they must.
-        addressing.batch(agent, addressing.spare_lines(nic, old, _spare_number(epoch), numbers))
+        addressing.batch(agent, addressing.spare_lines(nic, old, _spare_number(epoch), numbers.get(old, ())))
         return waiting + plain
-    gone = addressing.leave_lines(nic, old, numbers)
+    gone = addressing.leave_lines(nic, old, numbers.get(old, ()))
     addressing.batch(agent, gone if plain else [*gone, *addressing.drop_lines(nic, old)])
     return plain
 
