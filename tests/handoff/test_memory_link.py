@@ -280,7 +280,7 @@ def test_the_queue_of_the_first_pass_drains_before_its_end_is_read(link: Callabl
     give(one.source_qemu, data)
     wait_for(lambda: one.pump.raw >= len(data) - 4096)
     wait_for(lambda: not one.pump.first_pass)
-    # As the source does from then on.
+    assert one.pump.may_end, "the source is to keep what is on its way small"
     one.window = Window(100_000, 64 * MIB)
     raw = one.pump.raw
     give(one.source_qemu, last)
@@ -289,6 +289,8 @@ def test_the_queue_of_the_first_pass_drains_before_its_end_is_read(link: Callabl
     one.right.run()
     wait_for(lambda: len(one.received) == len(data) + len(last))
     assert bytes(one.received) == data + last and one.pump.proxy.first_pass_share == 1.0
+    one.pump.first_pass_over()
+    assert not one.pump.may_end
 
 
 def test_a_link_with_enough_to_do_gets_none_ahead(link: Callable[..., Link], tmp_path: Path) -> None:

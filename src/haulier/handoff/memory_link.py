@@ -84,6 +84,8 @@ class MemoryPump:
         self._closing = False
         self.first_pass = True
         """QEMU has not come to the end of its first pass yet, nor near it."""
+        self.may_end = False
+        """It has come near it, which may be the end of all."""
         self._ahead_over = False
         self._qemus: socket.socket | None = None
         self._kept: tuple[NDArray[np.int64], NDArray[np.uint8]] | None = None
@@ -218,13 +220,14 @@ class MemoryPump:
 
     def first_pass_over(self) -> None:
         """QEMU has come to every page once: from now on only its stream knows what is still to be sent."""
-        self.first_pass = False
+        self.first_pass = self.may_end = False
         self._ahead_over = True
         self._narrow()
 
     def _narrow(self) -> None:
         # Held open for this only: as long as we have it, QEMU's end of the stream cannot be seen to close.
-        qemus, self._qemus = self._qemus, None
+        with self._progress:
+            qemus, self._qemus = self._qemus, None
         if qemus is not None:
             qemus.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, QEMU_SNDBUF)
             qemus.close()
@@ -249,7 +252,8 @@ class MemoryPump:
                 if self.first_pass and self.proxy.first_pass_share > NEARLY:
                     # Where the guest has changed nothing meanwhile, QEMU stops it at the end of this very pass: what
                     # is queued then is downtime. So the queue drains before that end is read.
-                    self.first_pass = False
+                    self.first_pass, self.may_end = False, True
+                    self._narrow()
                 window = self._window()
                 # The link first; as soon as it has enough, the stream, with which the target has to keep up.
                 if self._feed_ahead(window):

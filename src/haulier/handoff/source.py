@@ -413,9 +413,9 @@ class SourceHandoff(ABC):
         """The forecast of this handoff: the operator's plan, or a small sample while the target prepares itself."""
         self._forecast = foretold.planned(self.site, self.job)
 
-    def _window(self, first_pass: bool = False) -> Window:
+    def _window(self, first_pass: bool = False, may_end: bool = False) -> Window:
         assert self._session is not None
-        return window(self._rate or 10e6, self._session.rtt_s(), self._ending, first_pass)
+        return window(self._rate or 10e6, self._session.rtt_s(), self._ending or may_end, first_pass)
 
     # -- the token and the end ---------------------------------------------------------------------------------------
 

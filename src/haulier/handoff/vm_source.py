@@ -278,10 +278,13 @@ class VmSource(SourceHandoff):
                 qemus.close()
         self._pump.start()
 
-    def _window(self, first_pass: bool = False) -> Window:
+    def _window(self, first_pass: bool = False, may_end: bool = False) -> Window:
         if self._token.granted and self._goes_first and self._session is not None:
             return serving_window(self._rate or 10e6, self._session.rtt_s())
-        return super()._window(first_pass or (self._pump is not None and self._pump.first_pass))
+        pump = self._pump
+        if pump is not None:
+            first_pass, may_end = first_pass or pump.first_pass, may_end or pump.may_end
+        return super()._window(first_pass, may_end)
 
     def _stopped(self) -> bool:
         """The guest has stopped for the switchover (or QEMU gave up, which `_converge` finds out)."""
