@@ -28,7 +28,7 @@ _PATH: Final = "PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH; "
 _GENTLY: Final = _PATH + "{ echo 10 >/proc/self/autogroup; } 2>/dev/null; "
 """What serves clients goes first, as none of this is urgent: what is was left in the guest before it moved. The agent's
 programs have a session of their own each, hence an autogroup, within which alone a nice value would count."""
-_ROOM: Final = (
+_SETTINGS: Final = (
     "{ f=/proc/sys/net/ipv4/tcp_rmem; read -r least usual most <$f; "
     f'[ "$usual" -ge {RECEIVE_BYTES} ] || echo "$least {RECEIVE_BYTES} $most" >$f; }} 2>/dev/null; '
     "{ f=/proc/sys/net/mptcp/add_addr_timeout; read -r seconds <$f; "
@@ -36,14 +36,14 @@ _ROOM: Final = (
 )
 """For what clients send: a subflow that joins late has no more room than this. And the announcement of an address that
 is lost, as a packet among those of a stream may be, is sent again after a second, not after Linux's two minutes."""
-_BATCH: Final = _GENTLY + _ROOM + "exec ip -force -batch -"
+_BATCH: Final = _GENTLY + _SETTINGS + "exec ip -force -batch -"
 _SOCKETS: Final = _GENTLY + "exec ss -HtniO state established"
 _MARK: Final = "-- sockets"
-_BOTH: Final = f"{_GENTLY}{_ROOM}ip -force -batch -; echo '{_MARK}'; exec ss -HtniO state established"
+_BOTH: Final = f"{_GENTLY}{_SETTINGS}ip -force -batch -; echo '{_MARK}'; exec ss -HtniO state established"
 _ARMED: Final = "/run/haulier-arrival"
 _ARRIVED: Final = (
     _PATH
-    + _ROOM
+    + _SETTINGS
     + f"""
 lines=$(cat)
 echo "$1" >{_ARMED}
