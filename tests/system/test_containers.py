@@ -8,6 +8,8 @@ import json
 import os
 import random
 import signal
+import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from typing import Any
 import pytest
 
 from haulier.chunks.store import ChunkStore
-from haulier.containers import lxc
+from haulier.containers import lxc, sockets
 from haulier.containers.criu import find_criu, self_test
 from haulier.containers.importing import layers_of
 from haulier.containers.layers import make_layers
@@ -26,6 +28,7 @@ from haulier.containers.model import ContainerSpec
 from haulier.containers.network import RUN
 from haulier.errors import Cancelled, HaulierError, Unsupported
 from haulier.guests.tap import BRIDGE
+from haulier.handoff.residence import adopt_container
 from haulier.lab.container_clients import Download, Player, Redis, Talk
 from haulier.lab.containers import VIDEO_BYTES, ContainerTemplate, container_template
 from haulier.lab.scenario import GATEWAY, GUEST_ADDRESS, Filled, Template, scenario, wan
@@ -89,6 +92,18 @@ class ContainerStage(Stage):
         figures = {key: report[key] for key in ("total_s", "downtime_ms", "trial_ms", "switchover_ms")}
         print(json.dumps(figures | {"sent": report["wire"]["sent"]}))
         return report
+
+
+def segments(standing: ContainerStage, name: str) -> list[int]:
+    """Bytes in the largest segment of each of a container's connections."""
+    container = adopt_container(standing.site(standing.home(name)).site, name)
+    assert container is not None
+    found = []
+    for pid, number in sockets.talking(container.pids()):
+        with sockets.borrowed(pid, number) as sock:
+            # linux/tcp.h: tcpi_snd_mss comes after eight bytes and two numbers.
+            found.append(struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 20), 16)[0])
+    return found
 
 
 def namespaces() -> set[str]:
@@ -218,6 +233,7 @@ def test_a_download_goes_on_while_its_server_moves_there_and_back(standing: Cont
             at = download.received
             assert 0 < at < VIDEO_BYTES, "it was still under way"
             wait_for(lambda at=at: download.received > at + 1e6 or download.error, 30)
+            assert segments(standing, "video1") == [1448], "as large as before the move"
         download.wait(120)
         assert download.error == ""
         chosen = random.Random(3)

@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 import psutil
 
-from haulier.containers import bundle, network, restoring, sockets
+from haulier.containers import bundle, connections, network, restoring, sockets
 from haulier.containers.criu import last_error
 from haulier.containers.dumping import Dumping, DumpRequest
 from haulier.containers.freezer import freezer_of
@@ -180,10 +180,27 @@ class Container:
         self.record.pop("helper", None)
         self._started(int(self.paths.pid_file.read_text()))
 
-    def quieten(self) -> None:
-        """What its restored connections said into the unplugged cable is forgotten: before it runs."""
+    def hush(self) -> None:
+        """Before a restore: connections that are restored say nothing until `quieten`."""
         if self.cable:
+            self.record["hushed"] = network.hush(self.netns, self._gateways)
+
+    def widen(self, images: Path) -> None:
+        """When the dump is here: its connections may say something new at once when they run again. Corrupt."""
+        if self.record.get("hushed") and (segments := connections.window(images)):
+            network.widen(self.netns, self._gateways, segments)
+
+    def quieten(self) -> None:
+        """What restored connections said into the unplugged cable is forgotten, and they may speak: before it runs."""
+        if self.record.pop("hushed", False):
+            network.speak(self.netns, self._gateways)
+            self._save()
+        elif self.cable:
             network.forget(self.netns)
+
+    @property
+    def _gateways(self) -> list[str]:
+        return [gateway for _, gateway in self.spec.routed_addresses if gateway]
 
     def restore(self, images: Path) -> None:
         """Both at once."""
@@ -268,6 +285,9 @@ class Container:
 
     def cont(self) -> float:
         """Sets restored processes going, and plugs the cable in; when (Unix seconds). Only for the guest's owner."""
+        if self.record.get("hushed"):
+            # Whoever restored it got no further.
+            self.quieten()
         self._signal(signal.SIGCONT)
         at = time.time()
         self.plug()

@@ -8,6 +8,7 @@ is told that a connection does not exist before it has been restored.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 from collections.abc import Sequence
@@ -17,9 +18,14 @@ from typing import Final
 from haulier.errors import GuestError, UnknownThing
 from haulier.guests.tap import BRIDGE, exists
 
+log = logging.getLogger(__name__)
+
 RUN: Final = Path("/run/netns")
 IMPATIENT_MS: Final = 20
 IMPATIENT_S: Final = 10
+MTU: Final = 1500
+"""Of a container's interface."""
+NOWHERE: Final = "02:00:00:00:00:00"
 _NEIGHBOURS: Final = "ntable change name {table} dev eth0 retrans {retrans} mcast_probes {probes}"
 """What restored connections have to say waits until the gateway is found, which can only be when the cable is plugged
 in. The kernel's own pace, one question a second, would add a second to what the client waits."""
@@ -82,6 +88,40 @@ def forget(name: str) -> None:
     _quietly(inside(name, ["ip", "neigh", "flush", "dev", "eth0"]))
 
 
+def hush(name: str, gateways: Sequence[str]) -> bool:
+    """Until `speak`, what is said inside by way of a gateway is refused by the interface; False if that cannot be.
+
+    For connections that are being restored: what is refused TCP takes for not sent, and says when it may, while what
+    waits for a neighbour it takes for sent. And they see another MTU than afterwards: only a change of it has them
+    use segments as large as the path takes, instead of 536 bytes for ever.
+    """
+    lines = [f"link set dev eth0 mtu {MTU - 1}"]
+    lines += [f"neigh replace {gateway} lladdr {NOWHERE} dev eth0 nud permanent" for gateway in gateways]
+    try:
+        _run(inside(name, ["tc", "qdisc", "replace", "dev", "eth0", "root", "pfifo", "limit", "0"]))
+        _run(inside(name, ["ip", "-batch", "-"]), "\n".join(lines))
+    except GuestError as error:
+        log.info("connections may take a second longer after this restore: %s", error)
+        speak(name, gateways)
+        return False
+    return True
+
+
+def widen(name: str, gateways: Sequence[str], segments: int) -> None:
+    """Connections that are restored in it begin with a congestion window of so many, until `speak`."""
+    lines = [f"route change default via {gateway} dev eth0 initcwnd {segments}" for gateway in gateways]
+    _quietly(inside(name, ["ip", "-batch", "-"]), "\n".join(lines))
+
+
+def speak(name: str, gateways: Sequence[str]) -> None:
+    """Takes back `hush` and `widen`."""
+    lines = [f"neigh del {gateway} dev eth0" for gateway in gateways]
+    lines += [f"route change default via {gateway} dev eth0" for gateway in gateways]
+    lines += [f"link set dev eth0 mtu {MTU}", "neigh flush dev eth0"]
+    _quietly(inside(name, ["ip", "-force", "-batch", "-"]), "\n".join(lines))
+    _quietly(inside(name, ["tc", "qdisc", "del", "dev", "eth0", "root"]))
+
+
 def calm(name: str) -> None:
     """Neighbours are looked for as patiently as the kernel does by itself."""
     for table in _TABLES.values():
@@ -121,8 +161,8 @@ def _run(command: list[str], given: str | None = None) -> None:
         raise GuestError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
 
 
-def _quietly(command: list[str]) -> None:
-    subprocess.run(command, capture_output=True, timeout=30, check=False, stdin=subprocess.DEVNULL, env=_plain())
+def _quietly(command: list[str], given: str = "") -> None:
+    subprocess.run(command, input=given, capture_output=True, text=True, timeout=30, check=False, env=_plain())
 
 
 def _plain() -> dict[str, str]:

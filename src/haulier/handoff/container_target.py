@@ -212,6 +212,7 @@ class ContainerTarget(TargetHandoff):
             return
         self._lower = make_layers(self.site.layers, self._store, spec.container, manifest)
         self._container = containers.driver_of(spec).prepare(spec, self.container_paths, None, self.job.handoff)
+        self._container.hush()
         self._maybe_prepared()
 
     def _maybe_prepared(self) -> None:
@@ -259,6 +260,7 @@ class ContainerTarget(TargetHandoff):
         # for a virtual host may give what lies free to its own host within those.
         releasing = threading.Thread(target=self._release, name="reserve", daemon=True)
         releasing.start()
+        container.widen(self._images)
         container.finish_restore(self._restoring)
         releasing.join()
         with self._changed:
