@@ -13,7 +13,7 @@ import pytest
 
 from haulier import priority
 from haulier.handoff.spawning import KEPT, Standby
-from tests.support.waiting import wait_for
+from tests.support.waiting import gone, wait_for
 
 WAITS = """
 import sys, threading
@@ -92,8 +92,3 @@ def test_workers_in_waiting_go_behind_what_runs_and_one_that_died_is_replaced() 
     finally:
         standby.close()
     assert standby.pids() == []
-
-
-def gone(pid: int) -> bool:
-    """It has ended; its parent may not know yet."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")

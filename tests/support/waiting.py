@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,3 +20,8 @@ def wait_for(condition: Callable[[], T], deadline_s: float = 30.0, what: str = "
         if time.monotonic() > end:
             raise AssertionError(f"{what} did not come true within {deadline_s:g} s")
         time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """It has ended; its parent may not know yet."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import IO
 
 import msgspec
 import psutil
@@ -81,7 +80,7 @@ class Standby:
                 self._waiting.remove(process)
                 process.communicate()
             while not self._closed and len(self._waiting) < KEPT:
-                process = _start(["--standby"], stdin=subprocess.PIPE, output=None)
+                process = _start("--ready")
                 priority.behind(process.pid)
                 self._waiting.append(process)
 
@@ -95,22 +94,14 @@ class Standby:
         with self._lock:
             return [process.pid for process in self._waiting]
 
-    def give(self, site: Site, handoff: str) -> subprocess.Popen[bytes] | None:
-        """A waiting worker, told its handoff; None if there is none."""
-        while True:
-            with self._lock:
-                if not self._waiting:
-                    return None
-                process = self._waiting.pop(0)
-            assert process.stdin is not None
-            priority.usual(process.pid)  # it may still be starting
-            try:
-                process.stdin.write(f"{handoff}\t{site.root}\n".encode())
-                process.stdin.close()
-            except OSError:
-                process.communicate()
-                continue
-            return process
+    def take(self) -> subprocess.Popen[bytes] | None:
+        """A waiting worker, for `_tell`; None if there is none."""
+        with self._lock:
+            if not self._waiting:
+                return None
+            process = self._waiting.pop(0)
+        priority.usual(process.pid)  # it may still be starting
+        return process
 
     def close(self) -> None:
         """Ends those that wait; no other comes."""
@@ -127,32 +118,47 @@ STANDBY = Standby()
 """Used by an agent that has called `STANDBY.open`; other callers start a worker when they need it."""
 
 
-def _start(words: list[str], *, stdin: int, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+def _start(*words: str) -> subprocess.Popen[bytes]:
+    """A worker that does nothing until `_tell`, and ends when the agent ends before that."""
     return subprocess.Popen(
-        [sys.executable, "-m", "haulier.handoff.worker", *words],
-        stdin=stdin,
-        stdout=output,
-        stderr=output,
-        start_new_session=True,
+        [sys.executable, "-m", "haulier.handoff.worker", *words], stdin=subprocess.PIPE, start_new_session=True
     )
 
 
+def _tell(process: subprocess.Popen[bytes], site: Site, handoff: str) -> bool:
+    """Tells a worker its handoff, from where on it is on its own; False if it is dead."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(f"{handoff}\t{site.root}\n".encode())
+        process.stdin.close()
+    except OSError:
+        process.communicate()
+        return False
+    return True
+
+
 def spawn(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
-    """Starts a worker that outlives the agent; its process is in the handoff's row when this returns."""
+    """Starts a worker that outlives the agent.
+
+    Its process is in the handoff's row before it learns what to do: an agent that dies in between leaves no worker
+    that the next agent knows nothing of, and that makes a copy of the guest behind its back.
+    """
     directory = site.handoff_root(job.handoff)
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(directory / "job.json", msgspec.json.encode(job), 0o600)
-    process = STANDBY.give(site, job.handoff)
-    if process is None:
-        with (directory / "worker.log").open("ab") as output:
-            words = ["--root", str(site.root), "--id", job.handoff]
-            process = _start(words, stdin=subprocess.DEVNULL, output=output)
-    else:
+    while True:
+        waited = STANDBY.take()
+        process = waited or _start()
+        started = psutil.Process(process.pid).create_time()
+        journal.update_handoff(job.handoff, pid=process.pid, pid_started=started)
+        if _tell(process, site, job.handoff):
+            break
+        if waited is None:
+            raise HandoffFailed(f"the worker of handoff {job.handoff} ended at once: see the agent's log")
+    if waited is not None:
         # A prefetch leaves the guest where it is, and the handoff may follow at once.
         after = (process, 0.0 if job.role in PREFETCH else QUIET_S)
         threading.Thread(target=STANDBY.warm_after, args=after, name="standby", daemon=True).start()
-    started = psutil.Process(process.pid).create_time()
-    journal.update_handoff(job.handoff, pid=process.pid, pid_started=started)
     return process
 
 

@@ -1,7 +1,7 @@
 """A handoff worker: one process a side for each handoff. Its death is a failed handoff, never a lost guest.
 
-``python -m haulier.handoff.worker --root ROOT --id HANDOFF``; everything else stands in the handoff's job.json. With
-``--standby`` it waits for ``HANDOFF TAB ROOT`` on its standard input, and ends if that closes first.
+``python -m haulier.handoff.worker`` waits for ``HANDOFF TAB ROOT`` on its standard input, and ends if that closes
+first; all else stands in the handoff's job.json. ``--ready``: it will wait long, and keeps a disk export ready too.
 SIGTERM and SIGINT cancel. SIGUSR1 says that the other site's worker is gone, by the word of its agent.
 """
 
@@ -12,7 +12,6 @@ import fcntl
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -100,29 +99,24 @@ def peer_of(site: Site, journal: Journal, name: str) -> AgentPeer:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="haulier.handoff.worker")
-    parser.add_argument("--root")
-    parser.add_argument("--id")
-    parser.add_argument("--standby", action="store_true")
+    parser.add_argument("--ready", action="store_true")
     options = parser.parse_args(arguments)
     be_lean()
-    waiting: subprocess.Popen[bytes] | None = None
-    if options.standby:
-        waiting = waiting_export()
-        options.id, _, options.root = sys.stdin.readline().rstrip("\n").partition("\t")
-        if not options.root:
+    waiting = waiting_export() if options.ready else None
+    handoff, _, root = sys.stdin.readline().rstrip("\n").partition("\t")
+    if not root:
+        if waiting is not None:
             waiting.communicate()
-            return 0
-        _log_to(Site.load(options.root).handoff_root(options.id) / "worker.log")
-    elif not options.id or not options.root:
-        parser.error("--root and --id, or --standby")
+        return 0
+    site = Site.load(root)
+    directory = site.handoff_root(handoff)
+    _log_to(directory / "worker.log")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    site = Site.load(options.root)
-    directory = site.handoff_root(options.id)
     lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.error("handoff %s has a worker already", options.id)
+        log.error("handoff %s has a worker already", handoff)
         return Conflict.exit_code
     cancelled = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,0 +1,78 @@
+"""How workers begin: nothing is done by one that the journal does not know."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from haulier.agent.site import Site
+from haulier.handoff import spawning
+from haulier.handoff.journal import HandoffRow, Journal
+from haulier.handoff.messages import Job
+from haulier.handoff.spawning import KEPT, Standby
+from tests.support.agents import make_site
+from tests.support.waiting import gone, wait_for
+
+JOB = Job(handoff="h1", role="source", guest="web1", peer="lisbon")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return make_site(tmp_path / "o", "oslo")
+
+
+@pytest.fixture
+def journal(site: Site) -> Iterator[Journal]:
+    with Journal(site.journal) as journal:
+        journal.add_handoff(HandoffRow(JOB.handoff, JOB.guest, JOB.role, JOB.peer))
+        yield journal
+
+
+@pytest.fixture
+def standby(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standby]:
+    """Workers that wait already."""
+    found = Standby()
+    monkeypatch.setattr(spawning, "STANDBY", found)
+    found.warm()
+    yield found
+    found.close()
+
+
+def never_told(process: subprocess.Popen[bytes], site: Site, handoff: str) -> bool:
+    """As when the agent dies just before."""
+    assert process.stdin is not None
+    process.stdin.close()
+    return True
+
+
+def test_a_worker_stands_in_the_journal_before_it_learns_its_handoff(
+    site: Site, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: list[int] = []
+
+    def tell(process: subprocess.Popen[bytes], site: Site, handoff: str) -> bool:
+        known.append(journal.handoff(handoff).pid)
+        return never_told(process, site, handoff)
+
+    monkeypatch.setattr(spawning, "_tell", tell)
+    process = spawning.spawn(site, journal, JOB)
+    assert known == [process.pid]
+    assert process.wait(30) == 0
+    assert not (site.handoff_root(JOB.handoff) / "worker.log").exists()
+
+
+def test_workers_in_waiting_that_have_died_are_passed_over(site: Site, journal: Journal, standby: Standby) -> None:
+    dead = standby.pids()
+    assert len(dead) == KEPT
+    for pid in dead:
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda pid=pid: gone(pid), 10, "its end")
+    process = spawning.spawn(site, journal, JOB)
+    assert process.pid not in dead and journal.handoff(JOB.handoff).pid == process.pid
+    # It was told: it finds no such guest, and says so where a handoff's worker says all.
+    assert process.wait(30) != 0
+    assert "web1" in (site.handoff_root(JOB.handoff) / "worker.log").read_text()
