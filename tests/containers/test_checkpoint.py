@@ -16,12 +16,10 @@ from haulier.containers.checkpoint import (
     Borrowed,
     CheckpointReceiver,
     CheckpointSender,
-    Draft,
     End,
     PagesFile,
     Part,
     digest_of,
-    digest_of_pages,
 )
 from haulier.containers.images import pages_of
 from haulier.containers.usual import usual_dump
@@ -204,46 +202,6 @@ def test_a_changed_byte_is_noticed(tmp_path: Path, position: int) -> None:
     with pytest.raises(HaulierError):
         for message in messages:
             receiver.handle(message)
-
-
-def test_a_draft_follows_the_picture_and_the_pages_asked_for(tmp_path: Path) -> None:
-    chosen = np.random.default_rng(1)
-    picture = chosen.integers(0, 255, (200, PAGE), dtype=np.uint8)
-    touched = np.zeros(200, np.bool_)
-    path = tmp_path / "pages-1.img"
-    draft = Draft(path, picture, touched)
-    for count, changes in ((40, 3), (40, 5), (55, 2), (17, 1), (0, 0), (33, 9), (32, 0), (33, 0)):
-        numbers = chosen.permutation(200)[:count].astype(np.int64) if changes != 5 else numbers  # noqa: F821
-        changed = chosen.permutation(200)[:changes]
-        picture[changed, 7] += 1
-        touched[changed] = True
-        draft.follow(numbers)
-        assert path.read_bytes() == picture[numbers].tobytes()
-        assert draft.digest() == digest_of_pages(picture[numbers])
-    # What did not change is not taken again.
-    before = draft.written
-    picture[numbers[4], 9] += 1
-    touched[numbers[4]] = True
-    draft.follow(numbers)
-    assert draft.written == before + 1
-    assert draft.digest() == digest_of_pages(picture[numbers])
-    draft.close()
-
-
-def test_a_draft_of_an_empty_picture_takes_only_what_came(tmp_path: Path) -> None:
-    picture, touched = np.zeros((100, PAGE), np.uint8), np.zeros(100, np.bool_)
-    path, numbers = tmp_path / "pages-1.img", np.arange(90, 20, -1, dtype=np.int64)
-    draft = Draft(path, picture, touched)
-    draft.begin(numbers)
-    for came in (range(30, 40), range(85, 95), range(38, 42)):
-        picture[came] += 7
-        touched[came] = True
-        draft.follow(numbers)
-        assert path.read_bytes() == picture[numbers].tobytes()
-        assert draft.digest() == digest_of_pages(picture[numbers])
-    # Those beyond the file are no part of it.
-    assert draft.written == 10 + 6 + 4
-    draft.close()
 
 
 # -- what is borrowed from the container's files -------------------------------------------------------------------

@@ -26,7 +26,7 @@ from haulier.containers.images import NAME, PAGES_NAME
 from haulier.containers.restoring import DESCRIPTORS, HELD, INVENTORY
 from haulier.containers.usual import usual_dump
 from haulier.errors import Corrupt
-from haulier.memory import sparse, varint
+from haulier.memory import varint
 from haulier.units import PAGE
 
 MAX_FILE: Final = 256 << 20
@@ -34,7 +34,7 @@ MAX_FILES: Final = 100_000
 _PART: Final = 4 << 20
 _LEVEL: Final = 9
 _WINDOW_LOG: Final = 23
-_SEGMENT: Final = 16
+SEGMENT: Final = 16
 SMALL: Final = 256 << 10
 """So little is compressed as well as can be: that takes a few milliseconds."""
 BEST_LEVEL: Final = 19
@@ -123,7 +123,7 @@ def digest_of(data: bytes | memoryview) -> bytes:
 def digest_of_pages(pages: NDArray[np.uint8]) -> bytes:
     """xxh3-128 of the xxh3-128 of each 16 pages, u8 (n, 4096): what changed in a file can be digested alone."""
     data = pages.reshape(-1).data
-    parts = (digest_of(data[at : at + _SEGMENT * PAGE]) for at in range(0, len(data), _SEGMENT * PAGE))
+    parts = (digest_of(data[at : at + SEGMENT * PAGE]) for at in range(0, len(data), SEGMENT * PAGE))
     return digest_of(b"".join(parts))
 
 
@@ -281,9 +281,8 @@ class CheckpointReceiver:
         if isinstance(decoded, Part):
             self._part(decoded)
         elif isinstance(decoded, Layout):
-            pages = self._numbers(decoded.pages)
+            self.layout = decoded.stream, self._numbers(decoded.pages)
             self.settled = not decoded.early
-            self.layout = decoded.stream, pages
         elif isinstance(decoded, End):
             self._end(decoded)
         elif len(decoded.pages) != len(self.pages) or self.end is None:
@@ -371,66 +370,3 @@ class CheckpointReceiver:
                 raise Corrupt(f"the pages of {pages.name} lie beyond the picture")
             found.append((pages.name, numbers))
         return found
-
-
-class Draft:
-    """A file of pages, put together from the picture before it is known for certain which pages it will have.
-
-    `touched`, one a page of the picture, is set for those that changed since they were taken; whoever changes the
-    picture sets it after, so that a page that is taken meanwhile is taken again.
-    """
-
-    def __init__(self, path: Path, picture: NDArray[np.uint8], touched: NDArray[np.bool_]) -> None:
-        self._file = path.open("x+b", buffering=0)
-        self._picture, self._touched = picture, touched
-        self._numbers = np.zeros(0, np.int64)
-        self._digests: list[bytes] = []
-        self.written = 0
-        """Pages that were taken, all in all."""
-
-    def begin(self, numbers: NDArray[np.int64]) -> None:
-        """It is the file of the pages of these numbers, which are all zero as yet unless they were touched."""
-        self._file.truncate(len(numbers) * PAGE)
-        self._numbers = numbers
-        self._digests = [b""] * -(-len(numbers) // _SEGMENT)
-
-    def follow(self, numbers: NDArray[np.int64]) -> None:
-        """Makes the file that of the pages of these numbers, as they are now."""
-        before = self._numbers[: len(numbers)]
-        wrong = np.ones(len(numbers), np.bool_)
-        wrong[: len(before)] = (numbers[: len(before)] != before) | self._touched[numbers[: len(before)]]
-        rows = np.flatnonzero(wrong)
-        self._touched[numbers[rows]] = False
-        self.written += len(rows)
-        for position, count in sparse.runs(rows):
-            self._write(int(rows[position]), numbers[int(rows[position]) : int(rows[position]) + count])
-        self._file.truncate(len(numbers) * PAGE)
-        stale = set((rows // _SEGMENT).tolist())
-        if len(before) != len(self._numbers) and len(numbers) % _SEGMENT:
-            stale.add(len(numbers) // _SEGMENT)
-        segments = -(-len(numbers) // _SEGMENT)
-        self._digests = [*self._digests[:segments], *([b""] * (segments - len(self._digests)))]
-        for segment in stale:
-            self._digests[segment] = b""
-        self._numbers = numbers
-
-    def _write(self, at: int, numbers: NDArray[np.int64]) -> None:
-        for position, count in sparse.runs(numbers):
-            first = int(numbers[position])
-            data = self._picture[first : first + count].reshape(-1).data
-            place = (at + position) * PAGE
-            while data:
-                done = os.pwrite(self._file.fileno(), data, place)
-                data, place = data[done:], place + done
-
-    def digest(self) -> bytes:
-        """What `digest_of_pages` makes of the file: of what changed since the last call it is read again."""
-        for segment, digest in enumerate(self._digests):
-            if not digest:
-                data = os.pread(self._file.fileno(), _SEGMENT * PAGE, segment * _SEGMENT * PAGE)
-                self._digests[segment] = digest_of(data)
-        return digest_of(b"".join(self._digests))
-
-    def close(self) -> None:
-        """Lets go of the file, which stays."""
-        self._file.close()

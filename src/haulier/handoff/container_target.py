@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from haulier.agent.containers import arriving
 from haulier.chunks.manifest import Manifest
 from haulier.containers import container as containers
-from haulier.containers.checkpoint import CheckpointReceiver, Draft, Numbered
+from haulier.containers.checkpoint import CheckpointReceiver, Numbered
 from haulier.containers.container import Container
+from haulier.containers.drafts import Draft, Drafting
 from haulier.containers.files import region_reader, write_tree
 from haulier.containers.layers import make_layers, regions, sync_files
 from haulier.containers.memory import Reserve, kernel_pages, picture_pages
@@ -48,8 +49,6 @@ from haulier.units import BLOCKS_PER_CHUNK, PAGE
 log = logging.getLogger(__name__)
 EARLY_RESERVE: Final = 512 << 20
 """More memory is not held from the beginning on, for others may need it meanwhile."""
-DRAFT_BYTES: Final = 16 << 20
-"""So much more of the picture is put into the files of pages at once, as it comes."""
 
 
 class ContainerTarget(TargetHandoff):
@@ -72,10 +71,6 @@ class ContainerTarget(TargetHandoff):
     _blank = True
     """The picture was all zero at first."""
     _touched: NDArray[np.bool_] | None = None
-    _drafted = -1
-    """The raw bytes from which on the layout holds that was drafted last, and ..."""
-    _drafted_at = 0
-    """... those that were there then."""
     _drafts_made = False
     _prepared = False
     _asked = False
@@ -110,6 +105,7 @@ class ContainerTarget(TargetHandoff):
         before = retained.kept(self.site, spec.name, retained.DUMP) if news.memory_base else b""
         self._checkpoint = CheckpointReceiver(self._images, pages, before)
         self._drafts: dict[str, Draft] = {}
+        self._drafting = Drafting()
         self._feeding = threading.Lock()
         self._tasks: queue.Queue[tuple[Manifest, bool] | str | None] = queue.Queue()
         self._changed = threading.Condition()
@@ -150,16 +146,13 @@ class ContainerTarget(TargetHandoff):
         self._came()
 
     def _came(self) -> None:
-        layout = self._checkpoint.layout
         with self._changed:
+            layout = self._checkpoint.layout
             if layout is not None and self._touched is not None:
                 assert self._proxy is not None
-                raw = self._proxy.raw_bytes
-                # A layout of no bytes more than the one before counts, too: nothing may have changed at all.
-                stream = layout[0] + self._checkpoint.settled
-                if (stream > self._drafted and raw >= layout[0]) or raw >= self._drafted_at + DRAFT_BYTES:
-                    self._drafted, self._drafted_at = stream, raw
-                    self._tasks.put("settled" if self._checkpoint.settled and raw >= layout[0] else "draft")
+                due, settled = self._drafting.due(layout[0], self._checkpoint.settled, self._proxy.raw_bytes)
+                if due:
+                    self._tasks.put("settled" if settled else "draft")
             self._changed.notify_all()
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
