@@ -312,7 +312,7 @@ def scenario(
     """
     work = WORK / name
     if work.exists():
-        shutil.rmtree(work)
+        _clear(work)
     lab = Lab.up(topology(name, links, ipv6=ipv6), force=True)
     sites = {site: LabSite(lab, site, work / site) for site in ("oslo", "lisbon")}
     try:
@@ -338,6 +338,16 @@ def scenario(
                 shutil.rmtree(site.site.ram_dir, ignore_errors=True)
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _clear(work: Path) -> None:
+    """What a run left behind that was killed, or whose host was restarted: mounts, too."""
+    for root in work.iterdir():
+        with contextlib.suppress(HaulierError):
+            site = Site.load(root)
+            _end_containers(site)
+            shutil.rmtree(site.ram_dir, ignore_errors=True)
+    shutil.rmtree(work)
 
 
 def _end_containers(site: Site) -> None:
