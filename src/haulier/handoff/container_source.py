@@ -63,6 +63,8 @@ TINY: Final = 1024
 """Bytes of a batch that may wait for what comes next, to share a packet with it."""
 WORTH_S: Final = 0.03
 """What takes the link longer than this is sent while the dump is written."""
+PREPARE_S: Final = 300.0
+"""How long the target may take to make ready what it has already."""
 SPARE_PIPES: Final = 8
 """Shared memory has files of pages, too."""
 MARKS: Final = (
@@ -329,6 +331,7 @@ class ContainerSource(SourceHandoff):
         """Rounds until the last transfer is forecast to be short enough, or does not become shorter any more."""
         assert self._session is not None and self._control is not None
         rounds = Rounds(self.job.options.downtime_ms / 1000)
+        waits = 0.0
         while True:
             began = time.monotonic()
             memory = self._memory_round()
@@ -355,7 +358,13 @@ class ContainerSource(SourceHandoff):
             if done and self._ready:
                 return
             if done:
+                waits = waits or time.monotonic()
                 self._wait_prepared()
+                if not self._ready and time.monotonic() - waits > PREPARE_S:
+                    raise HandoffFailed(
+                        f"site {self.job.peer!r} had not unpacked the layers of {self.job.guest!r} and put its memory "
+                        f"together {PREPARE_S:g} s after all of it was sent: see the worker's log there"
+                    )
             self._check()
 
     def _begin_dump(self) -> None:
