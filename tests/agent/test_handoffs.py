@@ -48,6 +48,9 @@ def test_unknown_guest_and_site(fleet: Fleet) -> None:
         {"stall_s": 0},
         {"allow": ["everything"]},
         {"allow": ["post-copy"], "check": True},
+        {"through": ["oslo"]},
+        {"through": ["lisbon"]},
+        {"through": ["porto", "porto"]},
     ],
 )
 def test_options_out_of_bounds(fleet: Fleet, options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Three sites with real guests: chunks of the base from a third site, data left behind and fetched on demand."""
+"""Three sites with real guests: chunks of the base, and memory, by a third site; data left behind and fetched later."""
 
 from __future__ import annotations
 
@@ -177,3 +177,53 @@ def test_a_guest_goes_home_to_the_data_that_it_left(sites: Fleet) -> None:
     wait_for(lambda: not oslo.facts("status")["residuals"]["left"], 60, "the pins to go")
     assert oslo.facts("verify", "home", timeout=200)["chunks_elsewhere"] == 0
     oslo.client.delete("/v1/guests/home?force=1")
+
+
+def test_memory_goes_through_a_third_site_and_nothing_is_lost_when_that_dies(sites: Fleet) -> None:
+    oslo, lisbon, porto = (sites[name] for name in ("oslo", "lisbon", "porto"))
+    start(oslo, "far", "10.77.0.25/24")
+    listening = porto_listens(sites)
+    direct, beside = sites.lab.link("oslo-lisbon"), "porto-lisbon"
+    direct.set(rate_bps=4e6)
+    try:
+        total = sh(oslo, "far", "head -c 24M /dev/urandom > /dev/shm/r; md5sum /dev/shm/r", 60).split()[0]
+        before = sum(sites.lab.wire_bytes(beside))
+        report = hand_over(sites, "far", "oslo", "lisbon", "--through", "porto", "--check")
+        (through,) = (path for path in report["wire"]["paths"] if "through porto" in path["name"])
+        assert report["check"]["memory_equal"] and report["waypoints"] == {"porto": ""}
+        assert through["acked"] > 15e6, report["wire"]
+        assert sum(sites.lab.wire_bytes(beside)) - before > through["acked"]
+        wait_for(lambda: porto_listens(sites) == listening, 10, "the waypoint's end")
+
+        # On the way back the third site dies, with what is on its way there.
+        sh(lisbon, "far", "head -c 24M /dev/urandom > /dev/shm/r2", 60)
+        again = sh(lisbon, "far", "md5sum /dev/shm/r2", 60).split()[0]
+        options = {"check": True, "through": ["porto"], "downtime_ms": 1000}
+        handoff = lisbon.client.start_handoff("far", "oslo", options)["id"]
+        wait_for(lambda: carried(lisbon, handoff) > 4e6, 60, "something that went through porto")
+        porto.kill_agent(signal.SIGKILL)
+        wait_for(lambda: lisbon.client.handoff(handoff)["state"] == "ended", 200, "the handoff's end")
+        ended = lisbon.client.handoff(handoff)
+        assert ended["outcome"] == "done" and ended["report"]["check"]["memory_equal"], ended
+        paths = ended["report"]["wire"]["paths"]
+        assert [path["up"] for path in paths if "through porto" in path["name"]] == [False], paths
+        assert [sh(oslo, "far", f"md5sum /dev/shm/{name}", 60).split()[0] for name in ("r", "r2")] == [total, again]
+
+        # One that is not there is said, and the handoff goes without.
+        report = hand_over(sites, "far", "oslo", "lisbon", "--through", "porto", "--check")
+        assert "porto" in report["waypoints"]["porto"] and report["check"]["memory_equal"]
+    finally:
+        direct.set(rate_bps=30e6)
+    lisbon.client.delete("/v1/guests/far?force=1")
+    porto.start_agent()
+
+
+def carried(site: LabSite, handoff: str) -> float:
+    """Acknowledged bytes that went through another site."""
+    paths = site.client.handoff(handoff)["status"].get("paths", [])
+    return sum(float(path["acked"]) for path in paths if " through " in path["name"])
+
+
+def porto_listens(sites: Fleet) -> list[str]:
+    """Where it takes connections."""
+    return sorted(line.split()[3] for line in sites.lab.exec("porto", ["ss", "-Hltn"]).stdout.splitlines())

@@ -275,6 +275,18 @@ class Client:
         """To the target of a post-copy whose workers died (a `Resumption`); answers an `Accept`."""
         return self.post("/v1/peer/resumptions", dict(request))
 
+    def open_waypoint(self, handoff: str, to: str, port: int) -> tuple[str, int]:
+        """Has the other site carry a handoff's bytes to `port` at site `to`; the address and port to dial there."""
+        answer = self.post("/v1/peer/waypoints", {"handoff": handoff, "to": to, "port": port}, CONNECT_S)
+        try:
+            return str(answer["bulk"][0]), int(answer["port"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise PeerError(f"{self.where} does not say where it is a waypoint: is it the same haulier?") from None
+
+    def close_waypoint(self, handoff: str) -> int:
+        """It is not needed any more; the bytes that were carried."""
+        return int(self.delete(f"/v1/peer/waypoints/{path_segment(handoff)}", CONNECT_S).get("carried", 0))
+
     def measure(self) -> tuple[float, float]:
         """(bits per second towards the other site, round trip in seconds), by sending a little on one connection."""
         connection = self._connect(TIMEOUT_S)

@@ -31,6 +31,7 @@ from haulier.handoff.ownership import MESSAGES, Event, State
 log = logging.getLogger(__name__)
 
 MAX_EPOCH: Final = 1 << 62
+MOST_WAYPOINTS: Final = 4
 _MAX_FILE: Final = 16 << 20
 _PATIENCE_S: Final = 3.0
 """A worker that was just begun, or has just ended, is left alone for so long before its handoff is taken up."""
@@ -115,6 +116,7 @@ class Handoffs:
             raise UsageError(f"guest {request.guest!r} is to go to {request.to!r}, which is this site: name another")
         peer = self.core.known_site(request.to)
         _check_options(request.options)
+        self.check_waypoints(request)
         row = self.journal.guest(request.guest)
         prefetching.end_here(self.core, row.name)
         with self.core.alone(row.name, "beginning a handoff"):
@@ -135,8 +137,19 @@ class Handoffs:
             self.core.children.append(spawning.start_source(self.site, self.journal, job))
         return self.show(job.handoff)
 
+    def check_waypoints(self, request: StartRequest) -> None:
+        """They are other sites of the fleet than the two. Raises UsageError, UnknownThing."""
+        names = request.options.through
+        if len(set(names)) < len(names) or len(names) > MOST_WAYPOINTS or {self.site.name, request.to} & set(names):
+            raise UsageError(f"a handoff goes through {MOST_WAYPOINTS} sites at most, and not its source or target")
+        for name in names:
+            self.core.known_site(name)
+        if names and (request.options.transport or self.site.transport) == "mptcp":
+            raise UsageError("what goes through another site is a connection of its own: give --transport striping")
+
     def prefetch(self, request: StartRequest) -> dict[str, Any]:
         """Begins a prefetch; an earlier one of that guest is ended for it."""
+        self.check_waypoints(request)
         return self.show(prefetching.start(self.core, request.guest, request.to, request.options).handoff)
 
     def cancel(self, name: str) -> dict[str, Any]:

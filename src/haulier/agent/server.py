@@ -39,6 +39,7 @@ from haulier.agent.residuals import Residuals
 from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, peers, residuals, sites, upkeep
 from haulier.agent.site import Site, split_address
 from haulier.agent.tunnels import Tunnels
+from haulier.agent.waypoints import Waypoints
 from haulier.chunks.store import ChunkStore
 from haulier.coordinator import routes as coordinator_routes
 from haulier.coordinator.address import HERE
@@ -129,6 +130,7 @@ class Agent:
         self.residuals = Residuals(self.core, self.store)
         self.tunnels = Tunnels(self.core, self.addresses)
         self.handoffs = Handoffs(self.core, self.residuals.check_may_leave)
+        self.waypoints = Waypoints(self.core)
         self.reporter = Reporter(site, self.journal, self.store)
         self._stopping = threading.Event()
         self._loops: list[threading.Thread] = []
@@ -190,6 +192,7 @@ class Agent:
             loop.join(LOOP_END_S)
         self.handoffs.close(LOOP_END_S)
         STANDBY.close()
+        self.waypoints.close_all()
         if self.coordinator is not None:
             _try("the coordinator", self.coordinator.close)
         self.store.close()

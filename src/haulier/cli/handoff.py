@@ -45,6 +45,11 @@ def _interrupts() -> Iterator[_Interrupts]:
         signal.signal(signal.SIGINT, before)
 
 
+def words(text: str) -> list[str]:
+    """Those of a list with commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def handoff(
     guest: GuestName,
     /,
@@ -69,6 +74,9 @@ def handoff(
         str,
         Parameter(help="Those that cost something: cheap = only when no other works, all, deadline = only to keep it."),
     ] = "deadline",
+    through: Annotated[
+        str, Parameter(help="Other sites that carry a part of it: porto, or porto,bergen. They can read nothing of it.")
+    ] = "",
     join: Annotated[
         str, Parameter(help="With the policy mptcp, clients join the guest's new address ahead of the move, or after.")
     ] = "ahead",
@@ -80,8 +88,8 @@ def handoff(
     agent = client(root)
     milliseconds = round(parse_seconds(f"{downtime}ms" if downtime.strip().isdigit() else downtime) * 1000)
     options: dict[str, Any] = {"downtime_ms": milliseconds, "check": check, "deadline_s": parse_seconds(deadline)}
-    options |= {"level": level, "disk": disk, "allow": [word.strip() for word in allow.split(",") if word.strip()]}
-    options |= {"transport": transport, "paths": paths, "join": join}
+    options |= {"level": level, "disk": disk, "allow": words(allow)}
+    options |= {"transport": transport, "paths": paths, "join": join, "through": words(through)}
     return run(agent, lambda: agent.start_handoff(guest, to, options), detach=detach, json=json)
 
 

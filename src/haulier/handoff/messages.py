@@ -60,6 +60,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     """Of a guest with the policy mptcp: clients join its address at the target "ahead", or "after" it has moved."""
     paths: str = "deadline"
     """Of paths that cost something: "cheap" = none while another works, "all", or "deadline" = if it is missed else."""
+    through: tuple[str, ...] = ()
+    """Sites that carry a part of it, each on a path of its own beside those that lead there."""
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):

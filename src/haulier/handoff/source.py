@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import msgspec
 
 from haulier import priority
+from haulier.agent.client import Client
 from haulier.agent.site import Site
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
@@ -52,7 +53,7 @@ from haulier.handoff.messages import (
     Status,
     Stretched,
 )
-from haulier.handoff.offering import connect, make_offer
+from haulier.handoff.offering import connect, make_offer, open_waypoints
 from haulier.handoff.ownership import Event
 from haulier.handoff.preparing import Preparation, foreseeable
 from haulier.handoff.progress import Progress
@@ -61,7 +62,7 @@ from haulier.handoff.token import RESTART_S, OwnPeer, Token
 from haulier.images.layers import LAYERS, split_of
 from haulier.memory.mirror import Mirror
 from haulier.network import paths as networks
-from haulier.session import Handed, Session
+from haulier.session import Handed, PathAddress, Session
 from haulier.without import DISK_FIRST, RECIPES, without
 
 log = logging.getLogger(__name__)
@@ -331,9 +332,15 @@ class SourceHandoff(ABC):
 
     def _connect(self, offer: Offer, accept: Accept) -> None:
         self.progress.phase("connect", f"connecting to {self.job.peer}")
-        session, ways = connect(self.site, self.job.peer, offer, accept, self._host_network, self._handed)
+        options, waypoints = self.job.options, list[PathAddress]()
+        if options.through:
+            others = {name: Client.peer(self.site, self.journal.site(name)) for name in options.through}
+            waypoints, missing = open_waypoints(others, offer, self.job.peer, accept.port, self._host_network)
+            self.report["waypoints"] = {name: missing.get(name, "") for name in options.through}
+        session, ways = connect(
+            self.site, self.job.peer, offer, accept, self._host_network, self._handed, waypoints=waypoints
+        )
         self._session = session
-        options = self.job.options
         self._spender = networks.Spender(options.paths, options.deadline_s, [way.rule.cost for way in ways])
         session.may_spend(self._spender.cost)
         self._control = Control(session, self.job.peer, self._check)

@@ -42,7 +42,8 @@ class PathAddress:
     """Where a path leads: the listener's host and port; `source` is the own address or interface to leave by.
 
     `local`: the own address on that interface. `cap_bps`: bits per second that it may carry, 0 = no limit. `cost`: a
-    path that costs more than the session may spend is kept in reserve.
+    path that costs more than the session may spend is kept in reserve. `through`: the site that carries it on from
+    there, "" for none.
     """
 
     host: str
@@ -51,10 +52,12 @@ class PathAddress:
     local: str | None = None
     cap_bps: float = 0.0
     cost: int = 0
+    through: str = ""
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.source}>{host}:{self.port}" if self.source else f"{host}:{self.port}"
+        there = f"{host}:{self.port} through {self.through}" if self.through else f"{host}:{self.port}"
+        return f"{self.source}>{there}" if self.source else there
 
 
 def _is_address(text: str) -> bool:

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from haulier.errors import Corrupt, HaulierError, NoRoom, NotTrusted, PeerError, UsageError
-from haulier.session import mptcp
+from haulier.errors import Corrupt, HaulierError, NotTrusted, PeerError, UsageError
+from haulier.session import listening, mptcp
 from haulier.session.connection import Connection, PathAddress, Stage
 from haulier.session.core import SessionCore, State
 from haulier.session.frames import Frame
@@ -38,8 +38,6 @@ from haulier.session.tls import TlsConfig
 
 log = logging.getLogger("haulier.session")
 
-_PENDING: int = 32
-"""Connections that may be between accept and hello at once."""
 _LEAVE_S = 1.0
 _HANDED: int = MAX_PATHS
 """Key of the connection that was handed over; those of paths that are dialled are lower."""
@@ -124,31 +122,12 @@ class Transport:
         Listeners stay open as long as the session lives: with MPTCP a new subflow would be refused otherwise.
         """
         self._server_context = self._tls.context(server=True)
-        for _ in range(20):
-            chosen = port
-            try:
-                for host in bind:
-                    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-                    sock = socket.socket(family, socket.SOCK_STREAM, mptcp.protocol(with_mptcp))
-                    self._listeners.append(sock)
-                    if family == socket.AF_INET6:
-                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # beside 0.0.0.0
-                    sock.setblocking(False)
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    sock.bind((host, chosen))
-                    sock.listen(_PENDING)
-                    chosen = sock.getsockname()[1]
-            except OSError as e:
-                self._close_listeners()
-                if port or len(bind) < 2:
-                    raise UsageError(f"cannot listen on {', '.join(bind)} port {port} ({e}): choose another") from e
-                continue  # the port that the first address got is taken on the second: try another
-            for sock in self._listeners:
-                self._selector.register(sock, selectors.EVENT_READ)
-            if handed_at is not None:
-                self._await_handed(handed_at)
-            return chosen
-        raise NoRoom(f"no port is free on all of {', '.join(bind)}: name one")
+        self._listeners, chosen = listening.listen(bind, port, mptcp.protocol(with_mptcp))
+        for sock in self._listeners:
+            self._selector.register(sock, selectors.EVENT_READ)
+        if handed_at is not None:
+            self._await_handed(handed_at)
+        return chosen
 
     def _await_handed(self, path: Path) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -429,7 +408,7 @@ class Transport:
             else:
                 sock.close()
             return
-        if len(self._pending) >= _PENDING:
+        if len(self._pending) >= listening.PENDING:
             sock.close()  # a flood; honest peers dial again
             return
         sock.setblocking(False)

@@ -9,6 +9,7 @@ from haulier.agent import offers
 from haulier.agent.handoffs import OwnershipMessage
 from haulier.agent.routes import Access, Call, Route
 from haulier.agent.tunnels import RoutedMessage
+from haulier.agent.waypoints import WaypointRequest
 from haulier.handoff.messages import Offer, Resumption
 
 if TYPE_CHECKING:
@@ -54,6 +55,14 @@ def routed(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.tunnels.routed(call.read(RoutedMessage), call.site)
 
 
+def waypoint(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.waypoints.open(call.read(WaypointRequest), call.site)
+
+
+def no_waypoint(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.waypoints.close(call.names["handoff"], call.site)
+
+
 TABLE = (
     Route("POST", "/v1/peer/routed", Access.SITE, routed),
     Route("POST", "/v1/peer/offers", Access.SITE, offer, offered),
@@ -63,4 +72,6 @@ TABLE = (
     Route("POST", "/v1/peer/lacking", Access.SITE, lacking),
     Route("POST", "/v1/peer/ownership", Access.SITE, ownership),
     Route("POST", "/v1/peer/resumptions", Access.SITE, resumption),
+    Route("POST", "/v1/peer/waypoints", Access.SITE, waypoint),
+    Route("DELETE", "/v1/peer/waypoints/{handoff}", Access.SITE, no_waypoint),
 )
