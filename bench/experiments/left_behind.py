@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import convergence
+import waypoints
 from report import Target
 from tests.support.fleet import fleet
 
@@ -58,6 +59,7 @@ def units(form: Form) -> dict[str, Callable[[], Experiment]]:
         return {"a part": partial(behind, 6 if form == Form.QUICK else 2, "a part asked for")}
     found: dict[str, Callable[[], Experiment]] = {what: partial(behind, 40, what) for what in scenarios(40)}
     found |= {f"stock {mode}": partial(stock, mode) for mode in MODES}
+    found |= {f"waypoints: {setting}": partial(scattered, setting) for setting in waypoints.SETTINGS}
     for words in ((), ("--downtime", "1000ms"), *(("--allow", name) for name in ALLOWABLE)):
         found[" ".join(("haulier", *words))] = partial(ours, words)
     return found
@@ -111,10 +113,24 @@ def ours(words: tuple[str, ...]) -> Experiment:
     return technique(" ".join(("haulier", *words)), convergence.ours(PAGES, MBPS, 3 * GIVE_UP_S, *words))
 
 
+def scattered(setting: str) -> Experiment:
+    """Memory through other sites, which is what haulier has for scatter-gather."""
+    found = new()
+    with waypoints.sites(setting) as made:
+        for number, way in enumerate(waypoints.SETTINGS[setting]):
+            figures = waypoints.one(made, way, number)
+            found.rows.append(Row(f"haulier, memory {way}", setting, Kind.MEASURED, dict(figures)))
+    return found
+
+
 def finished(found: Experiment) -> Experiment:
     rows = model.ours(found.rows)
     found.bars, found.targets = [], []
-    for setting in dict.fromkeys(row.setting for row in rows if row.setting != OUTRUN):
+    for setting in waypoints.SETTINGS:
+        spread = [row for row in rows if row.setting == setting]
+        if spread:
+            found.bars.append(Bars(f"total, seconds: {setting}", [(r.way, r.get("total s"), r.kind) for r in spread]))
+    for setting in dict.fromkeys(row.setting for row in rows if row.setting not in (OUTRUN, *waypoints.SETTINGS)):
         full, left = (next((r for r in rows if r.setting == setting and r.way == way), None) for way in (FULL, LEFT))
         if full is None or left is None:
             continue
@@ -129,7 +145,7 @@ def finished(found: Experiment) -> Experiment:
         found.bars.append(
             Bars(f"downtime, ms: {OUTRUN}", [(row.way, row.get("downtime ms"), row.kind) for row in outrun], log=True)
         )
-    missing = [Row("haulier, scatter-gather (memory through other sites)", "", Kind.NOT_BUILT, {})]
+    missing = []
     if "post-copy" not in ALLOWABLE:
         missing.append(Row("haulier, post-copy", OUTRUN, Kind.NOT_BUILT, {}))
     found.rows = rows + missing

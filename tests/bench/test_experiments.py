@@ -88,7 +88,16 @@ def test_what_is_left_behind_is_judged_by_the_first_answer() -> None:
         row(behind.LEFT, "x", first_answer_s=4.0, MB=30.0),
     )
     assert [(target.value, target.ok) for target in found.targets] == [(0.4, True)]
-    assert any("scatter-gather" in each.way and each.kind == Kind.NOT_BUILT for each in found.rows)
+
+
+def test_memory_through_other_sites_is_shown_and_not_taken_for_data_left_behind() -> None:
+    behind = module("left_behind")
+    setting = next(iter(behind.waypoints.SETTINGS))
+    rows = [row("haulier, memory directly", setting, total_s=9.0), row("haulier, memory through", setting, total_s=5.0)]
+    found = made("left_behind", *rows)
+    assert found.targets == []
+    (bars,) = found.bars
+    assert setting in bars.title and [value for _, value, _ in bars.bars] == [9.0, 5.0]
 
 
 def test_three_sources_are_judged_by_the_sum_of_their_links() -> None:

@@ -26,6 +26,7 @@ BENCH: Final = re.compile(r"bench/run ([a-z-]+)(?: --.*)?")
 """Run with --quick by the tests marked `full`."""
 EXEMPT: Final = (
     (re.compile(r"haulier relay "), "tests/network/test_relay.py runs it, where HAProxy is installed"),
+    (re.compile(r"haulier handoff .* --through "), "tests/system/test_data_left_behind.py runs it, with a third site"),
     (re.compile(r"scripts/test( |$)"), "runs this very test"),
     (re.compile(r"scripts/setup( |$)"), "scripts/test and .ci/run begin with it"),
     (
