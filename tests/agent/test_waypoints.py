@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from haulier.agent import waypoints as module
+from haulier.agent.client import Client
 from haulier.errors import Conflict, NoRoom, UnknownThing, UsageError
 from haulier.handoff.journal import SiteRow
 from tests.agent.conftest import Fleet
@@ -29,7 +30,7 @@ def test_a_site_leads_to_another_of_the_fleet_until_it_is_told_that_it_is_over(f
             with came:
                 sock.sendall(b"hello")
                 assert came.recv(5) == b"hello"
-                (fact,) = fleet.at_lisbon.waypoints.facts()
+                (fact,) = Client.local(fleet.lisbon).get("/v1/doctor/network")["waypoints"]
                 assert fact["source"] == "oslo" and fact["handoff"] == "h1"
                 wait_for(lambda: fleet.at_lisbon.waypoints.facts()[0]["carried"] == 5, 10)
                 with pytest.raises(Conflict, match="already"):

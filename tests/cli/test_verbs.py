@@ -221,6 +221,9 @@ def test_a_paths_line_says_what_it_carried_and_what_became_of_it() -> None:
     assert rows["path wan0>192.0.2.1:7"] == "3.0 MB, 9.6 Mbit/s, 21 ms, 1.0 % sent again"
     assert str(rows["path wan1>192.0.2.5:7"]).endswith(", at most 5 Mbit/s, cost 10, in reserve")
     assert str(rows["path x"]).endswith(", down")
+    without = {**report, "waypoints": {"porto": "", "bergen": "does not answer"}}
+    assert dict(path_rows(without, None))["nothing went through bergen"] == "does not answer"
+    assert "nothing went through porto" not in dict(path_rows(without, None))
     assert path_rows(None, None) == [] == path_rows({}, {"paths": []})
     assert dict(path_rows(None, report["wire"]))["transport"] == "striping over 2 paths", "while it goes on"
 

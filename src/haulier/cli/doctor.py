@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from haulier.cli.common import Json, Root, client, print_json, print_table
+from haulier.cli.common import Json, Root, client, print_json, print_table, size
 from haulier.cli.progress import wait
 
 
@@ -62,6 +62,12 @@ def _network(root: Root, json: bool) -> int:
     if found["addresses"]:
         print()
         print_table(("GUEST", "ADDRESS HERE"), [(lease["guest"], lease["address"]) for lease in found["addresses"]])
+    if found["waypoints"]:
+        print()
+        print_table(
+            ("WAYPOINT OF", "FROM", "CARRIED"),
+            [(each["handoff"], each["source"], size(each["carried"])) for each in found["waypoints"]],
+        )
     print()
     print(f"DHCP for guests: {found['dhcp']}")
     print("MPTCP: " + ("this kernel has it" if found["mptcp"]["available"] else "this kernel has none, or it is off"))

@@ -148,6 +148,9 @@ def path_rows(report: object, state: object) -> list[tuple[str, object]]:
         if each.get("cost"):
             text += f", cost {each['cost']}" + (", in reserve" if each.get("held") else "")
         rows.append((f"path {each['name']}", text if each["up"] else f"{text}, down"))
+    if isinstance(report, dict):
+        missing = {name: why for name, why in report.get("waypoints", {}).items() if why}
+        rows += [(f"nothing went through {name}", why) for name, why in missing.items()]
     return rows
 
 

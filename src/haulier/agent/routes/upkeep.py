@@ -57,7 +57,7 @@ def scrub(agent: Agent, call: Call) -> dict[str, Any]:
 
 
 def network(agent: Agent, call: Call) -> dict[str, Any]:
-    return agent.tunnels.facts()
+    return agent.tunnels.facts() | {"waypoints": agent.waypoints.facts()}
 
 
 TABLE = (
