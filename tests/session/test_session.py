@@ -19,6 +19,7 @@ from haulier.errors import Conflict, Corrupt, HaulierError, NotTrusted, PeerErro
 from haulier.session import PathAddress, Session, Settings, TlsConfig
 from haulier.session.frames import HEADER, Frame, FrameReader, Kind, encode
 from haulier.session.handshake import ConnectorHandshake
+from haulier.session.leisure import LEAST, Leisure
 from haulier.units import MIB
 from tests.support.certs import TestCa
 from tests.support.relay import TcpRelay
@@ -104,6 +105,30 @@ def test_messages_of_all_sizes_both_ways(make) -> None:
     stats = pair.connector.paths()
     assert len(stats) == 2
     assert sum(path.acked for path in stats) >= sum(sizes)
+
+
+def test_what_is_left_in_the_kernel_for_a_while_is_read_all_the_same(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[int] = []
+
+    def rest(self: Leisure, now: float, count: int, rtt: float) -> float:
+        rests.append(count)
+        return 0.005
+
+    monkeypatch.setattr(Leisure, "note", rest)
+    pair = make(2)
+    back: list[bytes] = []
+    pair.connector.on(2, back.append)
+    pair.listener.on(3, lambda message: pair.listener.send(2, message[::-1]))
+    for n in range(40):
+        pair.connector.send(1, numbered(n))
+        pair.connector.send(3, numbered(n, 5000))
+    assert pair.connector.wait_below(0, timeout=20)
+    wait_for(lambda: len(pair.got) == len(back) == 40, 10)
+    assert pair.got == [numbered(n) for n in range(40)]
+    assert back == [numbered(n, 5000)[::-1] for n in range(40)]
+    assert sum(count >= LEAST for count in rests) > 5
+    pair.connector.close(10)
+    assert pair.listener.wait_over(10) and pair.listener.error is None
 
 
 def test_waking_an_ended_session_writes_into_no_other_file(make, tmp_path: Path) -> None:

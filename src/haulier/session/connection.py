@@ -20,6 +20,7 @@ from haulier.errors import HaulierError, PeerError
 from haulier.session import mptcp
 from haulier.session.frames import Frame, FrameReader
 from haulier.session.handshake import ConnectorHandshake, ListenerHandshake, Refused
+from haulier.session.leisure import Leisure
 from haulier.session.tls import TlsConfig, explain
 
 _READS: Final = 32
@@ -103,6 +104,9 @@ class Connection:
         self.dial_by, self.open_by = deadlines
         self.hello_at = 0.0
         self.rtt: float | None = None
+        self.leisure = Leisure()
+        self.rests_until = 0.0
+        """What comes is left in the kernel until then."""
         self.tx = 0
         self.rx = 0
         self.events = selectors.EVENT_READ if handshake is None else selectors.EVENT_WRITE
@@ -167,6 +171,10 @@ class Connection:
     def fileno(self) -> int:
         """For the selector."""
         return self._raw.fileno()
+
+    def awaited(self, now: float) -> int:
+        """What to wait for, as `events`; 0 while it rests."""
+        return self.events & ~selectors.EVENT_READ if self.rests_until > now else self.events
 
     @property
     def blocked(self) -> bool:

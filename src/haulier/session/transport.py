@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import selectors
 import socket
@@ -231,13 +232,14 @@ class Transport:
             timeout = min(timeout, self._count_subflows(now))
         timeout = min(timeout, self._dial(now))
         timeout = min(timeout, self._expire(now))
+        timeout = min([timeout, *(c.rests_until - now for c in self._open.values() if c.rests_until > now)])
         busy = False
         for key, connection in list(self._open.items()):
             busy |= self._write(key, connection)
             busy |= connection.more_to_read
         for connection in self._pending:
             busy |= connection.more_to_read
-        self._register()
+        self._register(now)
         ready: set[Connection] = set()
         for selected, events in self._selector.select(0 if busy else max(timeout, 0)):
             if selected.fileobj == self._wake_fd:
@@ -257,19 +259,19 @@ class Transport:
             if connection in ready or connection.more_to_read:
                 self._read(key, connection)
 
-    def _register(self) -> None:
-        wanted = {c.fileno(): c for c in (*self._pending, *self._open.values())}
-        for fd in [fd for fd in self._registered if wanted.get(fd) is not self._registered[fd][0]]:
+    def _register(self, now: float) -> None:
+        wanted = {c.fileno(): (c, c.awaited(now)) for c in (*self._pending, *self._open.values()) if c.awaited(now)}
+        for fd in [fd for fd, known in self._registered.items() if fd not in wanted or wanted[fd][0] is not known[0]]:
             self._unregister(fd)
-        for fd, connection in wanted.items():
+        for fd, (connection, events) in wanted.items():
             known = self._registered.get(fd)
             if known is None:
-                self._selector.register(fd, connection.events)
-            elif known[1] != connection.events:
-                self._selector.modify(fd, connection.events)
+                self._selector.register(fd, events)
+            elif known[1] != events:
+                self._selector.modify(fd, events)
             else:
                 continue
-            self._registered[fd] = connection, connection.events
+            self._registered[fd] = connection, events
 
     def _unregister(self, fd: int) -> None:
         if self._registered.pop(fd, None) is not None:
@@ -309,8 +311,9 @@ class Transport:
     def _read(self, key: int, connection: Connection) -> None:
         frames: list[Frame] = []
         try:
+            before_bytes = connection.rx
             frames, closed = connection.read()
-            now = self._clock()
+            now, count = self._clock(), connection.rx - before_bytes
             channels: set[int] = set()
             with self._lock:
                 core = self.core
@@ -322,6 +325,8 @@ class Transport:
                 moved = core.progress != before
                 flow = core.path(key)
                 lowat = 2 * flow.frame_limit if flow.rate.peak else 0
+                rtt = flow.rtt.least or 0.0
+            connection.rests_until = now + connection.leisure.note(now, count, rtt)
             if channels or moved:
                 self._changed(channels)
             if lowat:
@@ -595,7 +600,7 @@ class Transport:
             if self._open:
                 for connection in self._open.values():
                     connection.events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.blocked else 0)
-                self._register()
+                self._register(math.inf)
                 self._selector.select(0.05)
 
     def _close_listeners(self) -> None:
