@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from haulier.session.leisure import LEAST, LOOK_S, MOST, QUIET_S, SHARE, STEADY_S, Leisure
+from haulier.session.leisure import LEAST, LOOK_S, MOST, QUIET_S, SHARE, STEADY_RTTS, STEADY_S, Leisure
 
 RTT = 0.05
 
@@ -19,6 +19,10 @@ def test_it_rests_once_bulk_has_come_for_a_while() -> None:
     begun = next(at for at, rest in enumerate(said) if rest)
     assert begun * 0.01 == pytest.approx(STEADY_S, abs=0.02)
     assert set(said[begun:]) == {LOOK_S}
+
+
+def test_on_a_long_way_the_sender_has_found_the_rate_before() -> None:
+    assert set(steady(Leisure(), rtt=2.5 * STEADY_S / STEADY_RTTS)) == {0.0}
 
 
 def test_the_shorter_the_way_the_shorter_the_rest() -> None:

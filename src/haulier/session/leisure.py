@@ -15,7 +15,8 @@ LEAST: Final = 2048
 MOST: Final = 48 * 1024
 """Where more comes between two looks the link is fast enough for the kernel to do the same by itself."""
 STEADY_S: Final = 1.0
-"""Bulk has to have come for so long ..."""
+STEADY_RTTS: Final = 15
+"""Bulk has to have come for so long, and so many round trips, in which a sender finds what the path carries ..."""
 QUIET_S: Final = 0.2
 """... without a pause of so long: what is short, or is an answer, is read at once."""
 LOOK_S: Final = 0.010
@@ -36,6 +37,6 @@ class Leisure:
         if now - self._last > QUIET_S:
             self._since = now
         self._last = now
-        if count > MOST or now - self._since < STEADY_S:
+        if count > MOST or now - self._since < max(STEADY_S, STEADY_RTTS * rtt):
             return 0.0
         return min(LOOK_S, SHARE * rtt)
