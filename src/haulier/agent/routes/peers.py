@@ -60,7 +60,7 @@ def waypoint(agent: Agent, call: Call) -> dict[str, Any]:
 
 
 def no_waypoint(agent: Agent, call: Call) -> dict[str, Any]:
-    return agent.waypoints.close(call.names["handoff"], call.site)
+    return agent.waypoints.close(call.names["id"], call.site)
 
 
 TABLE = (
@@ -73,5 +73,5 @@ TABLE = (
     Route("POST", "/v1/peer/ownership", Access.SITE, ownership),
     Route("POST", "/v1/peer/resumptions", Access.SITE, resumption),
     Route("POST", "/v1/peer/waypoints", Access.SITE, waypoint),
-    Route("DELETE", "/v1/peer/waypoints/{handoff}", Access.SITE, no_waypoint),
+    Route("DELETE", "/v1/peer/waypoints/{id}", Access.SITE, no_waypoint),
 )
