@@ -366,19 +366,18 @@ def targets(setting: str, rows: Sequence[Row], mine: Row) -> list[Target]:
         (NO_SHARE_FULL, 127.0),
         (INCREMENTAL + MODES["default"], 15.0),
     ]
-    if not setting.startswith("10 Mbps"):
-        total = {way: total.get(way) for way in (BACK, AHEAD)}
-        rows = []
+    at_ten = setting.startswith("10 Mbps")
     made = [
         Target.at_least(f"{setting}: times the speed of {way}", value, least)
         for way, least in wanted
-        if (value := ratio(total.get(way), mine.get("total s"))) is not None
+        if at_ten and (value := ratio(total.get(way), mine.get("total s"))) is not None
     ]
     if (value := ratio(total.get(NO_SHARE_USED), mine.get("total s"))) is not None:
         made.append(Target.at_least(f"{setting}: times the speed of {NO_SHARE_USED} (no aim set)", value, 0.0))
     strongest = best(rows, "total s", lambda row: row.way.startswith(INCREMENTAL))
     if strongest is not None and (value := ratio(strongest.get("total s"), mine.get("total s"))) is not None:
-        made.append(Target.at_least(f"{setting}: times the speed of the strongest, {strongest.way}", value, 3.0))
+        name = f"{setting}: times the speed of the strongest, {strongest.way}"
+        made.append(Target.at_least(name if at_ten else f"{name} (aim set at 10 Mbps)", value, 3.0 if at_ten else 0.0))
     made.append(Target.at_most(f"{setting}: downtime ms", mine.get("downtime ms") or 0.0, 400.0))
     for way in (BACK, AHEAD):
         if (value := total.get(way)) is not None:
