@@ -7,7 +7,6 @@ disk: whole handoffs of clones with the same work, with `HAULIER_WITHOUT`.
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +16,8 @@ from typing import Any
 from unittest import mock
 
 from experiments import model, paths
-from experiments.live_migration import GUEST, RECORDS, Case, Use, adopted
-from experiments.measuring import checks, crossing
+from experiments.live_migration import GUEST, OURS, RECORDS, RUNS, Case, Use, adopted, ours
+from experiments.measuring import checks, crossing, without
 from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
@@ -34,7 +33,7 @@ from haulier.lab.scenario import IMAGE, Scenario, scenario
 from haulier.memory import pages, series
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy
-from haulier.without import DIRECT, DISK_FIRST, ORDER, RECIPES, VARIABLE
+from haulier.without import DIRECT, DISK_FIRST, ORDER, RECIPES
 
 ALL = "all parts"
 LEVEL = 5
@@ -52,12 +51,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     f"with {xz.name_of(SLOW_LINKS)}, for slow links": {"level": SLOW_LINKS},
 }
 FEW = {way: VARIANTS[way] for way in list(VARIANTS)[:2]}
+THROUGH_QEMU = "all pages through the target's QEMU"
 WHOLE = {
     ALL: "",
     "without block recipes": RECIPES,
     "without order": ORDER,
     "memory beside the disk's delta, not after it": DISK_FIRST,
-    "all pages through the target's QEMU": DIRECT,
+    THROUGH_QEMU: DIRECT,
 }
 
 
@@ -69,11 +69,15 @@ def new() -> Experiment:
     )
 
 
+FACES = "FACES at 25 Mbps: "
+
+
 def units(form: Form) -> dict[str, Callable[[], Experiment]]:
     if form != Form.WHOLE:
         return {"memory records": partial(memory, Case(RECORDS, 50, 512), VARIANTS if form == Form.QUICK else FEW)}
     found: dict[str, Callable[[], Experiment]] = {f"memory {app}": partial(memory, Case(app, 10, 1024)) for app in APPS}
     found |= {f"handoff {way}": partial(handoff, way, off) for way, off in WHOLE.items()}
+    found |= {f"{FACES}{way}": partial(faces, way, WHOLE[way]) for way in (ALL, THROUGH_QEMU)}
     return found | {"striping": striping}
 
 
@@ -146,27 +150,34 @@ def encoded(
 def handoff(way: str, off: str) -> Experiment:
     """A whole handoff of a guest that has written files, some of them copies of its system's."""
     found, case = new(), Case(RECORDS, 50, 512)
-    os.environ[VARIABLE] = off
-    try:
-        with scenario("bench-seeds", case.template(), case.links) as lab:
-            lab.start_guest(GUEST, memory="512M")
-            with adopted(lab, "oslo") as qemu:
-                with qemu.guest_agent(60) as agent:
-                    copy = "mkdir /var/tmp/c; cp -r /usr/lib/python3 /usr/lib/python3.* /var/tmp/c/; sync"
-                    agent.check(["/bin/sh", "-c", copy], timeout=300)
-                use = Use(lab, case, qemu)
-            try:
-                with crossing(lab) as crossed:
-                    report = lab.hand_over(GUEST, "oslo", "lisbon")["report"]
-            finally:
-                use.stop()
-    finally:
-        del os.environ[VARIABLE]
+    with without(off), scenario("bench-seeds", case.template(), case.links) as lab:
+        lab.start_guest(GUEST, memory="512M")
+        with adopted(lab, "oslo") as qemu:
+            with qemu.guest_agent(60) as agent:
+                copy = "mkdir /var/tmp/c; cp -r /usr/lib/python3 /usr/lib/python3.* /var/tmp/c/; sync"
+                agent.check(["/bin/sh", "-c", copy], timeout=300)
+            use = Use(lab, case, qemu)
+        try:
+            with crossing(lab) as crossed:
+                report = lab.hand_over(GUEST, "oslo", "lisbon")["report"]
+        finally:
+            use.stop()
     found.checks += checks(way, report, crossed, None)
     disk = report["disk"]["origin"]
     figures = {"MB": crossed.bytes / 1e6, "disk MB": disk["wire_bytes"] / 1e6, "total s": report["total_s"]}
+    figures |= {"downtime ms": report["downtime_ms"], "CPU s": crossed.cpu_s}
     figures["chunks as recipes"] = disk["chunks_recipe"]
     found.rows.append(Row(way, "whole handoff, system's files copied before", Kind.MEASURED, figures))
+    return found
+
+
+def faces(way: str, off: str) -> Experiment:
+    """Handoffs of a guest that looks at pictures, over a link that asks for all of the CPU."""
+    found, case = new(), Case("faces", 25, 1024)
+    with without(off):
+        found.rows += [
+            Row(way, f"whole handoff, {case.setting}", row.kind, row.figures) for row in ours(case, [OURS] * RUNS).rows
+        ]
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from experiments.model import Check, Handoff
 from haulier.units import CHUNK
+from haulier.without import VARIABLE
 
 PACKET_HEADERS = 52
 """IPv4, TCP, and TCP's time stamps."""
@@ -174,3 +175,13 @@ def checks(title: str, report: Mapping[str, Any], found: Crossing, disk_equal: b
 def off(value: float, expected: float) -> float:
     """By what share of `expected` `value` is off."""
     return abs(value - expected) / abs(expected) if expected else (0.0 if not value else 1.0)
+
+
+@contextlib.contextmanager
+def without(part: str) -> Iterator[None]:
+    """Agents that are started in it leave that part out."""
+    os.environ[VARIABLE] = part
+    try:
+        yield
+    finally:
+        del os.environ[VARIABLE]

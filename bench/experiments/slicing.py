@@ -3,7 +3,6 @@ numbers of sources, cache policies; and chunks that change often held back until
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,15 +12,21 @@ import multisource
 from report import Target
 
 from experiments import model
-from experiments.measuring import checks, crossing
+from experiments.live_migration import adopted
+from experiments.measuring import checks, crossing, without
 from experiments.model import Bars, Experiment, Form, Kind, Row
 from haulier.lab.clients import Workload
 from haulier.lab.scenario import GUEST_ADDRESS, scenario, template, wan
 from haulier.policy.traces import accesses, catalogue
-from haulier.without import VARIABLE
+from haulier.without import ORDER
 
 RATES, RTTS = (40, 40, 40), (20, 50, 80)
 CACHED = (0.0, 0.25, 0.5, 0.75)
+REWRITING = (
+    "(while :; do dd if=/dev/urandom of=/var/tmp/table bs=64k count=4 conv=notrunc,fsync; sleep 0.4; done) "
+    "> /dev/null 2>&1 < /dev/null &"
+)
+"""As a small database does with its newest pages."""
 ORDER_ON, ORDER_OFF = "chunks that change often go last", "chunks go as they come (order off)"
 
 
@@ -81,22 +86,21 @@ def caches(quick: bool) -> Experiment:
 def order() -> Experiment:
     """A guest that writes the same files again and again, handed over with and without holding them back."""
     found = new()
-    for way, without in ((ORDER_ON, ""), (ORDER_OFF, "order")):
-        os.environ[VARIABLE] = without
-        try:
+    for way, off in ((ORDER_ON, ""), (ORDER_OFF, ORDER)):
+        with without(off):
             found.rows += order_rows(found, way)
-        finally:
-            del os.environ[VARIABLE]
     return found
 
 
 def order_rows(found: Experiment, way: str) -> list[Row]:
     rows = []
-    work = {"pages_per_s": 150, "hot_pages": 2000, "files_per_s": 4.0, "file_kib": 256, "random_share": 0.5}
+    work = {"pages_per_s": 50, "hot_pages": 500, "files_per_s": 0.5, "file_kib": 256, "random_share": 0.5}
     with scenario("bench-seeds", template(512), [wan("10mbit", "25ms")]) as lab:
         lab.start_guest()
         workload = Workload(lab.lab, "client", GUEST_ADDRESS)
         workload.start(48, **work)
+        with adopted(lab, "oslo") as qemu, qemu.guest_agent(60) as agent:
+            agent.check(["/bin/sh", "-c", REWRITING])
         time.sleep(8)
         with crossing(lab) as crossed:
             report = lab.hand_over("web1", "oslo", "lisbon", "--check")["report"]
@@ -110,7 +114,9 @@ def order_rows(found: Experiment, way: str) -> list[Row]:
             "chunks held back": origin["chunks_held_back"],
             "chunks sent again": origin["chunks_resent"],
         }
-        rows.append(Row(way, "10 Mbps, 50 ms, 4 files of 256 KiB a second", Kind.MEASURED, figures))
+        rows.append(
+            Row(way, "10 Mbps, 50 ms, the same 256 KiB of a file written anew twice a second", Kind.MEASURED, figures)
+        )
         found.checks += checks(way, report, crossed, bool(verified["ok"]))
     return rows
 
