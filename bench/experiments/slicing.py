@@ -23,7 +23,7 @@ from haulier.without import ORDER
 RATES, RTTS = (40, 40, 40), (20, 50, 80)
 CACHED = (0.0, 0.25, 0.5, 0.75)
 REWRITING = (
-    "(while :; do dd if=/dev/urandom of=/var/tmp/table bs=64k count=4 conv=notrunc,fsync; sleep 0.4; done) "
+    "(while :; do dd if=/dev/urandom of=/var/tmp/table bs=64k count=1 conv=notrunc,fsync; sleep 0.4; done) "
     "> /dev/null 2>&1 < /dev/null &"
 )
 """As a small database does with its newest pages."""
@@ -115,7 +115,7 @@ def order_rows(found: Experiment, way: str) -> list[Row]:
             "chunks sent again": origin["chunks_resent"],
         }
         rows.append(
-            Row(way, "10 Mbps, 50 ms, the same 256 KiB of a file written anew twice a second", Kind.MEASURED, figures)
+            Row(way, "10 Mbps, 50 ms, the same 64 KiB of a file written anew twice a second", Kind.MEASURED, figures)
         )
         found.checks += checks(way, report, crossed, bool(verified["ok"]))
     return rows

@@ -14,6 +14,8 @@ from haulier.handoff.measures import (
     AUTO_CONVERGE,
     GENTLE,
     HELD_BACK,
+    HOVER_ROUNDS,
+    HOVER_S,
     POST_COPY,
     REACH,
     ROUNDS,
@@ -52,9 +54,34 @@ def test_a_guest_that_converges_is_left_alone() -> None:
     assert measures.taken == []
 
 
-def test_one_that_hovers_within_reach_of_the_gate_is_left_alone() -> None:
-    within = REACH * 0.3 * RATE / 8 / 1e6 * 0.9
-    assert drive(Measures([], 300), [40, 20, *[within] * 30]) == []
+WITHIN = REACH * 0.3 * RATE / 8 / 1e6 * 0.9
+
+
+def test_one_that_hovers_within_reach_of_the_gate_is_left_alone_for_a_minute() -> None:
+    rounds = int(HOVER_S / 2)
+    assert drive(Measures([], 300), [40, 20, *[WITHIN] * rounds], step_s=2.0) == []
+    for allowed, kind in (((), Kind.REFUSE), ((POST_COPY,), Kind.POST_COPY), ((AUTO_CONVERGE,), Kind.THROTTLE)):
+        found = drive(Measures(allowed, 300), [40, 20, *[WITHIN] * (rounds + 2)], step_s=2.0)
+        assert found[0].kind is kind and "hovered" in found[0].why
+    # Whoever was beyond it meanwhile begins anew.
+    between = [40, 20, *[WITHIN] * (rounds - 1), 2 * WITHIN, *[WITHIN] * (rounds - 1)]
+    assert drive(Measures([], 300), between, step_s=2.0) == []
+
+
+def test_one_that_hovers_while_it_is_slowed_is_slowed_further_and_refused_in_the_end() -> None:
+    slowed = 0.9 * 0.3 * RATE / 8 / 1e6
+    measures = Measures([AUTO_CONVERGE], 300)
+    found = drive(measures, [slowed] * 400, step_s=0.5)
+    assert [measure.percent for measure in found[: len(STEPS)]] == list(STEPS)
+    assert found[len(STEPS)].kind is Kind.REFUSE
+    after = [taken["after_s"] for taken in measures.taken[: len(STEPS) + 1]]
+    assert all(later - sooner >= 2 * STEP_S for sooner, later in itertools.pairwise(after))
+
+
+def test_a_link_that_was_gone_is_no_reason_to_give_up() -> None:
+    measures = Measures([], 300)
+    assert [measures.note(reading(2 + n, WITHIN, 2.0 * n)) for n in range(HOVER_ROUNDS // 2)] == [None] * 12
+    assert measures.note(reading(2 + HOVER_ROUNDS // 2, WITHIN, 3600.0)) is None
 
 
 def test_one_that_outruns_the_link_is_refused_when_nothing_is_allowed() -> None:
@@ -101,8 +128,7 @@ def test_a_step_that_helps_is_the_last() -> None:
 
 
 def test_one_that_hovers_within_reach_has_until_what_is_left_to_do_needs_the_time() -> None:
-    within = REACH * 0.3 * RATE / 8 / 1e6 * 0.9
-    hovers = [40, 20, *[within, within * 0.95] * 10]
+    hovers = [40, 20, *[WITHIN, WITHIN * 0.95] * 10]
     deadline = 80.0
     assert drive(Measures([], 300, deadline=deadline), hovers[:15]) == []
     for allowed, least in (([], 0), ([POST_COPY], STEP_S), ([AUTO_CONVERGE], STEP_S * len(STEPS))):

@@ -1,4 +1,4 @@
-"""A guest that dirties memory faster than the link carries it: refused and unharmed, or slowed and moved."""
+"""A guest that writes memory or disk faster than the link carries it: refused and unharmed, or slowed and moved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from haulier.errors import HandoffFailed, UsageError
+from haulier.guests.qemu import Qemu
+from haulier.handoff.residence import guest_paths
 from haulier.lab.scenario import Template, wan
 from tests.system.stage import Stage, stage
 
@@ -42,6 +44,33 @@ def test_slowed_when_that_is_allowed_and_it_arrives(standing: Stage) -> None:
     assert report["measures"] and all(taken["what"] == "slow the guest" for taken in report["measures"])
     standing.assert_clean(handoff, handoff.target)
     standing.assert_right()
+
+
+REWRITING = (
+    "(while :; do dd if=/dev/urandom of=/var/tmp/table bs=64k count=4 conv=notrunc,fsync; sleep 0.4; done) "
+    "> /dev/null 2>&1 < /dev/null &"
+)
+"""Half of what the link carries, once as pages and once as chunks."""
+
+
+def test_refused_when_its_disk_never_comes_to_rest(made: Template) -> None:
+    with stage(made, "restless", [wan("10mbit", "25ms")]) as standing:
+        standing.run_guest(pages_per_s=50, hot_pages=500, files_per_s=0.5)
+        source = standing.home()
+        qemu = Qemu.adopt(guest_paths(standing.site(source).site, "web1"))
+        try:
+            with qemu.guest_agent(60) as agent:
+                agent.check(["/bin/sh", "-c", REWRITING])
+        finally:
+            qemu.close()
+        handoff = standing.begin("web1")
+        code, result, err = handoff.result()
+        print(err)
+        assert code == HandoffFailed.exit_code and result["outcome"] == "failed"
+        assert "hovered" in err and "runs on at" in err
+        handoff.settled()
+        standing.assert_clean(handoff, source)
+        standing.assert_right()
 
 
 def test_what_cannot_be_had_is_refused_at_once(standing: Stage) -> None:

@@ -3,7 +3,8 @@
 Each round is looked at when QEMU begins it: how much is left, and how long the link needs for that. A guest outruns the
 link when over several rounds that has not become less, and is more than even the most patient gate would switch over
 with. Or when, as things go, it will not be there by the deadline (one that hovers within the gate's reach is given
-until the measures that are left need the time). Then comes what the operator allows, the mildest
+until the measures that are left need the time, and a minute where there is no deadline: its disk may be what does not
+come to rest). Then comes what the operator allows, the mildest
 first: the guest is slowed step by step (QEMU's auto-converge, held back until then), or goes before the rest of its
 memory (post-copy; where both are allowed, after the first two steps); and where nothing is allowed, or nothing has
 helped, the handoff is refused, and the guest runs on where it is.
@@ -28,6 +29,10 @@ PROGRESS: Final = 0.8
 """Of what was left so many rounds before: less is progress."""
 REACH: Final = 8.0
 """Times the downtime asked for: what the gate may come to accept in the end."""
+HOVER_S: Final = 60.0
+HOVER_ROUNDS: Final = 24
+"""A guest within that reach for so long, and over so many rounds, is not let through any more: what it writes to memory
+and disk together is what the link carries. (Rounds, too: a link that was gone meanwhile is no reason.)"""
 SLOWED_REACH: Final = 1.0
 STEP_S: Final = 5.0
 """Seconds that a step is given at least."""
@@ -95,6 +100,8 @@ class Measures:
         self._rounds: deque[tuple[int, float, float]] = deque(maxlen=ROUNDS + 1)
         """(round, when it began, seconds that the link needed for what was left then)."""
         self._began = 0.0
+        self._within: tuple[int, float] | None = None
+        """Round and time from which on it has been within the gate's reach."""
         self._step = 0
         self._judged = 0
         self._judged_at = 0.0
@@ -118,9 +125,13 @@ class Measures:
         if reading.rounds < 2 or (self._rounds and self._rounds[-1][0] == reading.rounds):
             return None
         self._rounds.append((reading.rounds, reading.now, need_s(reading)))
+        if need_s(reading) > REACH * self._downtime_s:
+            self._within = None
+        elif self._within is None:
+            self._within = reading.rounds, reading.now
         if self._step and (reading.rounds - self._judged < STEP_ROUNDS or reading.now - self._judged_at < STEP_S):
             return None
-        why = self._outrun() or self._late(reading)
+        why = self._outrun() or self._hovers(reading) or self._late(reading)
         if not why:
             return None
         self._judged, self._judged_at = reading.rounds, reading.now
@@ -147,6 +158,22 @@ class Measures:
         return (
             f"in {span} rounds what is left has not become less: the link would need {needs[-1]:.1f} s for it, "
             f"and {self._downtime_s * 1000:.0f} ms of downtime are asked for"
+        )
+
+    def _hovers(self, reading: Reading) -> str:
+        if self._within is None:
+            return ""
+        first, since = self._within
+        seconds = reading.now - since
+        # One that is being slowed is judged by its last step.
+        if self._step:
+            seconds = min(seconds, reading.now - self._judged_at)
+        if seconds < (2 * STEP_S if self._step else HOVER_S) or reading.rounds - first < HOVER_ROUNDS:
+            return ""
+        return (
+            f"for {seconds:.0f} s what is left has hovered around {need_s(reading):.1f} s of link, with "
+            f"{self._downtime_s * 1000:.0f} ms of downtime asked for: what it writes to memory and disk together is "
+            "about what the link carries"
         )
 
     def _late(self, reading: Reading) -> str:

@@ -367,7 +367,7 @@ class VmSource(SourceHandoff):
             self.progress.status.message = f"the guest goes before its memory: {measure.why}"
             return True
         raise HandoffFailed(
-            f"guest {self.job.guest!r} dirties its memory faster than the link to {self.job.peer!r} carries it "
+            f"guest {self.job.guest!r} writes faster than the link to {self.job.peer!r} carries it "
             f"({measure.why}); it runs on at {self.site.name!r}: {advice(self.job.options.allow)}"
         )
 
