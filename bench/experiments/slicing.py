@@ -111,7 +111,7 @@ def order_rows(found: Experiment, way: str) -> list[Row]:
             "downtime ms": report["downtime_ms"],
             "MB": crossed.bytes / 1e6,
             "disk MB": origin["wire_bytes"] / 1e6,
-            "chunks held back": origin["chunks_held_back"],
+            "chunks held back": max(each.get("held", 0) for each in report["disk"]["rounds"]),
             "chunks sent again": origin["chunks_resent"],
         }
         rows.append(

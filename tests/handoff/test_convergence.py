@@ -15,10 +15,11 @@ from haulier.handoff.convergence import (
     RecentMost,
     RecentRounds,
     Step,
+    held_bytes,
     switchover_bandwidth,
     window,
 )
-from haulier.units import MIB, PAGE
+from haulier.units import CHUNK, MIB, PAGE
 
 rates = st.floats(1e5, 1e9)
 
@@ -83,6 +84,26 @@ def test_the_gate_opens_only_right_after_a_small_round() -> None:
     assert gate.step(reading(3.02, 0, rounds=1)) is Step.WAIT, "the first pass says nothing about what is dirty"
     assert gate.step(reading(3.03, 0)) is Step.OPEN
     assert gate.is_open
+
+
+def test_what_is_held_back_counts_for_the_downtime() -> None:
+    gate = Gate(300)
+    budget = int(10e6 / 8 * 0.15)
+    gate.round_done(1.0, 0.05, 0, 10e6, budget + 1)
+    assert gate.step(reading(1.01, 0)) is Step.DISK_ROUND, "a round in which nothing was sent, but all was held back"
+    gate.round_done(2.0, 0.05, 0, 10e6, budget)
+    assert gate.step(reading(2.01, 0)) is Step.OPEN
+    patient = Gate(300)
+    assert patient.step(reading(0.5, 0, rounds=100)) is Step.DISK_ROUND
+    patient.round_done(1.0, 0.05, 0, 10e6, 4 * budget)
+    assert patient.step(reading(1.01, 0, rounds=100)) is Step.OPEN, "as with memory: more, when it has been long"
+
+
+def test_chunks_held_back_are_reckoned_as_those_that_were_sent() -> None:
+    assert held_bytes(0, 10_000, 5) == 0
+    assert held_bytes(3, 10_000, 5) == 6_000
+    assert held_bytes(3, 0, 0) == 3 * CHUNK // 2, "nothing is known yet"
+    assert held_bytes(2, 10 * CHUNK, 1) == 2 * CHUNK, "what else a round sends is not theirs"
 
 
 def test_an_open_gate_closes_when_the_guest_does_not_stop_and_then_asks_for_more() -> None:

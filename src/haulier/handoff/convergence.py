@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from haulier.units import MIB
+from haulier.units import CHUNK, MIB
 
 CLOSED_THRESHOLD: Final = 1
 """Bytes. Below one page, so that a closed gate opens by itself only when nothing at all is left; not zero, because QEMU
@@ -176,6 +176,11 @@ def quiet(seconds: float, wire_bytes: int, rate_bps: float) -> bool:
     return wire_bytes <= max(16_384, rate_bps / 8 * 0.08) or seconds < 0.12
 
 
+def held_bytes(held: int, wire_bytes: int, chunks: int) -> int:
+    """Wire bytes that `held` chunks will come to: as `chunks` of earlier rounds did, else half of their size."""
+    return held * (min(CHUNK, wire_bytes // chunks) if chunks else CHUNK // 2)
+
+
 class Gate:
     """Holds the memory switchover back until the disk is nearly clean too.
 
@@ -210,8 +215,11 @@ class Gate:
         `ratio` must come from pages like those that will be left: a ratio of the first pass, full of pages that
         equal the mirror, doubles the downtime.
         """
-        grown = min(self.stretch, 1.0 + 0.5 * max(0, self.attempts - 1 + self._long))
-        return max(8192, int(self._affordable(rate_bps) * grown * max(1.0, min(MOST_RATIO, 0.8 * ratio))))
+        return max(8192, int(self._accepted(rate_bps) * max(1.0, min(MOST_RATIO, 0.8 * ratio))))
+
+    def _accepted(self, rate_bps: float) -> float:
+        """The same, grown by what was tried in vain."""
+        return self._affordable(rate_bps) * min(self.stretch, 1.0 + 0.5 * max(0, self.attempts - 1 + self._long))
 
     def _affordable(self, rate_bps: float) -> float:
         """Wire bytes of memory that the stopped guest may wait for."""
@@ -234,10 +242,10 @@ class Gate:
         """Memory is small enough to think of switching over."""
         return reading.rounds >= 2 and reading.remaining < 4 * self.threshold(reading.rate_bps, reading.ratio)
 
-    def round_done(self, now: float, seconds: float, wire_bytes: int, rate_bps: float) -> None:
-        """A disk round was acknowledged."""
+    def round_done(self, now: float, seconds: float, wire_bytes: int, rate_bps: float, held: int = 0) -> None:
+        """A disk round was acknowledged. `held`: wire bytes of chunks held back, for which the stopped guest waits."""
         self._round_ended = now
-        self._small = quiet(seconds, wire_bytes, rate_bps)
+        self._small = quiet(seconds, wire_bytes, rate_bps) and held <= self._accepted(rate_bps)
 
     def step(self, reading: Reading) -> Step:
         """What to do now; the caller does it and reports a disk round with `round_done`."""

@@ -170,8 +170,14 @@ class Measures:
             seconds = min(seconds, reading.now - self._judged_at)
         if seconds < (2 * STEP_S if self._step else HOVER_S) or reading.rounds - first < HOVER_ROUNDS:
             return ""
+        need = need_s(reading)
+        if need <= self._downtime_s:
+            return (
+                f"for {seconds:.0f} s what is left of its memory has been small enough, and its disk has not come to "
+                "rest: it writes to it about as fast as the link carries"
+            )
         return (
-            f"for {seconds:.0f} s what is left has hovered around {need_s(reading):.1f} s of link, with "
+            f"for {seconds:.0f} s what is left has hovered around {need:.1f} s of link, with "
             f"{self._downtime_s * 1000:.0f} ms of downtime asked for: what it writes to memory and disk together is "
             "about what the link carries"
         )

@@ -31,6 +31,7 @@ from haulier.handoff.convergence import (
     RecentRounds,
     Step,
     Window,
+    held_bytes,
     quiet,
     serving_window,
     switchover_bandwidth,
@@ -209,7 +210,15 @@ class VmSource(SourceHandoff):
             self._sender.commit()
             self._pin()
         self._observe()
-        return self._note_disk_round(sent, began, round=current.number, last=last, dirty=len(current.dirty))
+        held = len(self._rounds.held_back)
+        return self._note_disk_round(sent, began, round=current.number, last=last, dirty=len(current.dirty), held=held)
+
+    def _held_bytes(self) -> int:
+        """Wire bytes of chunks that are held back; the first round's, which are of old writes, say nothing of them."""
+        assert self._rounds is not None
+        later = [entry for entry in self._disk_rounds if entry["round"]]
+        wire, chunks = (sum(entry[name] for entry in later) for name in ("wire_bytes", "chunks"))
+        return held_bytes(len(self._rounds.held_back), wire, chunks)
 
     def _until_stop(self, current: Round, last: bool) -> Iterator[tuple[int, bytes]]:
         for item in current.items():
@@ -338,7 +347,8 @@ class VmSource(SourceHandoff):
             if step is Step.DISK_ROUND:
                 assert self._rounds is not None
                 entry = self._send_round(self._rounds.next(hold_back=not without(ORDER)))
-                gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate)
+                held = self._held_bytes()
+                gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate, held)
             elif step is not Step.WAIT:
                 threshold = CLOSED_THRESHOLD if step is Step.CLOSE else gate.wide(reading)
                 self.qemu.set_parameters(
