@@ -89,6 +89,9 @@ def finished(found: Experiment) -> Experiment:
         speed.append((where, value, Kind.MEASURED))
         if value is not None and (one.get("total s") or 0) >= 15:
             found.targets.append(Target.at_least(f"{where}: one path's time over two paths'", value, 1.9))
+    for way in WAYS.values():
+        swept = [(row.setting, row.get("total s"), row.kind) for row in rows if row.way == way]
+        found.bars += [Bars(f"RAM x bandwidth, {way}: total, seconds", swept, log=True)] if swept else []
     if speed:
         theirs = [(row.way, row.get("one two"), row.kind) for row in published.PATHS if row.get("one two")]
         found.bars.insert(0, Bars("one path's time over two paths'", [*speed, *theirs]))
