@@ -362,15 +362,12 @@ def finished(found: Experiment) -> Experiment:
 
 def targets(setting: str, rows: Sequence[Row], mine: Row) -> list[Target]:
     total = {row.way: row.get("total s") for row in rows}
-    wanted = [
-        (NO_SHARE_FULL, 127.0),
-        (INCREMENTAL + MODES["default"], 15.0),
-    ]
     at_ten = setting.startswith("10 Mbps")
+    wanted = [(NO_SHARE_FULL, 127.0), (INCREMENTAL + MODES["default"], 15.0)] if at_ten else []
     made = [
         Target.at_least(f"{setting}: times the speed of {way}", value, least)
         for way, least in wanted
-        if at_ten and (value := ratio(total.get(way), mine.get("total s"))) is not None
+        if (value := ratio(total.get(way), mine.get("total s"))) is not None
     ]
     if (value := ratio(total.get(NO_SHARE_USED), mine.get("total s"))) is not None:
         made.append(Target.at_least(f"{setting}: times the speed of {NO_SHARE_USED} (no aim set)", value, 0.0))

@@ -63,8 +63,8 @@ def test_one_that_hovers_within_reach_of_the_gate_is_left_alone_for_a_minute() -
     for allowed, kind in (((), Kind.REFUSE), ((POST_COPY,), Kind.POST_COPY), ((AUTO_CONVERGE,), Kind.THROTTLE)):
         found = drive(Measures(allowed, 300), [40, 20, *[WITHIN] * (rounds + 2)], step_s=2.0)
         assert found[0].kind is kind and "hovered" in found[0].why
-        still, *_ = drive(Measures([], 300), [40, 20, *[0.01] * (rounds + 2)], step_s=2.0)
-        assert still.kind is Kind.REFUSE and "disk" in still.why
+    still, *_ = drive(Measures([], 300), [40, 20, *[0.01] * (rounds + 2)], step_s=2.0)
+    assert still.kind is Kind.REFUSE and "disk" in still.why
     # Whoever was beyond it meanwhile begins anew.
     between = [40, 20, *[WITHIN] * (rounds - 1), 2 * WITHIN, *[WITHIN] * (rounds - 1)]
     assert drive(Measures([], 300), between, step_s=2.0) == []

@@ -18,6 +18,7 @@ import psutil
 
 from haulier.chunks.store import ChunkStore
 from haulier.errors import HaulierError
+from haulier.guests.qemu import Qemu
 from haulier.guests.tap import tap_name
 from haulier.handoff.residence import guest_paths
 from haulier.lab.clients import Answers, Workload
@@ -362,6 +363,16 @@ def stage(made: Template, name: str, links: list[str] | None = None, *, ipv6: bo
             for answers in standing.answers.values():
                 with contextlib.suppress(Exception):
                     answers.stop()
+
+
+def sh(site: LabSite, guest: str, command: str, timeout: float = 60) -> str:
+    """A command inside a guest."""
+    qemu = Qemu.adopt(guest_paths(site.site, guest))
+    try:
+        with qemu.guest_agent(timeout) as agent:
+            return agent.check(["/bin/sh", "-c", command], timeout=timeout).decode().strip()
+    finally:
+        qemu.close()
 
 
 def check_file_system(site: LabSite, name: str, work: Path) -> str:

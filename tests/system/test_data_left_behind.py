@@ -20,6 +20,7 @@ from haulier.handoff.residence import guest_paths, manifest_name, pin_name
 from haulier.lab.scenario import IMAGE, LabSite, Template
 from tests.support.fleet import Fleet, fleet
 from tests.support.waiting import wait_for
+from tests.system.stage import sh
 
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(600)]
 
@@ -51,16 +52,6 @@ def hand_over(sites: Fleet, guest: str, source: str, target: str, *words: str) -
     facts: dict[str, Any] = sites[source].facts("handoff", guest, "--to", target, *words, timeout=400)
     assert facts["outcome"] == "done", facts
     return dict(facts["report"])
-
-
-def sh(site: LabSite, guest: str, command: str, timeout: float = 60) -> str:
-    """A command inside a guest."""
-    qemu = Qemu.adopt(guest_paths(site.site, guest))
-    try:
-        with qemu.guest_agent(timeout) as agent:
-            return agent.check(["/bin/sh", "-c", command], timeout=timeout).decode().strip()
-    finally:
-        qemu.close()
 
 
 def status(site: LabSite, guest: str) -> str:

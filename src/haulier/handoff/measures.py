@@ -124,8 +124,9 @@ class Measures:
         self._began = self._began or reading.now
         if reading.rounds < 2 or (self._rounds and self._rounds[-1][0] == reading.rounds):
             return None
-        self._rounds.append((reading.rounds, reading.now, need_s(reading)))
-        if need_s(reading) > REACH * self._downtime_s:
+        need = need_s(reading)
+        self._rounds.append((reading.rounds, reading.now, need))
+        if need > REACH * self._downtime_s:
             self._within = None
         elif self._within is None:
             self._within = reading.rounds, reading.now

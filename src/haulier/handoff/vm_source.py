@@ -213,12 +213,11 @@ class VmSource(SourceHandoff):
         held = len(self._rounds.held_back)
         return self._note_disk_round(sent, began, round=current.number, last=last, dirty=len(current.dirty), held=held)
 
-    def _held_bytes(self) -> int:
-        """Wire bytes of chunks that are held back; the first round's, which are of old writes, say nothing of them."""
-        assert self._rounds is not None
+    def _held_bytes(self, held: int) -> int:
+        """Wire bytes of so many chunks held back; the first round's, which are of old writes, say nothing of them."""
         later = [entry for entry in self._disk_rounds if entry["round"]]
         wire, chunks = (sum(entry[name] for entry in later) for name in ("wire_bytes", "chunks"))
-        return held_bytes(len(self._rounds.held_back), wire, chunks)
+        return held_bytes(held, wire, chunks)
 
     def _until_stop(self, current: Round, last: bool) -> Iterator[tuple[int, bytes]]:
         for item in current.items():
@@ -347,7 +346,7 @@ class VmSource(SourceHandoff):
             if step is Step.DISK_ROUND:
                 assert self._rounds is not None
                 entry = self._send_round(self._rounds.next(hold_back=not without(ORDER)))
-                held = self._held_bytes()
+                held = self._held_bytes(entry["held"])
                 gate.round_done(time.monotonic(), entry["seconds"], entry["wire_bytes"], self._rate, held)
             elif step is not Step.WAIT:
                 threshold = CLOSED_THRESHOLD if step is Step.CLOSE else gate.wide(reading)
