@@ -6,8 +6,8 @@ import importlib
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from experiments import page as pages  # noqa: E402
-from experiments.model import Check, Experiment, Form  # noqa: E402
+from experiments.model import RUNS, Check, Experiment, Form  # noqa: E402
 from experiments.parts import Enough, Parts, joined  # noqa: E402
 from report import Report  # noqa: E402
 
@@ -28,6 +28,10 @@ NAMES = (
     "slicing",
     "ablation",
 )
+
+
+ONCE = {"static-modes": ("levels",), "slicing": ("caches",), "ablation": ("FACES",)}
+"""Units, by what their names begin with, that are not repeated: two are calculated, the last repeats itself."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,10 @@ def one(name: str, form: Form, parts: Parts) -> Experiment:
     found: Experiment = module.new()
     left: list[str] = []
     size = "" if form == Form.WHOLE else f" {form}"
-    for unit, run in module.units(form).items():
+    for unit, run in repeated(name, module.units(form), form).items():
         try:
-            joined(found, [parts.do(f"{name}{size}: {unit}", partial(timed, name, unit, run))])
+            one_unit = parts.do(f"{name}{size}: {unit}", partial(timed, name, unit, run))
+            joined(found, [one_unit if "#" not in unit else without_pictures(one_unit)])
         except Enough:
             left.append(unit)
         except Exception as error:
@@ -78,6 +83,22 @@ def one(name: str, form: Form, parts: Parts) -> Experiment:
         found.notes.append(f"not run yet: {'; '.join(left)}")
     finished: Experiment = module.finished(found)
     return finished
+
+
+def repeated(
+    name: str, units: Mapping[str, Callable[[], Experiment]], form: Form
+) -> dict[str, Callable[[], Experiment]]:
+    """All units, and in the whole form all of them again as "UNIT #2" and "#3": in turn, so that the ways of
+    doing a thing alternate. Rows of the same way in the same setting become their median (`model.merged`)."""
+    found = dict(units)
+    for number in range(2, RUNS + 1) if form == Form.WHOLE else ():
+        found |= {f"{unit} #{number}": run for unit, run in units.items() if not unit.startswith(ONCE.get(name, ()))}
+    return found
+
+
+def without_pictures(again: Experiment) -> Experiment:
+    """A repetition's rows, checks and notes: the page shows the time lines of the first run."""
+    return replace(again, handoffs=[], bars=[])
 
 
 def timed(name: str, unit: str, run: Callable[[], Experiment]) -> Experiment:

@@ -17,9 +17,9 @@ from typing import Any
 from unittest import mock
 
 from experiments import model, paths
-from experiments.live_migration import GUEST, OURS, RECORDS, RUNS, Case, Use, adopted, ours
+from experiments.live_migration import GUEST, OURS, RECORDS, Case, Use, adopted, ours
 from experiments.measuring import checks, crossing, without
-from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
+from experiments.model import RUNS, Bars, Experiment, Form, Kind, Row, ratio
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
 from haulier.compress import xz

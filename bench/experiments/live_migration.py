@@ -51,8 +51,6 @@ GIVE_UP_S = 40.0
 GIVE_UP_BEST_S = 180.0
 WHOLE_DISK_S = 25.0
 STRONGEST = "best"
-RUNS = 3
-"""Of haulier and of the strongest of stock QEMU's modes; the others run once."""
 ASKED_BEFORE = 30
 """Pictures that the service looks at before: it has been used."""
 PAUSE_S = 5.0
@@ -308,13 +306,11 @@ def units(form: Form) -> dict[str, Callable[[], Experiment]]:
         if form != Form.LEAST:
             for mode in MODES if whole else (STRONGEST if form == Form.QUICK else "best, auto-converge",):
                 found[f"{name}, stock {mode}"] = partial(stock_unit, case, mode)
-        for number in range(2, RUNS + 1) if whole else ():
-            found[f"{name}, stock {STRONGEST} #{number}"] = partial(stock_unit, case, STRONGEST)
     return found
 
 
 PLAN = {
-    Form.WHOLE: (OURS, BACK, *[OURS] * (RUNS - 1), AHEAD),
+    Form.WHOLE: (OURS, BACK, AHEAD),
     Form.QUICK: (OURS, BACK, AHEAD),
     Form.LEAST: (OURS, BACK),
 }
@@ -393,8 +389,7 @@ NOTES = [
     "The service draws each picture anew: 320 x 240 greys whose amplitude falls as 1/f, a sensor's noise of two "
     "levels, and what is to be found; answers, log and JPEG files stay, the picture is let go. Beside it the lab's own "
     "service has 4 MiB that know what they must be, changes 10 pages a second and writes 64 KiB every ten seconds.",
-    f"QEMU's modes but for multifd with zstd are given up after {GIVE_UP_S:g} s. haulier and {MODES[STRONGEST]} are "
-    f"medians of {RUNS} runs, the others are single ones.",
+    f"QEMU's modes but for multifd with zstd are given up after {GIVE_UP_S:g} s.",
     f"While it moves the guest looks at a picture every {PAUSE_S:g} s. haulier is allowed to slow the guest where it "
     "writes faster than the link carries; rows say where it did.",
     "libvirt is not installed here: its --copy-storage-inc is what 'incremental' does (an overlay mirrored over NBD).",

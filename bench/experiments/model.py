@@ -14,6 +14,9 @@ from typing import Any
 
 from report import Target
 
+RUNS = 3
+"""Of every way in every setting, in the whole form."""
+
 
 class Form(enum.StrEnum):
     """How much of the experiments is run."""
@@ -139,7 +142,8 @@ def from_dict(found: Mapping[str, Any]) -> Experiment:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """Repeated rows (same way, setting and kind) as one each: the median of every figure, in order of appearance."""
+    """Repeated rows (same way, setting and kind) as one each: the median of every figure, in order of appearance, and
+    in the note from where to where the first that differs went."""
     groups: dict[tuple[str, str, Kind], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.way, row.setting, row.kind), []).append(row)
@@ -147,9 +151,18 @@ def merged(rows: Iterable[Row]) -> list[Row]:
     for (way, setting, kind), same in groups.items():
         names = dict.fromkeys(name for row in same for name in row.figures)
         figures = {name: middle(row.get(name) for row in same) for name in names}
-        notes = "; ".join(dict.fromkeys(row.note for row in same if row.note))
+        notes = "; ".join(dict.fromkeys(filter(None, [*(row.note for row in same), spread(same)])))
         found.append(Row(way, setting, kind, figures, sum(row.runs for row in same), notes))
     return found
+
+
+def spread(same: Sequence[Row]) -> str:
+    """Least and greatest of the first figure that differs between measured rows; nothing of a single one."""
+    for name in same[0].figures if same[0].kind in (Kind.MEASURED, Kind.EXTRAPOLATED) else ():
+        known = [value for row in same if (value := row.get(name)) is not None]
+        if known and min(known) < max(known):
+            return f"{name} {min(known):.4g} to {max(known):.4g}"
+    return ""
 
 
 def ours(rows: Iterable[Row]) -> list[Row]:

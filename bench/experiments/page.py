@@ -126,7 +126,7 @@ def rows(found: Sequence[Row]) -> str:
     for row in found:
         kind = "missing" if row.kind in MISSING else row.kind.value
         cells = "".join(f'<td class="n">{plots.number(row.get(name))}</td>' for name in names)
-        runs = str(row.runs) if row.kind == Kind.MEASURED else ""
+        runs = str(row.runs) if row.kind in (Kind.MEASURED, Kind.EXTRAPOLATED) else ""
         lines.append(
             f'<tr class="{kind}"><td>{escape(row.way)}</td><td>{escape(row.setting)}</td>'
             f'<td class="kind">{escape(row.kind.value)}</td><td class="n">{runs}</td>{cells}'

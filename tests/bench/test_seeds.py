@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import report
+import seeds
 from experiments import extrapolate, live_migration, measuring, page, plots, published
-from experiments.model import Bars, Check, Experiment, Handoff, Kind, Row, best, from_dict, merged
+from experiments.model import Bars, Check, Experiment, Form, Handoff, Kind, Row, best, from_dict, merged
 from experiments.parts import Enough, Parts, chosen, joined
 
 SETTING = "10 Mbps, 50 ms, 1024 MiB, FACES"
@@ -71,6 +73,20 @@ def test_repeated_rows_become_their_median() -> None:
     one, other = merged(rows)
     assert (one.way, one.runs, one.get("total s"), one.get("MB")) == ("a", 3, 2.0, None)
     assert (other.way, other.runs) == ("b", 1)
+    assert one.note == "total s 1 to 3" and other.note == ""
+
+
+def test_every_unit_but_the_calculated_ones_is_repeated_in_turn() -> None:
+    units = {"sources": live_migration.new, "caches": live_migration.new}
+    whole = seeds.repeated("slicing", units, Form.WHOLE)
+    assert list(whole) == ["sources", "caches", "sources #2", "sources #3"]
+    assert list(seeds.repeated("slicing", units, Form.QUICK)) == ["sources", "caches"]
+
+
+def test_every_name_of_a_unit_that_runs_once_is_one() -> None:
+    for name, beginnings in seeds.ONCE.items():
+        units = importlib.import_module(f"experiments.{name.replace('-', '_')}").units(Form.WHOLE)
+        assert all(any(unit.startswith(one) for unit in units) for one in beginnings)
 
 
 def test_rows_of_other_kinds_are_never_mixed() -> None:
