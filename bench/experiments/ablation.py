@@ -18,7 +18,7 @@ from unittest import mock
 
 from experiments import model, paths
 from experiments.live_migration import GUEST, OURS, RECORDS, Case, Use, adopted, ours
-from experiments.measuring import checks, crossing, without
+from experiments.measuring import checks, crossing, switched_off
 from experiments.model import RUNS, Bars, Experiment, Form, Kind, Row, ratio
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.chunks.store import ChunkStore
@@ -148,7 +148,7 @@ def encoded(
 def handoff(way: str, off: str) -> Experiment:
     """A whole handoff of a guest that has written files, some of them copies of its system's."""
     found, case = new(), Case(RECORDS, 50, 512)
-    with without(off), scenario("bench-seeds", case.template(), case.links) as lab:
+    with switched_off(off), scenario("bench-seeds", case.template(), case.links) as lab:
         lab.start_guest(GUEST, memory="512M")
         with adopted(lab, "oslo") as qemu:
             with qemu.guest_agent(60) as agent:
@@ -172,7 +172,7 @@ def handoff(way: str, off: str) -> Experiment:
 def faces(way: str, off: str) -> Experiment:
     """Handoffs of a guest that looks at pictures, over a link that asks for all of the CPU."""
     found, case = new(), Case("faces", 25, 1024)
-    with without(off):
+    with switched_off(off):
         made = ours(case, [OURS] * RUNS)
     found.rows += [Row(way, f"whole handoff, {case.setting}", row.kind, row.figures) for row in made.rows]
     found.checks += [replace(check, name=f"{way}: {check.name}") for check in made.checks]

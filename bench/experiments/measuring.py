@@ -178,7 +178,7 @@ def off(value: float, expected: float) -> float:
 
 
 @contextlib.contextmanager
-def without(part: str) -> Iterator[None]:
+def switched_off(part: str) -> Iterator[None]:
     """Agents that are started in it leave that part out."""
     os.environ[VARIABLE] = part
     try:

@@ -13,7 +13,7 @@ from report import Target
 
 from experiments import model
 from experiments.live_migration import adopted
-from experiments.measuring import checks, crossing, without
+from experiments.measuring import checks, crossing, switched_off
 from experiments.model import Bars, Experiment, Form, Kind, Row
 from haulier.lab.clients import Workload
 from haulier.lab.scenario import GUEST_ADDRESS, scenario, template, wan
@@ -87,7 +87,7 @@ def order() -> Experiment:
     """A guest that writes the same files again and again, handed over with and without holding them back."""
     found = new()
     for way, off in ((ORDER_ON, ""), (ORDER_OFF, ORDER)):
-        with without(off):
+        with switched_off(off):
             found.rows += order_rows(found, way)
     return found
 

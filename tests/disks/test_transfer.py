@@ -136,19 +136,6 @@ def test_a_small_change_travels_as_a_patch(tmp_path: Path) -> None:
         p.check_equal()
 
 
-def test_held_back_chunks_must_come_before_the_end(tmp_path: Path) -> None:
-    with pair(tmp_path, BASE, SIZE) as p:
-        report = p.sender.send_round([(0, noise(50)), (1, noise(51))], held_back={0})
-        assert (report.chunks_held_back, report.chunks_sent) == (1, 1)
-        p.sender.commit()
-        assert p.sender.held_back == {0}
-        with pytest.raises(Conflict, match="held back"):
-            p.sender.commit(final=True)
-        p.sender.send_round([(0, noise(52))], ask=False)
-        p.sender.commit(final=True)
-        p.check_equal()
-
-
 def test_a_commit_may_be_waited_for_later(tmp_path: Path) -> None:
     with pair(tmp_path, BASE, SIZE) as p:
         p.sender.send_round([(0, noise(50))], ask=False)

@@ -51,7 +51,6 @@ class DiskCounters:
     chunks_zero: int = 0
     chunks_at_target: int = 0
     """The target had them already."""
-    chunks_held_back: int = 0
     chunks_recipe: int = 0
     recipe_bytes: int = 0
     recipe_raw_bytes: int = 0
@@ -155,8 +154,6 @@ class DiskSender:
         self._commit_answer: wire.Committed | wire.Missing | None = None
         self._commit_open: wire.Commit | None = None
         self._error: HaulierError | None = None
-        self.held_back: set[int] = set()
-        """Chunks that were given but not sent, and must come again before the final commit."""
         self.counters = DiskCounters()
         self.lacking_chunks = 0
         """Of the base manifest, once the target has said so."""
@@ -221,14 +218,13 @@ class DiskSender:
     def send_round(
         self,
         items: Iterable[tuple[int, bytes]],
-        held_back: set[int] | None = None,
         ask: bool = True,
         leave: bool = False,
     ) -> RoundReport:
         """Take (chunk index, 64 KiB) pairs and bring the target what it lacks of them.
 
-        Those in `held_back` are not sent; they must be given again later. `ask=False` sends what is not known to be
-        there without asking, and saves a round trip. `leave`: they are kept here, and the target fetches them later.
+        `ask=False` sends what is not known to be there without asking, and saves a round trip. `leave`: they are kept
+        here, and the target fetches them later.
         """
         self._check_idle()
         before, began = self.counters.copy(), time.monotonic()
@@ -236,11 +232,6 @@ class DiskSender:
         for index, data in items:
             self._check()
             self.counters.chunks_dirty += 1
-            if held_back and index in held_back:
-                self.held_back.add(index)
-                self.counters.chunks_held_back += 1
-                continue
-            self.held_back.discard(index)
             fp = self._take(index, data)
             if fp is None:
                 continue
@@ -271,13 +262,9 @@ class DiskSender:
     def commit(self, final: bool = False, wait: bool = True) -> Manifest:
         """Have the target make all that was sent durable, with the new manifest. Returns that manifest.
 
-        `final` says that this is the state the guest will run on; Conflict while chunks are held back. With
-        `wait=False` it returns at once and `wait_committed` must follow before anything else is sent.
+        `final` says that this is the state the guest will run on. With `wait=False` it returns at once and
+        `wait_committed` must follow before anything else is sent.
         """
-        if final and self.held_back:
-            raise Conflict(
-                f"{len(self.held_back)} chunks are held back and were not given again before the last commit"
-            )
         self._check_idle()
         self._flush()
         new = self.manifest
