@@ -136,8 +136,8 @@ class StockMigration:
             {"job-id": MIRROR, "device": "disk0", "target": "stock-target", "sync": self._sync, "auto-dismiss": False},
         )
         while not (job := self._job()).get("ready"):
-            if job.get("status") in {"concluded", "null", None}:
-                raise GuestError(f"QEMU's disk mirror ended early: {job.get('error', 'no reason given')}")
+            if not job:
+                raise GuestError("QEMU's disk mirror ended early, and left no reason")
             self._in_time(deadline)
 
     def _job(self) -> dict[str, Any]:
@@ -169,6 +169,9 @@ class StockMigration:
             self._in_time(deadline)
 
     def _in_time(self, deadline: float) -> None:
+        # While memory fills the link the mirror may fail; without it the guest would arrive with an old disk.
+        if (job := self._job()).get("status") == "concluded":
+            raise GuestError(f"QEMU's disk mirror ended early: {job.get('error', 'no reason given')}")
         ram = self.source.query_migrate().get("ram", {})
         if self._progress is not None:
             left = (
