@@ -30,8 +30,8 @@ NAMES = (
 )
 
 
-ONCE = {"static-modes": ("levels",), "slicing": ("caches",), "ablation": ("FACES",)}
-"""Units, by what their names begin with, that are not repeated: two are calculated, the last repeats itself."""
+ONCE = {"static-modes": ("levels",), "slicing": ("caches",)}
+"""Units, by what their names begin with, that are not repeated: they are calculated."""
 
 
 @dataclass(frozen=True)
