@@ -90,6 +90,23 @@ def test_pages_that_change_between_two_looks_are_the_dirty_rate(
     assert found.dirty_wire_s * 8 < found.dirty_bps / 10
 
 
+def test_how_many_pages_are_hot_is_told_by_those_that_change_twice(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of 1200 pages, at random, before each look: as many as there are, give or take."""
+    chance = random.Random(7)
+    first = np.flatnonzero(np.fromfile(ram, np.uint8).reshape(-1, PAGE).any(axis=1))[:1200]
+
+    def dirtied(seconds: float) -> None:
+        with ram.open("r+b") as file:
+            for page in chance.sample(list(first), 400):
+                file.seek(int(page) * PAGE)
+                file.write(chance.randbytes(64))
+
+    monkeypatch.setattr(sampling.time, "sleep", dirtied)
+    found = sampling.memory(ram, None, None, 5)
+    pages = found.dirty_bps / 8 / PAGE
+    assert found.hot_wire / found.dirty_wire_s == pytest.approx(1200 / pages, rel=0.2)
+
+
 def test_an_empty_memory_is_no_trouble(tmp_path: Path) -> None:
     (tmp_path / "ram").touch()
     with (tmp_path / "ram").open("r+b") as file:

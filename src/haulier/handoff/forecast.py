@@ -2,11 +2,13 @@
 
 Time is the longer of two: what the link needs for the bytes, and what the guest's memory needs to pass through QEMU and
 the codec; before and after it stands what depends on neither. What a site's own handoffs took corrects the last two
-(`Pace`). Rounds form a geometric series: what the guest dirties while a round is sent is the next round.
+(`Pace`). What the guest dirties while a round is sent is the next round: of memory never more than the pages that it
+keeps rewriting, of the disk as much as the time allows.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, Final
@@ -16,10 +18,13 @@ import msgspec
 from haulier.compress.stream import level_for
 from haulier.units import MIB
 
-FIXED_BYTES: Final = 230_000
+FIXED_BYTES: Final = 170_000
 """Probe, offer, device state, questions and answers: what any handoff sends."""
 HOPELESS: Final = 0.9
 """A round that makes more than this of itself anew: the guest outruns the link."""
+LAST_S: Final = 0.1
+"""A round of so little link is the last."""
+MOST_ROUNDS: Final = 30
 MOST_REMEMBERED: Final = 16
 
 
@@ -31,11 +36,15 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
     memory_wire: float
     memory_error: float = 0.0
     dirty_wire_s: float = 0.0
-    """Wire bytes a second that what the guest dirties would cost."""
+    """Wire bytes a second that the memory that the guest dirties would cost, each page as often as it is dirtied ..."""
+    hot_wire: float = math.inf
+    """... and what all pages that it keeps rewriting cost once."""
     dirty_bps: float = 0.0
     disk_chunks: float = 0.0
     disk_wire: float = 0.0
     disk_error: float = 0.0
+    disk_wire_s: float = 0.0
+    """Wire bytes a second of what the guest writes to its disk."""
     missing: int = 0
     """Bytes of the base that the target lacks ..."""
     missing_wire: float = 0.0
@@ -45,9 +54,9 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True):
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
     """How long what does not depend on the link takes here."""
 
-    fixed_s: float = 1.6
+    fixed_s: float = 1.1
     """Offer, connection, start of the target's QEMU, switchover."""
-    pass_s: float = 3.5
+    pass_s: float = 1.5
     """A GiB of memory through QEMU and codec, of which nothing has to be sent."""
     downtime_s: float = 0.06
     """Beside round trips and bytes."""
@@ -65,18 +74,49 @@ class Took(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def learn(past: Sequence[Took], default: Pace | None = None) -> Pace:
-    """The pace by the medians of the handoffs in which the link was not what they waited for."""
+    """The pace by the medians of past handoffs: what is fixed from all, for those that waited for the link had nothing
+    else to wait for, and the others took at least that; how fast memory passes from the others."""
     pace = default or Pace()
-    free = [took for took in past if took.wire * 8 / max(took.rate_bps, 1.0) < 0.5 * took.total_s]
+    if not past:
+        return pace
+    links = [took.wire * 8 / max(took.rate_bps, 1.0) for took in past]
+    rests = [took.total_s - 6 * took.rtt_s - link for took, link in zip(past, links, strict=True)]
+    waited = [rest for took, link, rest in zip(past, links, rests, strict=True) if link >= 0.5 * took.total_s]
+    free = [(took, rest) for took, link, rest in zip(past, links, rests, strict=True) if link < 0.5 * took.total_s]
+    most = [statistics.median(some) for some in (waited, [rest for _, rest in free]) if some]
+    fixed = min(pace.fixed_s, *most) if not waited else min(most)
+    pace = msgspec.structs.replace(pace, fixed_s=min(10.0, max(0.2, fixed)))
     if free:
-        rest = [
-            max(0.2, took.total_s - pace.fixed_s - 6 * took.rtt_s) / (took.memory_bytes / 1024 / MIB) for took in free
+        passes = [
+            max(0.05, took.total_s - pace.fixed_s - 6 * took.rtt_s) / (took.memory_bytes / 1024 / MIB)
+            for took, _ in free
         ]
-        pace = msgspec.structs.replace(pace, pass_s=statistics.median(rest))
-    if past:
-        downs = [took.downtime_s - 2.5 * took.rtt_s for took in past]
-        pace = msgspec.structs.replace(pace, downtime_s=min(1.0, max(0.02, statistics.median(downs))))
-    return pace
+        pace = msgspec.structs.replace(pace, pass_s=statistics.median(passes))
+    downs = [took.downtime_s - 2.5 * took.rtt_s for took in past]
+    return msgspec.structs.replace(pace, downtime_s=min(1.0, max(0.02, statistics.median(downs))))
+
+
+def dirtied(found: Sampled, seconds: float) -> tuple[float, float]:
+    """Wire bytes of memory and of the disk that the guest makes anew in that time."""
+    memory = found.dirty_wire_s * seconds
+    if memory and math.isfinite(found.hot_wire):
+        # Of pages that are rewritten at random, so many have been by then.
+        memory = found.hot_wire * -math.expm1(-memory / found.hot_wire) if found.hot_wire > 0 else 0.0
+    return memory, found.disk_wire_s * seconds
+
+
+def rounds(found: Sampled, first_s: float, link: float) -> tuple[float, float]:
+    """Wire bytes of memory and disk in all rounds after the first, which takes `first_s`; `link` in bytes a second."""
+    memory = disk = 0.0
+    seconds = first_s
+    for _ in range(MOST_ROUNDS):
+        some, more = dirtied(found, seconds)
+        memory, disk = memory + some, disk + more
+        seconds = (some + more) / link
+        if seconds < LAST_S:
+            break
+    # However often a page is dirtied, a handoff that ends sends it a few times only.
+    return min(memory, found.memory_bytes * 0.5), min(disk, found.memory_bytes * 0.5)
 
 
 def make(found: Sampled, rate_bps: float, rtt_s: float, pace: Pace | None = None, level: int = 0) -> dict[str, Any]:
@@ -89,17 +129,14 @@ def make(found: Sampled, rate_bps: float, rtt_s: float, pace: Pace | None = None
     first = found.memory_wire
     scan = pace.pass_s * found.memory_bytes / 1024 / MIB
     link = rate_bps / 8
-    growth = found.dirty_wire_s / link
-    converges = growth < HOPELESS
-    # What is dirtied while memory first passes; then the series.
-    began = found.dirty_wire_s * max(scan, (disk + first) / link)
-    again = began / (1 - min(growth, HOPELESS))
-    # However often a page is dirtied, a handoff that ends sends it a few times only.
-    again = min(again, found.memory_bytes * 0.5)
+    # What is small enough to travel while the guest stands still does not have to become less.
+    converges = (found.dirty_wire_s + found.disk_wire_s) / link < HOPELESS or found.hot_wire / link < LAST_S
+    again, anew = rounds(found, pace.fixed_s + max(scan, (disk + first) / link), link)
+    disk += anew
     wire = FIXED_BYTES + disk + first + again
     seconds = pace.fixed_s + 6 * rtt_s + max(scan, wire / link)
     downtime = 2.5 * rtt_s + pace.downtime_s
-    spread = (2.0 * (found.memory_error**2 + found.disk_error**2) ** 0.5 + 0.5 * again) / wire
+    spread = (2.0 * (found.memory_error**2 + found.disk_error**2) ** 0.5 + 0.5 * (again + anew)) / wire
     return {
         "bytes": {
             "total": round(wire),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -75,9 +76,10 @@ def make_plan(
             base = retained.open_base(site, spec.name, spec.uuid, picture)
             rate = rate or DEFAULT_RATE_BPS
             level = (options.level if options is not None else 0) or level_at(site, rate)
-            sampled = sampling.memory(guest_paths(site, guest).ram, base, StoreBlockFinder(index, space), level)
-            rounds = DiskRounds(qemu.qmp, "disk0", guest_paths(site, guest).rounds_sock)
-            chunks, disk_wire, disk_error = sampling.disk(rounds, index, space, peer.lacking)
+            finder, paths = StoreBlockFinder(index, space), guest_paths(site, guest)
+            rounds = DiskRounds(qemu.qmp, "disk0", paths.rounds_sock)
+            memory = partial(sampling.memory, paths.ram, base, finder, level)
+            sampled, disk = sampling.disk(rounds, index, space, peer.lacking, memory)
             missing = int(found.get("missing_bytes", 0 if found.get("manifest") else offer.disk_bytes))
             split = split_of(store, spec.image, spec.golden, spec.uuid)
             layers, lacking = _layers(split, manifest.unique(), missing, peer)
@@ -88,13 +90,14 @@ def make_plan(
     left = 0
     if options is not None and options.disk == "on-demand":
         left, missing = missing, 0
-        if chunks * CHUNK > LEAVE_BYTES:
-            left, chunks, disk_wire, disk_error = left + round(chunks) * CHUNK, 0, 0.0, 0.0
+        if disk.chunks * CHUNK > LEAVE_BYTES:
+            left, disk = left + round(disk.chunks) * CHUNK, sampling.Disk(0.0, 0.0, 0.0, disk.wire_s)
     sampled = msgspec.structs.replace(
         sampled,
-        disk_chunks=chunks,
-        disk_wire=disk_wire,
-        disk_error=disk_error,
+        disk_chunks=disk.chunks,
+        disk_wire=disk.wire,
+        disk_error=disk.error,
+        disk_wire_s=disk.wire_s,
         missing=missing,
         missing_wire=missing / CHUNK * per_missing,
     )
@@ -103,7 +106,7 @@ def make_plan(
     for name, layer in layers.items():
         layer["wire"] = round(layer["missing"] / CHUNK * per_missing)
         if name == INSTANCE:
-            layer["wire"] += round(disk_wire)
+            layer["wire"] += round(disk.wire)
             layer["memory_wire"] = made["bytes"]["memory"]
     plan = made | {
         "layers": layers,

@@ -1,8 +1,9 @@
 """Looks at parts of a running guest to say what all of it would cost. Changes nothing.
 
 Memory: runs of pages, evenly over what the guest's memory file holds, go through the very codec that a handoff uses,
-against the picture that both sites have; a second look at the same pages tells what the guest dirties and what that
-costs as a difference. Disk: chunks that the overlay holds, asked for at the target, as recipes where that is shorter.
+against the picture that both sites have; two more looks at the same pages tell what the guest dirties, what that costs
+as a difference, and how many pages it keeps rewriting. Disk: chunks that the overlay holds, asked for at the target, as
+recipes where that is shorter, and what is written to it meanwhile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +25,7 @@ from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.store import ChunkStore
 from haulier.compress import StreamCompressor
 from haulier.compress.xz import FIRST_LEVEL
+from haulier.disks.patches import make_patch
 from haulier.disks.rounds import DiskRounds
 from haulier.errors import HaulierError, UnknownThing
 from haulier.guests.command import RAM_ID
@@ -77,13 +80,13 @@ def _memory(reader: AheadReader, proxy: SourceProxy, runs: int, looks_s: float) 
     seen: list[float] = []
     for place in chosen:
         seen.append(time.monotonic())
-        wire, zero, same = _look(reader, proxy, place)
+        wire, zero, looked, sent = _look(reader, proxy, place)
         wires.append(wire)
         counts["zero"] += zero
-        counts["same"] += same
+        counts["same"] += looked - zero - len(sent)
     for kind in ("block", "xor", "series", "literal"):
         counts[kind] = float(proxy.counters.pages.get(kind, 0))
-    dirty_wire, dirty_pages, span = _again(reader, proxy, chosen, seen, looks_s)
+    later = _again(reader, proxy, chosen, seen, looks_s)
     scale = len(places) / len(chosen) if chosen else 0.0
     total = {kind: count * scale for kind, count in counts.items()}
     total["zero"] += reader.pages - len(places) * RUN
@@ -95,13 +98,14 @@ def _memory(reader: AheadReader, proxy: SourceProxy, runs: int, looks_s: float) 
         pages=total,
         memory_wire=float(wire_all.sum()) * scale + reader.pages * HEADER / 1000,
         memory_error=spread * len(places) / max(1, len(chosen)) ** 0.5 * rest**0.5,
-        dirty_wire_s=dirty_wire * scale / span,
-        dirty_bps=dirty_pages * scale * PAGE * 8 / span,
+        dirty_wire_s=later.wire * scale / later.seconds,
+        hot_wire=later.hot_wire * scale,
+        dirty_bps=later.pages * scale * PAGE * 8 / later.seconds,
     )
 
 
-def _look(reader: AheadReader, proxy: SourceProxy, place: int) -> tuple[int, int, int]:
-    """Wire bytes of a run of pages, how many of them are zero, and how many the target has."""
+def _look(reader: AheadReader, proxy: SourceProxy, place: int) -> tuple[int, int, int, NDArray[np.int64]]:
+    """Wire bytes of a run of pages, how many of them are zero, how many there are, and those that the target lacks."""
     assert proxy.mirror is not None
     numbers = np.arange(place, min(place + RUN, reader.pages))
     pages: NDArray[np.uint8] = np.empty((len(numbers), PAGE), np.uint8)
@@ -109,23 +113,57 @@ def _look(reader: AheadReader, proxy: SourceProxy, place: int) -> tuple[int, int
     rows = reader.wanted(proxy.mirror, proxy.mirror.first[RAM_ID] + numbers, pages)
     zero = len(pages) - int(nonzero(pages).sum())
     batches = proxy.ahead(RAM_ID, numbers[rows], pages[rows])
-    return sum(len(batch.data) for batch in batches), zero, len(pages) - zero - len(rows)
+    return sum(len(batch.data) for batch in batches), zero, len(pages), numbers[rows]
+
+
+@dataclass(frozen=True)
+class Dirtied:
+    """What changed in the chosen runs in so many seconds; `hot_wire`: what all pages that keep changing cost once."""
+
+    wire: float
+    pages: int
+    seconds: float
+    hot_wire: float
 
 
 def _again(
-    reader: AheadReader, proxy: SourceProxy, chosen: Sequence[int], seen: Sequence[float], looks_s: float
-) -> tuple[float, float, float]:
-    """(wire bytes, pages, seconds): what changed of the chosen runs since they were first looked at."""
+    reader: AheadReader, proxy: SourceProxy, chosen: Sequence[int], seen: list[float], looks_s: float
+) -> Dirtied:
+    """Two more looks. How many pages keep changing is told by how many changed both times, as one tells fish in a pond
+    from how many of those caught again were marked (Lincoln and Petersen; Chapman's form, which is never infinite)."""
     if not chosen:
-        return 0.0, 0.0, 1.0
-    time.sleep(max(0.0, seen[0] + looks_s - time.monotonic()))
-    wire = pages = span = 0.0
-    for place, before in zip(chosen, seen, strict=True):
-        found = proxy.counters.ahead
-        wire += _look(reader, proxy, place)[0]
-        pages += proxy.counters.ahead - found
-        span += time.monotonic() - before
-    return wire, pages, span / len(chosen)
+        return Dirtied(0.0, 0, 1.0, 0.0)
+    caught: list[int] = []
+    marked: NDArray[np.int64] = np.empty(0, np.int64)
+    wire = seconds = 0.0
+    for wait in (looks_s, looks_s / 2):
+        time.sleep(max(0.0, seen[0] + wait - time.monotonic()))
+        found = [marked[:0]]
+        span = 0.0
+        for which, place in enumerate(chosen):
+            cost, _, _, sent = _look(reader, proxy, place)
+            wire += cost
+            found.append(sent)
+            now = time.monotonic()
+            span += now - seen[which]
+            seen[which] = now
+        seconds += span / len(chosen)
+        both, marked = np.intersect1d(marked, changed := np.concatenate(found)), changed
+        caught.append(len(changed))
+    pages = sum(caught)
+    hot = (caught[0] + 1) * (caught[1] + 1) / (len(both) + 1) - 1
+    return Dirtied(wire, pages, seconds, hot * wire / pages if pages else 0.0)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Of the overlay: chunks, wire bytes of those that the target lacks, their standard error, and wire bytes a second
+    of what the guest writes."""
+
+    chunks: float
+    wire: float
+    error: float
+    wire_s: float
 
 
 def disk(
@@ -133,24 +171,43 @@ def disk(
     index: BlockIndex,
     space: BlockSpace,
     lacking: Callable[[Sequence[bytes]], Sequence[int]],
-) -> tuple[float, float, float]:
-    """(chunks of the overlay, wire bytes of those that the target lacks, standard error)."""
+    meanwhile: Callable[[], Sampled],
+) -> tuple[Sampled, Disk]:
+    """Looks at the disk, at memory `meanwhile`, and at what was written until then."""
     try:
         with rounds.begin() as current:
+            began = time.monotonic()
             dirty = [number for number in current.chunks if number not in current.zero]
             chosen = random.Random(1).sample(dirty, min(CHUNKS, len(dirty)))
-            contents = [bytes(current.read(number)) for number in sorted(chosen)]
+            before = {number: bytes(current.read(number)) for number in sorted(chosen)}
+        found = meanwhile()
+        with rounds.next(hold_back=False) as later:
+            span = time.monotonic() - began
+            written = sorted(later.dirty)
+            looked = random.Random(1).sample(written, min(CHUNKS // 2, len(written)))
+            after = {number: bytes(later.read(number)) for number in looked}
     finally:
         with contextlib.suppress(HaulierError):
             rounds.abort()
+    costs = [_anew(before.get(number), data, index, space) for number, data in after.items()]
+    wire_s = sum(costs) / len(costs) * len(written) / span if costs else 0.0
+    contents = list(before.values())
     if not contents:
-        return 0.0, 0.0, 0.0
+        return found, Disk(0.0, 0.0, 0.0, wire_s)
     asked = set(lacking([fingerprint(data) for data in contents]))
     sizes = np.array(_sizes([data if n in asked else b"" for n, data in enumerate(contents)], index, space), float)
     spread = float(sizes.std(ddof=1)) if len(sizes) > 1 else 0.0
     rest = max(0.0, 1 - len(contents) / len(dirty))
     error = spread * len(dirty) / len(contents) ** 0.5 * rest**0.5
-    return float(len(dirty)), float(sizes.mean()) * len(dirty), error
+    return found, Disk(float(len(dirty)), float(sizes.mean()) * len(dirty), error, wire_s)
+
+
+def _anew(before: bytes | None, data: bytes, index: BlockIndex, space: BlockSpace) -> float:
+    """Wire bytes of a chunk that was written: as a patch on what the target will have by then, where that is known."""
+    if before == data:
+        return 0.0
+    patch = make_patch(before, data) if before is not None else None
+    return float(_sizes([patch.data])[0] if patch is not None else _sizes([data], index, space)[0])
 
 
 def _sizes(contents: Sequence[bytes], index: BlockIndex | None = None, space: BlockSpace | None = None) -> list[int]:
