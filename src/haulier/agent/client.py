@@ -44,8 +44,10 @@ _WORTH_OURS: Final = 256
 PATH_HEADER: Final = "Haulier-Path"
 PATH_VERSION: Final = str(VERSION)
 """A call whose connection may go on as a path of the bulk protocol (`haulier.agent.handing`)."""
-_PROBE_SIZES: Final = (128 << 10, 512 << 10)
-"""The first opens the connection's window, the second is timed."""
+_PROBE_SIZES: Final = (128 << 10, 512 << 10, 960 << 10, 960 << 10, 960 << 10)
+"""The first opens the connection's window, the others are timed ..."""
+_PROBE_RTTS: Final = 4
+"""... until one takes so many round trips: one that takes less has waited for the window, not for the link."""
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -295,17 +297,22 @@ class Client:
             connection.connect()
             # TCP's handshake and TLS 1.3's take one round trip each
             rtt = (time.monotonic() - began) / 2
-            for size in _PROBE_SIZES:
+            rate = 0.0
+            for number, size in enumerate(_PROBE_SIZES):
                 began = time.monotonic()
                 connection.request("POST", "/v1/peer/probe", os.urandom(size))
                 answer = connection.getresponse()
                 _read(self.where, answer.status, answer.read(MAX_ANSWER))
-                took = time.monotonic() - began
+                took = max(time.monotonic() - began - rtt, 1e-4)
+                if number:
+                    rate = max(rate, size * 8 / took)
+                    if took >= _PROBE_RTTS * rtt:
+                        break
         except (OSError, http.client.HTTPException) as error:
             raise PeerError(f"{self.where} cannot be measured ({error}): is 'haulier agent' running there?") from None
         finally:
             connection.close()
-        return size * 8 / max(took - rtt, 1e-4), rtt
+        return rate, rtt
 
     def look(self, offer: Mapping[str, Any]) -> dict[str, Any]:
         """Like `offer`, but nothing is begun: what stands against it (`reasons`), and what is there already."""
