@@ -71,8 +71,7 @@ def one(name: str, form: Form, parts: Parts) -> Experiment:
     size = "" if form == Form.WHOLE else f" {form}"
     for unit, run in repeated(name, module.units(form), form).items():
         try:
-            one_unit = parts.do(f"{name}{size}: {unit}", partial(timed, name, unit, run))
-            joined(found, [one_unit if "#" not in unit else without_pictures(one_unit)])
+            joined(found, [parts.do(f"{name}{size}: {unit}", partial(timed, name, unit, run))])
         except Enough:
             left.append(unit)
         except Exception as error:
@@ -92,13 +91,17 @@ def repeated(
     doing a thing alternate. Rows of the same way in the same setting become their median (`model.merged`)."""
     found = dict(units)
     for number in range(2, RUNS + 1) if form == Form.WHOLE else ():
-        found |= {f"{unit} #{number}": run for unit, run in units.items() if not unit.startswith(ONCE.get(name, ()))}
+        found |= {
+            f"{unit} #{number}": partial(without_pictures, run)
+            for unit, run in units.items()
+            if not unit.startswith(ONCE.get(name, ()))
+        }
     return found
 
 
-def without_pictures(again: Experiment) -> Experiment:
+def without_pictures(run: Callable[[], Experiment]) -> Experiment:
     """A repetition's rows, checks and notes: the page shows the time lines of the first run."""
-    return replace(again, handoffs=[], bars=[])
+    return replace(run(), handoffs=[], bars=[])
 
 
 def timed(name: str, unit: str, run: Callable[[], Experiment]) -> Experiment:

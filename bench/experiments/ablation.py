@@ -170,7 +170,8 @@ def handoff(way: str, off: str) -> Experiment:
 
 
 def faces(way: str, off: str) -> Experiment:
-    """Handoffs of a guest that looks at pictures, over a link that asks for all of the CPU."""
+    """Handoffs of a guest that looks at pictures, over a link that asks for all of the CPU. Several in each run: what
+    is to be told is less than one handoff differs from the next."""
     found, case = new(), Case("faces", 25, 1024)
     with switched_off(off):
         made = ours(case, [OURS] * RUNS)

@@ -73,23 +73,31 @@ class Took(msgspec.Struct, frozen=True, kw_only=True):
     downtime_s: float
 
 
+def link_s(took: Took) -> float:
+    """Seconds that the link needed for its bytes."""
+    return took.wire * 8 / max(took.rate_bps, 1.0)
+
+
+def rest_s(took: Took) -> float:
+    """Seconds that it took beside those and the round trips."""
+    return took.total_s - 6 * took.rtt_s - link_s(took)
+
+
 def learn(past: Sequence[Took], default: Pace | None = None) -> Pace:
     """The pace by the medians of past handoffs: what is fixed from all, for those that waited for the link had nothing
     else to wait for, and the others took at least that; how fast memory passes from the others."""
     pace = default or Pace()
     if not past:
         return pace
-    links = [took.wire * 8 / max(took.rate_bps, 1.0) for took in past]
-    rests = [took.total_s - 6 * took.rtt_s - link for took, link in zip(past, links, strict=True)]
-    waited = [rest for took, link, rest in zip(past, links, rests, strict=True) if link >= 0.5 * took.total_s]
-    free = [(took, rest) for took, link, rest in zip(past, links, rests, strict=True) if link < 0.5 * took.total_s]
-    most = [statistics.median(some) for some in (waited, [rest for _, rest in free]) if some]
-    fixed = min(pace.fixed_s, *most) if not waited else min(most)
+    free = [took for took in past if link_s(took) < 0.5 * took.total_s]
+    waited = [took for took in past if took not in free]
+    fixed = statistics.median(map(rest_s, waited)) if waited else pace.fixed_s
+    if free:
+        fixed = min(fixed, statistics.median(map(rest_s, free)))
     pace = msgspec.structs.replace(pace, fixed_s=min(10.0, max(0.2, fixed)))
     if free:
         passes = [
-            max(0.05, took.total_s - pace.fixed_s - 6 * took.rtt_s) / (took.memory_bytes / 1024 / MIB)
-            for took, _ in free
+            max(0.05, took.total_s - pace.fixed_s - 6 * took.rtt_s) / (took.memory_bytes / 1024 / MIB) for took in free
         ]
         pace = msgspec.structs.replace(pace, pass_s=statistics.median(passes))
     downs = [took.downtime_s - 2.5 * took.rtt_s for took in past]

@@ -133,12 +133,11 @@ def _again(
     from how many of those caught again were marked (Lincoln and Petersen; Chapman's form, which is never infinite)."""
     if not chosen:
         return Dirtied(0.0, 0, 1.0, 0.0)
-    caught: list[int] = []
-    marked: NDArray[np.int64] = np.empty(0, np.int64)
+    changed: list[NDArray[np.int64]] = []
     wire = seconds = 0.0
     for wait in (looks_s, looks_s / 2):
         time.sleep(max(0.0, seen[0] + wait - time.monotonic()))
-        found = [marked[:0]]
+        found = []
         span = 0.0
         for which, place in enumerate(chosen):
             cost, _, _, sent = _look(reader, proxy, place)
@@ -148,10 +147,10 @@ def _again(
             span += now - seen[which]
             seen[which] = now
         seconds += span / len(chosen)
-        both, marked = np.intersect1d(marked, changed := np.concatenate(found)), changed
-        caught.append(len(changed))
-    pages = sum(caught)
-    hot = (caught[0] + 1) * (caught[1] + 1) / (len(both) + 1) - 1
+        changed.append(np.concatenate(found))
+    marked, caught = changed
+    pages = len(marked) + len(caught)
+    hot = (len(marked) + 1) * (len(caught) + 1) / (len(np.intersect1d(marked, caught)) + 1) - 1
     return Dirtied(wire, pages, seconds, hot * wire / pages if pages else 0.0)
 
 
@@ -189,35 +188,38 @@ def disk(
     finally:
         with contextlib.suppress(HaulierError):
             rounds.abort()
-    costs = [_anew(before.get(number), data, index, space) for number, data in after.items()]
+    costs = _sizes([_anew(before.get(number), data, index, space) for number, data in after.items()])
     wire_s = sum(costs) / len(costs) * len(written) / span if costs else 0.0
     contents = list(before.values())
     if not contents:
         return found, Disk(0.0, 0.0, 0.0, wire_s)
     asked = set(lacking([fingerprint(data) for data in contents]))
-    sizes = np.array(_sizes([data if n in asked else b"" for n, data in enumerate(contents)], index, space), float)
+    short = [_short(data, index, space) if n in asked else b"" for n, data in enumerate(contents)]
+    sizes = np.array(_sizes(short), float)
     spread = float(sizes.std(ddof=1)) if len(sizes) > 1 else 0.0
     rest = max(0.0, 1 - len(contents) / len(dirty))
     error = spread * len(dirty) / len(contents) ** 0.5 * rest**0.5
     return found, Disk(float(len(dirty)), float(sizes.mean()) * len(dirty), error, wire_s)
 
 
-def _anew(before: bytes | None, data: bytes, index: BlockIndex, space: BlockSpace) -> float:
-    """Wire bytes of a chunk that was written: as a patch on what the target will have by then, where that is known."""
+def _anew(before: bytes | None, data: bytes, index: BlockIndex, space: BlockSpace) -> bytes:
+    """What a chunk that was written goes as: a patch on what the target will have by then, where that is known."""
     if before == data:
-        return 0.0
+        return b""
     patch = make_patch(before, data) if before is not None else None
-    return float(_sizes([patch.data])[0] if patch is not None else _sizes([data], index, space)[0])
+    return patch.data if patch is not None else _short(data, index, space)
 
 
-def _sizes(contents: Sequence[bytes], index: BlockIndex | None = None, space: BlockSpace | None = None) -> list[int]:
+def _short(data: bytes, index: BlockIndex, space: BlockSpace) -> bytes:
+    """The chunk, or its recipe where that is shorter."""
+    made = recipe.encode(data, index, space)
+    return made if made is not None and len(made) < len(data) else data
+
+
+def _sizes(contents: Sequence[bytes]) -> list[int]:
+    """Wire bytes of each, one after the other in a stream as a handoff's; nothing costs nothing."""
     compressor = StreamCompressor(3, 24, True)
-    out = []
-    for data in contents:
-        made = recipe.encode(data, index, space) if data and index is not None and space is not None else None
-        short = made if made is not None and len(made) < len(data) else data
-        out.append(len(compressor.compress(short)) if data else 0)
-    return out
+    return [len(compressor.compress(data)) if data else 0 for data in contents]
 
 
 def missing(store: ChunkStore, chunks: Sequence[bytes]) -> float:
