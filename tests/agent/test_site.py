@@ -54,6 +54,9 @@ def test_a_bad_file_is_corrupt(tmp_path: Path, text: str, why: str) -> None:
 def test_no_site(tmp_path: Path) -> None:
     with pytest.raises(UnknownThing, match="haulier site init"):
         Site.load(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UnknownThing, match="haulier site init"):
+        Site.load(tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", ["", "-a", "A", "a/b", "..", "a" * 42, "a\n", "ä"])

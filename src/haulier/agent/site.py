@@ -160,7 +160,7 @@ class Site:
         path = root / "site.toml"
         try:
             data = tomllib.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UnknownThing(
                 f"no site at {root}: make one with 'haulier site init' or 'haulier site join', or give --root"
             ) from None

@@ -312,7 +312,7 @@ def scenario(
     """
     work = WORK / name
     if work.exists():
-        _clear(work)
+        clear_killed(work)
     lab = Lab.up(topology(name, links, ipv6=ipv6), force=True)
     sites = {site: LabSite(lab, site, work / site) for site in ("oslo", "lisbon")}
     try:
@@ -340,7 +340,7 @@ def scenario(
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _clear(work: Path) -> None:
+def clear_killed(work: Path) -> None:
     """What a run left behind that was killed, or whose host was restarted: mounts, too."""
     for root in work.iterdir():
         with contextlib.suppress(HaulierError):
