@@ -1,11 +1,12 @@
 """The controller against every fixed level and against perfect knowledge, on page streams of real guests.
 
-Recorded: one guest with four loads in turn (idle; a table in memory that changes; files that come and go; a large cache
-of random bytes). Each time all of its memory goes through the page codec against the golden snapshot and the disk, and
-what would be compressed is kept, batch by batch. Then zstd and xz are run for real on these batches, at each level, and
-under the controller with its changes of level, and CPU time is measured; link and share of a core are virtual: a
-batch is encoded while the link sends the ones before it, and at most 0.3 s of link wait in between. One core means that
-half of it is left beside the guest, two that all of it is. The changing link goes 5 -> 35 -> 5 Mbps at 5 and 10 s, a
+Recorded: one guest with four loads in turn (idle; a table in memory that changes; files that come and go; a large
+cache of random bytes). Each time all of its memory goes through the page codec against the golden snapshot and the
+disk, and what would be compressed is kept, batch by batch, with the CPU time that the page codec took before. Then
+zstd and xz are run for real on these batches, at each level, and under the controller with its changes of level, and
+CPU time is measured, to which that of the page codec is added; link and share of a core are virtual: a batch is
+encoded while the link sends the ones before it, and at most 0.3 s of link wait in between. One core means that half
+of it is left beside the guest, two that all of it is. The changing link goes 5 -> 35 -> 5 Mbps at 5 and 10 s, a
 tenth of the time that the published experiment takes; the hog leaves a quarter of the core for two seconds of four.
 
 --only takes loads. With --parts FOLDER streams are kept there once they are recorded (so that what follows needs no
@@ -21,12 +22,11 @@ import struct
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -61,8 +61,16 @@ LOADS: dict[str, dict[str, Any]] = {
 }
 RATES = (5, 10, 15, 20, 25, 50, 100, 300)
 QUEUED_S = 0.3
+HEAD = struct.Struct("<Id")
 MOST = 48 << 20
 """Plain bytes that are taken of one stream."""
+
+
+class Batch(NamedTuple):
+    """What is to be compressed, and the CPU seconds of the page codec before."""
+
+    data: bytes
+    encode_s: float
 
 
 class Recorder(StreamCompressor):
@@ -70,11 +78,15 @@ class Recorder(StreamCompressor):
 
     def __init__(self) -> None:
         super().__init__(-5, 20, False)
-        self.batches: list[bytes] = []
+        self.batches: list[Batch] = []
+        self._since = time.thread_time()
 
     def compress(self, *data: Any) -> bytes:
-        self.batches.append(b"".join(bytes(memoryview(part).cast("B")) for part in data))
-        return super().compress(*data)
+        encode_s = time.thread_time() - self._since
+        self.batches.append(Batch(b"".join(bytes(memoryview(part).cast("B")) for part in data), encode_s))
+        wire = super().compress(*data)
+        self._since = time.thread_time()
+        return wire
 
 
 def encode_all(proxy: SourceProxy, ram: Path, enough: Callable[[], bool] = lambda: False) -> None:
@@ -91,7 +103,7 @@ def encode_all(proxy: SourceProxy, ram: Path, enough: Callable[[], bool] = lambd
     proxy.close()
 
 
-def record(found: Scenario, load: dict[str, Any]) -> list[bytes]:
+def record(found: Scenario, load: dict[str, Any]) -> list[Batch]:
     workload = Workload(found.lab, "client", GUEST_ADDRESS)
     workload.start(load["memory_mib"], **{key: value for key, value in load.items() if key != "memory_mib"})
     time.sleep(10)
@@ -105,23 +117,24 @@ def record(found: Scenario, load: dict[str, Any]) -> list[bytes]:
         proxy = SourceProxy(Path(folder) / "mirror", base, finder)
         proxy._compressor = recorder = Recorder()
         ram = guest_paths(site, "web1").ram
-        encode_all(proxy, ram, lambda: sum(map(len, recorder.batches)) >= MOST)
+        encode_all(proxy, ram, lambda: sum(len(batch.data) for batch in recorder.batches) >= MOST)
     return recorder.batches
 
 
-def save(path: Path, batches: Sequence[bytes]) -> None:
+def save(path: Path, batches: Sequence[Batch]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
-    temporary.write_bytes(b"".join(struct.pack("<I", len(batch)) + batch for batch in batches))
+    temporary.write_bytes(b"".join(HEAD.pack(len(data), encode_s) + data for data, encode_s in batches))
     temporary.rename(path)
 
 
-def load(path: Path) -> list[bytes]:
+def load(path: Path) -> list[Batch]:
     data, at, found = path.read_bytes(), 0, []
     while at < len(data):
-        (size,) = struct.unpack_from("<I", data, at)
-        found.append(data[at + 4 : at + 4 + size])
-        at += 4 + size
+        size, encode_s = HEAD.unpack_from(data, at)
+        at += HEAD.size
+        found.append(Batch(data[at : at + size], encode_s))
+        at += size
     return found
 
 
@@ -129,13 +142,13 @@ Costs = list[tuple[int, float]]
 """For each batch: bytes on the wire, CPU seconds."""
 
 
-def fixed(batches: list[bytes], level: int) -> Costs:
+def fixed(batches: list[Batch], level: int) -> Costs:
     compress, _ = compressor(level)
     out = []
-    for batch in batches:
+    for data, encode_s in batches:
         began = time.thread_time()
-        wire = len(compress(batch))
-        out.append((wire, time.thread_time() - began))
+        wire = len(compress(data))
+        out.append((wire, encode_s + time.thread_time() - began))
     return out
 
 
@@ -151,7 +164,6 @@ class Pipe:
     now: float = 0.0
     free: float = 0.0
     """When the link has sent all so far."""
-    queued: deque[tuple[float, int]] | None = None
 
     def push(self, wire: int, cpu_s: float) -> None:
         self.now += cpu_s / self.cpu(self.now)
@@ -166,8 +178,12 @@ class Pipe:
         self.free = at
 
     @property
+    def queued_s(self) -> float:
+        return max(0.0, self.free - self.now)
+
+    @property
     def full(self) -> bool:
-        return self.free - self.now > QUEUED_S / 3
+        return self.queued_s > QUEUED_S / 3
 
 
 def play(costs: Costs, link: Varying, cpu: Varying) -> float:
@@ -186,20 +202,20 @@ def oracle(tables: dict[int, Costs], link: Varying, cpu: Varying) -> float:
     return pipe.free
 
 
-def controlled(batches: list[bytes], profile: Profile, link: Varying, cpu: Varying) -> tuple[float, int]:
+def controlled(batches: list[Batch], profile: Profile, link: Varying, cpu: Varying) -> tuple[float, int]:
     pipe, seen = Pipe(link, cpu), Link(link(0.0))
     control = Controller(profile, link(0.0), cpu(0.0))
     level = control.begin(0.0).level
     compress, _ = compressor(level)
     share = cpu(0.0)
     before = b""
-    for batch in batches:
+    for batch, encode_s in batches:
         began = time.thread_time()
         wire = len(compress(batch))
         cpu_s = time.thread_time() - began
-        pipe.push(wire, cpu_s)
+        pipe.push(wire, encode_s + cpu_s)
         if len(batch) >= LEAST_PACKED:
-            control.note(len(batch), wire, cpu_s)
+            control.note(len(batch), wire, cpu_s, encode_s)
         share = 0.9 * share + 0.1 * cpu(pipe.now)
         full = pipe.full
         if before and len(batch) >= LEAST_TRIED and (levels := control.due(full)):
@@ -208,8 +224,10 @@ def controlled(batches: list[bytes], profile: Profile, link: Varying, cpu: Varyi
             pipe.now += (time.thread_time() - began) / cpu(pipe.now)
         before = batch
         # What is acknowledged is never more than the link carries.
-        rate = link(pipe.now) if full else min(link(pipe.now), wire / max(1e-9, cpu_s / share))
-        if control.decide(pipe.now, max(1.0, seen.note(rate, full)), share).level != level:
+        now = link(pipe.now)
+        rate = now if full else min(now, wire / max(1e-9, (encode_s + cpu_s) / share))
+        carries = seen.note(rate, full, int(pipe.queued_s * now))
+        if control.decide(pipe.now, max(1.0, carries), share).level != level:
             level = control.choice.level
             compress, _ = compressor(level)
     return pipe.free, len(control.changes) - 1
@@ -232,7 +250,7 @@ def scenes(quick: bool) -> dict[str, tuple[Varying, Varying]]:
     return found
 
 
-def streams(loads: Sequence[str] = tuple(LOADS), folder: Path | None = None) -> dict[str, list[bytes]]:
+def streams(loads: Sequence[str] = tuple(LOADS), folder: Path | None = None) -> dict[str, list[Batch]]:
     """Recorded batches by load; those that are in the folder are taken from there."""
     kept = {name: folder / f"stream-{name}" for name in loads} if folder is not None else {}
     if not kept or not all(path.exists() for path in kept.values()):
@@ -272,7 +290,7 @@ class Cell:
         return cls(**{**kept, "fixed": {int(level): took for level, took in kept["fixed"].items()}})
 
 
-def cells(recorded: dict[str, list[bytes]], quick: bool) -> Iterator[Cell]:
+def cells(recorded: dict[str, list[Batch]], quick: bool) -> Iterator[Cell]:
     """Every recorded stream in every scene."""
     profile = calibrated()
     for load, batches in recorded.items():
@@ -299,7 +317,7 @@ def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps:
     return told(found, notes)
 
 
-def played(recorded: dict[str, list[bytes]], quick: bool) -> list[dict[str, Any]]:
+def played(recorded: dict[str, list[Batch]], quick: bool) -> list[dict[str, Any]]:
     found = []
     for cell in cells(recorded, quick):
         print(f"{time.strftime('%H:%M:%S')} {cell}", file=sys.stderr, flush=True)

@@ -126,7 +126,7 @@ def encode(
         if record:
             proxy._compressor = recorder
         encode_all(proxy, ram)
-        return proxy.counters.wire_bytes, recorder.batches
+        return proxy.counters.wire_bytes, [batch.data for batch in recorder.batches]
 
 
 def limit(batches: list[bytes], quick: bool) -> int:

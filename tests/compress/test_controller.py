@@ -79,7 +79,9 @@ def drive(found: Profile, truth: dict[int, Correction], link: float, cpu: float,
     for _ in range(steps):
         cost = control.choice.cost
         fix = truth.get(cost.level, Correction())
-        control.note(512 * 1024, int(512 * 1024 * cost.ratio * fix.ratio), 512 * 1024 / (cost.speed * fix.speed))
+        plain = 512 * 1024
+        encode_s = plain * found.encode
+        control.note(plain, int(plain * cost.ratio * fix.ratio), plain / (cost.speed * fix.speed), encode_s)
         control.learn({level: sent(found, truth, level) for level in control.due(full=True)})
         now += 0.1
         control.decide(now, link, cpu)
@@ -119,7 +121,7 @@ def test_a_link_that_changes_is_followed_at_once_but_not_at_every_batch() -> Non
     for mbps in (5, 500, 5):
         for _ in range(100):
             cost = control.choice.cost
-            control.note(1 << 20, int((1 << 20) * cost.ratio), (1 << 20) / cost.speed)
+            control.note(1 << 20, int((1 << 20) * cost.ratio), (1 << 20) / cost.speed, 0.002)
             now += 0.05
             control.decide(now, mbps * 125e3, 1.0)
         seen.append(control.choice.level)
@@ -142,6 +144,26 @@ def test_a_link_that_was_not_kept_full_may_carry_more_than_was_seen() -> None:
     assert link.note(2e5, True) == 2e5
 
 
+def test_a_link_for_which_more_and_more_waits_has_no_more_to_give() -> None:
+    link = Link()
+    link.note(1e6, True, 1000)
+    assert link.note(1e6, False, 2000) == 1e6
+    assert link.note(1e6, False, 2000) > 1e6, "what waits is not getting more"
+    assert link.note(1e6, False, 1000) > 1e6
+
+
+def test_pages_that_are_dear_before_compression_get_the_quickest_mode_that_is_enough() -> None:
+    """On a link of 200 Mbps a page codec that is ten times slower than the profile says leaves no CPU for level 5."""
+    quick, dear = (Controller(DEFAULT, 200 * 125e3) for _ in range(2))
+    for control, encode in ((quick, DEFAULT.encode), (dear, 10 * DEFAULT.encode)):
+        control.begin(0.0)
+        for number in range(50):
+            cost = control.choice.cost
+            control.note(1 << 20, int((1 << 20) * cost.ratio), (1 << 20) / cost.speed, (1 << 20) * encode)
+            control.decide(number * 0.1, 200 * 125e3, 1.0)
+    assert dear.choice.level < quick.choice.level and dear.choice.limit == "cpu"
+
+
 def test_modes_that_another_beats_in_both_are_left_out() -> None:
     found = Profile((Cost(9, 40e6, 0.3), Cost(5, 90e6, 0.29), Cost(1, 300e6, 0.4))).frontier()
     assert [cost.level for cost in found.costs] == [1, 5]
@@ -161,7 +183,7 @@ def test_pages_that_compress_badly_are_not_held_against_the_mode_in_use() -> Non
     for number in range(200):
         cost = control.choice.cost
         ratio = 1.0 if number // 4 % 2 else 0.1
-        control.note(1 << 19, int((1 << 19) * ratio), (1 << 19) / cost.speed)
+        control.note(1 << 19, int((1 << 19) * ratio), (1 << 19) / cost.speed, 0.001)
         now += 0.3
         control.decide(now, 10 * 125e3, 1.0)
     assert len(control.changes) <= 3
@@ -173,7 +195,7 @@ def test_trials_of_the_same_pages_tell_modes_apart() -> None:
     control.begin(0.0)
     first = control.choice.level
     assert control.due(True) == ()
-    control.note(1 << 20, 1 << 18, 0.01)
+    control.note(1 << 20, 1 << 18, 0.01, 0.002)
     levels = control.due(True)
     assert first in levels and len(levels) > 2 and control.due(False) == ()
     # Preset 2 makes twice the bytes here that the profile says, against the mode in use.

@@ -59,12 +59,12 @@ def test_the_codec_takes_the_level_that_the_link_asks_for(proxy: SourceProxy, mo
     slow = deciding.level
     feeding = Feeding(proxy)
     for _ in range(6):
-        deciding.step(proxy, 5e6, True)
+        deciding.step(proxy, 5e6, True, 0)
         feeding.megabyte()
         now[0] += 0.4
     assert proxy.level == deciding.level
     for _ in range(9):
-        deciding.step(proxy, 8e9, True)
+        deciding.step(proxy, 8e9, True, 0)
         feeding.megabyte()
         now[0] += 0.4
     assert proxy.level == deciding.level < slow
@@ -77,18 +77,28 @@ def test_small_batches_tell_nothing_of_modes(proxy: SourceProxy) -> None:
     deciding = Adapting(DEFAULT, 10e6)
     pages = np.random.default_rng(1).integers(0, 20, (2, PAGE), dtype=np.uint8)
     for at in range(0, 400, 2):
-        deciding.step(proxy, 10e6, True)
+        deciding.step(proxy, 10e6, True, 0)
         proxy.ahead("ram0", np.arange(at, at + 2), pages)
     content = deciding.report()["content"]
-    assert content == {"speed": 1.0, "ratio": 1.0, "trials": 0} and not proxy.recent
+    assert content == {"speed": 1.0, "ratio": 1.0, "trials": 0, "encode_ns": 2.0} and not proxy.recent
+
+
+def test_the_page_codecs_own_time_is_learnt(proxy: SourceProxy) -> None:
+    deciding = Adapting(DEFAULT, 10e6)
+    feeding = Feeding(proxy)
+    for _ in range(4):
+        deciding.step(proxy, 10e6, True, 0)
+        with deciding.working():
+            feeding.megabyte()
+    assert deciding.report()["content"]["encode_ns"] != 2.0
 
 
 def test_near_the_end_no_level_is_slow(proxy: SourceProxy) -> None:
     proxy.set_level(15)
-    Adapting(DEFAULT, 1e6).step(proxy, 1e6, True, ending=True)
+    Adapting(DEFAULT, 1e6).step(proxy, 1e6, True, 0, ending=True)
     assert proxy.level == ENDING_LEVEL
     proxy.set_level(1)
-    Adapting(DEFAULT, 1e6).step(proxy, 1e6, True, ending=True)
+    Adapting(DEFAULT, 1e6).step(proxy, 1e6, True, 0, ending=True)
     assert proxy.level == 1
 
 

@@ -156,15 +156,20 @@ class Link:
     """What the link carries, told from what it is seen to carry: bytes a second."""
 
     known: float = 0.0
+    _waiting: int = 0
 
-    def note(self, seen: float, full: bool) -> float:
-        """`full`: there was always something waiting for it, so that what is seen is what it carries."""
+    def note(self, seen: float, full: bool, waiting: int = 0) -> float:
+        """`full`: there was always something waiting for it, so that what is seen is what it carries.
+
+        `waiting`: bytes that wait for it. While they grow it is given more than it takes: it has no more to give.
+        """
+        growing, self._waiting = waiting > self._waiting, waiting
         if full or not self.known:
             self.known = seen
         else:
             # Not full: it carries at least this, and perhaps more than was known.
             self.known = max(self.known, seen)
-        return self.known if full else max(self.known, seen * PROBE)
+        return self.known if full or growing else max(self.known, seen * PROBE)
 
 
 Tried = Mapping[int, tuple[int, int, float]]
@@ -194,6 +199,8 @@ class Controller:
     _plain: int = 0
     _wire: int = 0
     _cpu_s: float = 0.0
+    _encode: tuple[float, float] = (0.0, 0.0)
+    """CPU seconds before compression, and plain bytes, the latest counting most."""
     _due: tuple[float, float] = (0.0, 0.0)
     """Bytes on the wire and CPU seconds that profile and trials say of what was sent, the latest counting most ..."""
     _came: tuple[float, float] = (0.0, 0.0)
@@ -203,12 +210,18 @@ class Controller:
 
     def __post_init__(self) -> None:
         self.profile = self.profile.frontier()
+        self._encode = (self.profile.encode * BELIEVED * LEAST_BYTES, float(BELIEVED * LEAST_BYTES))
         self.choice = choose(self.profile, self.link, self._share())
         if is_xz(self.choice.level):
             self.choice = choose(self.profile, self.link, CAUTION * self._share())
 
     def _share(self) -> float:
         return min(self.cpu, self.cap) if self.cap else self.cpu
+
+    @property
+    def encode(self) -> float:
+        """CPU seconds for each plain byte before any compression: the profile's, corrected by what was seen."""
+        return self._encode[0] / self._encode[1]
 
     def _now(self) -> Profile:
         """What modes cost of the pages that are being sent."""
@@ -222,7 +235,7 @@ class Controller:
             )
             for cost in self.profile.costs
         )
-        return Profile(tuple(costs), self.profile.encode, self.profile.made)
+        return Profile(tuple(costs), self.encode, self.profile.made)
 
     def begin(self, now: float) -> Choice:
         """The first mode, by the profile alone."""
@@ -230,8 +243,13 @@ class Controller:
         self.changes.append((now, self.choice))
         return self.choice
 
-    def note(self, plain: int, wire: int, cpu_s: float) -> None:
-        """What a batch cost: so many bytes went into the codec, so many came out, and that took so much CPU."""
+    def note(self, plain: int, wire: int, cpu_s: float, encode_s: float) -> None:
+        """What a batch cost: so many bytes went into compression, so many came out, and that took so much CPU.
+
+        `encode_s`: what was spent before, on pages that became these bytes or none.
+        """
+        kept = KEPT ** (plain / LEAST_BYTES)
+        self._encode = (kept * self._encode[0] + encode_s, kept * self._encode[1] + plain)
         self._plain += plain
         self._wire += wire
         self._cpu_s += cpu_s

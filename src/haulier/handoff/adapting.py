@@ -62,6 +62,7 @@ class Adapting:
         self._share = 1.0
         self._plain = self._wire = 0
         self._cpu_s = 0.0
+        self._worked_s = 0.0
         self.choice: Choice = self._controller.begin(0.0)
 
     @property
@@ -74,14 +75,16 @@ class Adapting:
         wall, cpu = time.monotonic(), time.thread_time()
         yield
         wall, cpu = time.monotonic() - wall, time.thread_time() - cpu
+        self._worked_s += cpu
         if wall > 1e-4:
             self._share = KEPT * self._share + (1 - KEPT) * min(1.0, cpu / wall)
         if self._cap and cpu > self._cap * wall:
             time.sleep(cpu / self._cap - wall)
 
-    def step(self, proxy: SourceProxy, rate_bps: float, full: bool, ending: bool = False) -> None:
+    def step(self, proxy: SourceProxy, rate_bps: float, full: bool, waiting: int, ending: bool = False) -> None:
         """Between two batches: takes note of what the last ones cost, and changes the level where that pays.
 
+        `full`: the link has enough to do; `waiting`: bytes that are not acknowledged yet.
         Near the end a batch is part of the downtime, so a slow level gives way to a quick one.
         """
         if ending:
@@ -92,12 +95,14 @@ class Adapting:
         plain, wire = counters.plain_bytes - self._plain, counters.wire_bytes - self._wire
         # Of what is small no mode can be judged: headers and calls are what it costs.
         if plain >= LEAST_PACKED:
-            self._controller.note(plain, wire, counters.compress_s - self._cpu_s)
+            cpu_s = counters.compress_s - self._cpu_s
+            self._controller.note(plain, wire, cpu_s, max(0.0, self._worked_s - cpu_s))
         self._plain, self._wire, self._cpu_s = counters.plain_bytes, counters.wire_bytes, counters.compress_s
+        self._worked_s = 0.0
         if (levels := self._controller.due(full)) and len(proxy.recent) > 1:
             earlier, last = proxy.recent
             self._controller.learn(profiles.trial(levels, earlier, last))
-        link = self._link.note(rate_bps / 8, full)
+        link = self._link.note(rate_bps / 8, full, waiting)
         before = self.choice.level
         self.choice = self._controller.decide(time.monotonic() - self._began, max(link, 1.0), self._share)
         if self.choice.level != before:
@@ -120,6 +125,7 @@ class Adapting:
             "content": {
                 "speed": round(controller.content.speed, 3),
                 "ratio": round(controller.content.ratio, 3),
+                "encode_ns": round(controller.encode * 1e9, 2),
                 "trials": controller.trials,
             },
             "learnt": {

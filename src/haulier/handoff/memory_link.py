@@ -201,8 +201,8 @@ class MemoryPump:
         if self._adapting is None:
             yield
             return
-        full = self._carrier.unacked(Channel.MEMORY) >= window.hungry
-        self._adapting.step(self.proxy, window.rate_bps, full, window.ending)
+        waiting = self._carrier.unacked(Channel.MEMORY)
+        self._adapting.step(self.proxy, window.rate_bps, waiting >= window.hungry, waiting, window.ending)
         with self._adapting.working():
             yield
 
