@@ -37,7 +37,7 @@ from report import Report, Target  # noqa: E402
 from haulier.chunks.blocks import StoreBlockFinder  # noqa: E402
 from haulier.chunks.store import ChunkStore  # noqa: E402
 from haulier.compress import StreamCompressor  # noqa: E402
-from haulier.compress.controller import Controller, Link, Profile  # noqa: E402
+from haulier.compress.controller import Controller, Link, Profile, Share  # noqa: E402
 from haulier.compress.profile import LEVELS, compressor, measure, trial  # noqa: E402
 from haulier.compress.xz import name_of  # noqa: E402
 from haulier.guests.command import RAM_ID  # noqa: E402
@@ -203,20 +203,19 @@ def oracle(tables: dict[int, Costs], link: Varying, cpu: Varying) -> float:
 
 
 def controlled(batches: list[Batch], profile: Profile, link: Varying, cpu: Varying) -> tuple[float, int]:
-    pipe, seen = Pipe(link, cpu), Link(link(0.0))
+    pipe, seen, left = Pipe(link, cpu), Link(link(0.0)), Share(cpu(0.0))
     control = Controller(profile, link(0.0), cpu(0.0))
     level = control.begin(0.0).level
     compress, _ = compressor(level)
-    share = cpu(0.0)
     before = b""
     for batch, encode_s in batches:
         began = time.thread_time()
         wire = len(compress(batch))
         cpu_s = time.thread_time() - began
+        share = left.note(encode_s + cpu_s, (encode_s + cpu_s) / cpu(pipe.now))
         pipe.push(wire, encode_s + cpu_s)
         if len(batch) >= LEAST_PACKED:
             control.note(len(batch), wire, cpu_s, encode_s)
-        share = 0.9 * share + 0.1 * cpu(pipe.now)
         full = pipe.full
         if before and len(batch) >= LEAST_TRIED and (levels := control.due(full)):
             began = time.thread_time()

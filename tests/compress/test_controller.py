@@ -18,6 +18,7 @@ from haulier.compress.controller import (
     Cost,
     Link,
     Profile,
+    Share,
     all_fixes,
     choose,
     throughput,
@@ -150,6 +151,14 @@ def test_a_link_for_which_more_and_more_waits_has_no_more_to_give() -> None:
     assert link.note(1e6, False, 2000) == 1e6
     assert link.note(1e6, False, 2000) > 1e6, "what waits is not getting more"
     assert link.note(1e6, False, 1000) > 1e6
+
+
+@given(st.integers(1, 50))
+def test_a_share_follows_time_and_not_batches(batches: int) -> None:
+    share = Share()
+    for _ in range(batches):
+        share.note(0.25 * 0.5 / batches, 0.5 / batches)
+    assert share.known == pytest.approx(0.25 + 0.75 * 0.5**5)
 
 
 def test_pages_that_are_dear_before_compression_get_the_quickest_mode_that_is_enough() -> None:

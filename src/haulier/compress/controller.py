@@ -41,6 +41,8 @@ NEIGHBOURS: Final = 2
 """Modes on either side of the one in use that are tried."""
 CAUTION: Final = 0.5
 """Of the CPU, so much is counted on for xz before anything of the guest's pages is known."""
+SHARE_HALF_S: Final = 0.1
+"""Seconds of the codec's time after which half of what is known of its share of the core is new."""
 PROBE: Final = 1.5
 """A link that is not kept full may carry so many times what it is seen to carry."""
 
@@ -170,6 +172,19 @@ class Link:
             # Not full: it carries at least this, and perhaps more than was known.
             self.known = max(self.known, seen)
         return self.known if full or growing else max(self.known, seen * PROBE)
+
+
+@dataclass
+class Share:
+    """How much of a core the codec gets, told from how much of its time it really ran."""
+
+    known: float = 1.0
+
+    def note(self, cpu_s: float, wall_s: float) -> float:
+        """It ran for `cpu_s` of `wall_s` seconds; the core's share now."""
+        kept = 0.5 ** (wall_s / SHARE_HALF_S)
+        self.known = kept * self.known + (1 - kept) * min(1.0, cpu_s / max(1e-9, wall_s))
+        return self.known
 
 
 Tried = Mapping[int, tuple[int, int, float]]

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from haulier.agent.site import Site
 from haulier.compress import profile as profiles
-from haulier.compress.controller import DEFAULT, Choice, Controller, Link, Profile, choose
+from haulier.compress.controller import DEFAULT, Choice, Controller, Link, Profile, Share, choose
 from haulier.durable import write_atomically
 from haulier.errors import HaulierError
 from haulier.memory.proxy import LEAST_PACKED, SourceProxy
@@ -23,8 +23,6 @@ from haulier.memory.proxy import LEAST_PACKED, SourceProxy
 log = logging.getLogger(__name__)
 MOST_CHANGES: Final = 200
 ENDING_LEVEL: Final = 5
-KEPT: Final = 0.9
-"""How much of the CPU's share outlives the next batch."""
 
 
 def profile_path(site: Site) -> Path:
@@ -59,7 +57,7 @@ class Adapting:
         self._controller = Controller(profile, rate_bps / 8, 1.0, cap)
         self._began = time.monotonic()
         self._cap = cap
-        self._share = 1.0
+        self._share = Share()
         self._plain = self._wire = 0
         self._cpu_s = 0.0
         self._worked_s = 0.0
@@ -76,8 +74,7 @@ class Adapting:
         yield
         wall, cpu = time.monotonic() - wall, time.thread_time() - cpu
         self._worked_s += cpu
-        if wall > 1e-4:
-            self._share = KEPT * self._share + (1 - KEPT) * min(1.0, cpu / wall)
+        self._share.note(cpu, wall)
         if self._cap and cpu > self._cap * wall:
             time.sleep(cpu / self._cap - wall)
 
@@ -104,7 +101,7 @@ class Adapting:
             self._controller.learn(profiles.trial(levels, earlier, last))
         link = self._link.note(rate_bps / 8, full, waiting)
         before = self.choice.level
-        self.choice = self._controller.decide(time.monotonic() - self._began, max(link, 1.0), self._share)
+        self.choice = self._controller.decide(time.monotonic() - self._began, max(link, 1.0), self._share.known)
         if self.choice.level != before:
             log.info("%s", self.choice.reason)
         proxy.set_level(self.choice.level)
@@ -117,7 +114,7 @@ class Adapting:
             "why": self.choice.reason,
             "limit": self.choice.limit,
             "calibrated": controller.profile.made,
-            "cpu_share": round(self._share, 3),
+            "cpu_share": round(self._share.known, 3),
             "changes": [
                 {"at": round(at, 2), "level": choice.level, "why": choice.reason}
                 for at, choice in controller.changes[:MOST_CHANGES]
