@@ -18,6 +18,13 @@ The number is the exit code of the command line, and travels in the control API 
 
 from __future__ import annotations
 
+from typing import Final
+
+import msgspec
+
+UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What msgspec raises of bytes that are no message: for text that is not UTF-8 that is no error of its own."""
+
 
 class HaulierError(Exception):
     """Base of everything haulier raises on purpose."""

@@ -14,7 +14,8 @@ from haulier.agent.server import Agent
 from haulier.chunks.manifest import Manifest
 from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.guests import launch
-from haulier.handoff import residence
+from haulier.handoff import recovery, residence
+from haulier.handoff.ownership import Event
 from haulier.network import tunnel
 from tests.agent.conftest import Fleet
 
@@ -73,6 +74,28 @@ def test_epochs_go_on_after_a_removal(fleet: Fleet, image: Manifest, booted: lis
     run(fleet.client)
     fleet.client.delete("/v1/guests/web1")
     assert run(fleet.client)["epoch"] == 2
+
+
+def test_a_token_that_was_refused_stays_refused_when_another_guest_has_the_name(
+    fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]
+) -> None:
+    """Its source may not have heard of it yet; were it told that the token was taken, it would retire the only copy."""
+    journal = fleet.at_oslo.journal
+    journal.advance("web1", "absent", "refused", last_epoch=2, taken=0)
+    assert run(fleet.client)["epoch"] == 3
+    assert recovery.handle(fleet.oslo, journal, "web1", Event.TOKEN, 2) == [("refused", 2)]
+    assert journal.guest("web1").state == "owner"
+
+
+def test_a_guest_whose_arrival_is_not_settled_is_not_booted_from_its_image(
+    fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]
+) -> None:
+    run(fleet.client)
+    fleet.at_oslo.journal.advance("web1", "owner", "owner", manifest="")
+    booted.clear()
+    with pytest.raises(Conflict, match="only just arrived"):
+        fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
+    assert booted == []
 
 
 def test_a_duplicate(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:

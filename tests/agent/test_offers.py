@@ -64,8 +64,19 @@ def test_a_guest_of_that_name_lives_there(fleet: Fleet) -> None:
 
 
 def test_a_handoff_of_that_guest_is_under_way_there(fleet: Fleet) -> None:
-    fleet.at_lisbon.journal.advance("web1", "absent", "granted", epoch=3, pending=4, last_epoch=4, handoff="h9")
-    refused(fleet, Conflict, "under way there")
+    spec = make_offer()["spec"]
+    facts = {"epoch": 3, "pending": 4, "last_epoch": 4, "handoff": "h9", "spec": spec}
+    fleet.at_lisbon.journal.advance("web1", "absent", "granted", **facts)
+    refused(fleet, Conflict, "under way there", spec={"uuid": spec["uuid"]})
+
+
+def test_another_guest_of_that_name_does_not_stand_for_the_answer_to_a_token(fleet: Fleet) -> None:
+    """From the guest itself an offer above the granted epoch says that it was taken, and the original is retired."""
+    spec = make_offer()["spec"] | {"uuid": "11111111-2222-3333-4444-555555555555"}
+    facts = {"epoch": 3, "pending": 4, "last_epoch": 4, "handoff": "h9", "spec": spec}
+    fleet.at_lisbon.journal.advance("web1", "absent", "granted", **facts)
+    refused(fleet, Conflict, "another guest of that name is on its way from there", epoch=9)
+    assert fleet.at_lisbon.journal.guest("web1").state == "granted"
 
 
 def test_an_epoch_that_was_used(fleet: Fleet) -> None:

@@ -166,6 +166,33 @@ def test_a_manifest_that_is_lost_lets_nothing_go(two: Two) -> None:
     assert two.pinned()
 
 
+def test_what_a_guest_left_behind_is_kept_when_it_came_without_its_memory(two: Two) -> None:
+    """A post-copy that was cut for good has failed, but the guest is here, and its disk is only whole with the rest."""
+    journal = two.new.journal
+    journal.advance("web1", "owner", "owner", taken=2)
+    journal.update_handoff("h1", outcome="failed", epoch=2)
+    two.new.residuals.tell()
+    assert two.pinned() and [row.id for row in two.new.residuals.held()] == ["h1"]
+    (left,) = two.old.residuals.left()
+    assert left["left_bytes"] == (COUNT - HERE) * CHUNK
+    job = two.new.residuals.fill("web1", "full")
+    wait_for(lambda: two.new.core.jobs.get(job.id).state != "running", 30)
+    assert two.left() == 0 and not two.pinned()
+
+
+def test_what_is_still_kept_is_not_noted_as_released(two: Two) -> None:
+    """The source has not noted the end of its side yet."""
+    for data in two.contents:
+        two.new.store.put(data)
+    two.old.journal.add_handoff(HandoffRow("h1", "web1", "source", "new"))
+    two.new.residuals.tell()
+    assert two.pinned() and two.new.journal.handoff("h1").detail["residual"] == "held"
+    two.old.journal.end_handoff("h1", "done")
+    two.new.residuals._said.clear()
+    two.new.residuals.tell()
+    assert not two.pinned() and two.new.journal.handoff("h1").detail["residual"] == "released"
+
+
 def test_by_force_where_the_new_site_is_gone_for_good(two: Two) -> None:
     assert two.old.residuals.release("web1", force=True)["released"] == ["h1"]
     assert not two.pinned()

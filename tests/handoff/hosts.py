@@ -41,6 +41,8 @@ class Host:
         """Its status; None = no process."""
         self.migration = "none"
         """What QEMU says of it."""
+        self.stuck = False
+        """It does not run on, whatever it is told."""
         self.stray = False
         """There is a QEMU that was not written down."""
         self.done: list[str] = []
@@ -126,6 +128,8 @@ class FakeQemu:
         self.host.qemu = "running"
 
     def resume_source(self) -> None:
+        if self.host.stuck:
+            raise GuestError("it does not run again")
         if self.host.qemu != "running":
             self.host.done.append("resume")
         self.host.qemu = "running"

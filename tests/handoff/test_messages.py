@@ -6,7 +6,7 @@ from typing import get_args
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from haulier.errors import Corrupt
@@ -96,6 +96,7 @@ def test_what_is_no_message_is_corrupt(data: bytes) -> None:
         decode(data)
 
 
+@example(b"\x91\xa3\x00\x00\x80")  # text that is not UTF-8
 @given(st.binary(max_size=300))
 def test_noise_is_corrupt_or_a_message(data: bytes) -> None:
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from haulier.errors import Cancelled
+from haulier.errors import Cancelled, GuestError
 from haulier.handoff import recovery
 from haulier.handoff.journal import HandoffRow
 from haulier.handoff.ownership import Event, State
@@ -59,6 +59,20 @@ def test_before_the_token_the_guest_runs_on_at_the_source(hosts: Hosts, status: 
     assert oslo.files() == ["overlay.qcow2"]
     assert oslo.row.manifest == f"guest/{GUEST}" and oslo.row.wanted == "running"
     again(hosts, oslo)
+
+
+def test_a_guest_that_does_not_run_on_is_in_no_handoff_any_more(hosts: Hosts) -> None:
+    """Its operator can stop it; and it is tried again until then."""
+    oslo = hosts.oslo
+    oslo.record(State.OFFERED, 3, 4, role="source")
+    oslo.qemu, oslo.stuck = "paused", True
+    for _ in range(2):
+        with pytest.raises(GuestError, match="does not run again"):
+            hosts.recover(oslo)
+        assert oslo.state is State.OWNER and hosts.said == [("lisbon", "abort", 4)]
+    oslo.stuck = False
+    assert hosts.recover(oslo)
+    assert oslo.qemu == "running" and oslo.handoff.outcome == "failed" and oslo.leases() == []
 
 
 def test_a_crash_between_the_record_and_the_resumption(hosts: Hosts) -> None:

@@ -230,13 +230,15 @@ def test_a_token_lost_with_both_its_workers_is_found_again(standing: Stage) -> N
     after(standing, handoff, home=handoff.target)
 
 
-def test_a_copy_that_dies_before_the_token_reaches_it_comes_back(standing: Stage) -> None:
+@pytest.mark.parametrize("worker", ["dies with it", "lives"])
+def test_a_copy_that_dies_before_the_token_reaches_it_comes_back(standing: Stage, worker: str) -> None:
     handoff = standing.begin()
     handoff.wait_state(handoff.source, {"granted"})
     with standing.cut():
         with standing.journal(handoff.target) as journal:
             arrived = journal.guest("web1").state == "owner"
-        handoff.kill_worker(handoff.target)
+        if worker != "lives":
+            handoff.kill_worker(handoff.target)
         for pid in standing.qemus(handoff.target, "web1"):
             os.kill(pid, signal.SIGKILL)
     handoff.result()

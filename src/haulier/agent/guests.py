@@ -29,6 +29,7 @@ from haulier.fetch.fetching import fetch
 from haulier.fetch.holders import sources_of
 from haulier.guests import launch
 from haulier.guests.accel import probe
+from haulier.guests.console import shorten
 from haulier.guests.golden import IMAGE_PREFIX, Golden, find_golden
 from haulier.guests.model import GuestSpec, check_net, new_spec
 from haulier.guests.qemu import Qemu, memory_reasons
@@ -195,7 +196,11 @@ class Guests:
         return self.show(spec.name)
 
     def _enter(self, spec: GuestSpec, *, wanted: str) -> None:
-        """From now on this site owns the guest, whose epoch goes on from where an earlier one of its name ended."""
+        """From now on this site owns the guest, whose epoch goes on from where an earlier one of its name ended.
+
+        `taken` stays: this epoch came from nobody. Were it raised, a token that was refused here, and is repeated by a
+        source that has not heard of it, would be answered as one that was taken, and that source's guest be retired.
+        """
         last = (self.journal.find_guest(spec.name) or GuestRow(name=spec.name)).last_epoch
         self.journal.advance(
             spec.name,
@@ -203,7 +208,6 @@ class Guests:
             State.OWNER.value,
             owner=self.site.name,
             epoch=last + 1,
-            taken=last + 1,
             pending=0,
             handoff="",
             spec=msgspec.to_builtins(spec),
@@ -344,6 +348,8 @@ class Guests:
             with self.core.alone(name, "being started"):
                 row = self._owned(name, "start")
                 spec = residence.spec_of(row)
+                if not row.manifest:
+                    raise Conflict(f"guest {name!r} has only just arrived: try again in a moment")
                 if spec.container is not None:
                     containers.start_again(self.site, self.store, spec, row.manifest, progress)
                     self.journal.advance(name, State.OWNER.value, State.OWNER.value, wanted="running")
@@ -455,14 +461,15 @@ class Guests:
                 log.info("guest %s: %s, %s", row.name, row.state, "runs" if self._alive(row.name) else "does not run")
 
     def supervise(self) -> None:
-        """Restarts disk exports that died under a running guest, and lets the guest run on."""
+        """Restarts disk exports that died under a running guest, and lets the guest run on; bounds its console."""
         for row in self.journal.guests():
             if row.state not in MAY_RUN | {State.GRANTED} or self.core.is_busy(row.name) or not self._alive(row.name):
                 continue
             try:
                 self._mend_export(row)
+                shorten(residence.guest_paths(self.site, row.name).serial_log)
             except (HaulierError, OSError) as error:
-                log.error("disk export of guest %s: %s", row.name, error)
+                log.error("disk export and console of guest %s: %s", row.name, error)
 
     def _mend_export(self, row: GuestRow) -> None:
         if spec_kind(row) == "container":
@@ -471,6 +478,8 @@ class Guests:
         with contextlib.suppress(UnknownThing):
             DiskExport.attach(paths.nbd_ctl)
             return
+        if not row.manifest:
+            return  # its arrival is still to be settled: which disk it is stands there
         log.warning("the disk export of guest %s died: starting it again", row.name)
         try:
             mode = ""

@@ -253,6 +253,8 @@ def _name_taken(core: Core, offer: Offer, spec: GuestSpec) -> str:
     record = record_of(row)
     if record.state in MAY_RUN:
         return f"a guest of that name lives there already, at epoch {record.epoch} (rename one of them)"
+    if record.state in (State.GRANTED, State.SERVING) and row.spec.get("uuid") != spec.uuid:
+        return f"another guest of that name is on its way from there ({row.handoff}): rename one of them"
     step = find(record, Event.OFFER, offer.epoch)
     if step is None or step.to is not State.RECEIVING:
         if record.state in UNDER_WAY:

@@ -68,8 +68,15 @@ class Residuals:
         return [
             row
             for row in self.journal.handoffs(guest=guest or None)
-            if row.role == "target" and row.detail.get("residual") == HELD and row.outcome in ("", "done")
+            if row.role == "target"
+            and row.detail.get("residual") == HELD
+            and (row.outcome in ("", "done") or self._was_taken(row))
         ]
+
+    def _was_taken(self, row: HandoffRow) -> bool:
+        """The guest came here by it, or by a later one: one that has failed may have lost memory alone (post-copy)."""
+        guest = self.journal.find_guest(row.guest)
+        return row.outcome == "done" or (guest is not None and 0 < row.epoch <= guest.taken)
 
     def missing(self, guest: GuestRow) -> int:
         """Bytes of the guest's disk that are not at this site. UnknownThing where its manifest is not in the store:
@@ -224,7 +231,7 @@ class Residuals:
     def _tell(self, row: HandoffRow) -> None:
         guest = self.journal.find_guest(row.guest)
         left = 0
-        if row.outcome == "done" and guest is not None:
+        if guest is not None and self._was_taken(row):
             if guest.state in MAY_RUN:
                 if not guest.manifest:
                     return  # still being settled
@@ -238,16 +245,16 @@ class Residuals:
             elif guest.state not in (State.AWAY, State.ABSENT, State.REFUSED):
                 return  # under way: this is told when it is over
         said, at = self._said.get(row.id, (-1, 0.0))
-        if left and said == left and time.monotonic() - at < TELL_EVERY_S:
+        if said == left and time.monotonic() - at < TELL_EVERY_S:
             return
         message = ResidualMessage(guest=row.guest, handoff=row.id, left=left)
         try:
-            self.core.peer(row.peer).post("/v1/peer/residual", msgspec.to_builtins(message), timeout=15.0)
+            answer = self.core.peer(row.peer).post("/v1/peer/residual", msgspec.to_builtins(message), timeout=15.0)
         except HaulierError as error:
             log.info("site %s cannot be told about guest %s: %s", row.peer, row.guest, error)
             return
         self._said[row.id] = (left, time.monotonic())
-        if not left:
+        if not left and not answer.get("kept"):
             now = self.journal.handoff(row.id)
             self.journal.update_handoff(row.id, detail={**now.detail, "residual": RELEASED})
             log.info("nothing of guest %s is left at site %s", row.guest, row.peer)

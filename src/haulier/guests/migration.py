@@ -123,7 +123,8 @@ class Migration:
     def resume_source(self, timeout: float = 30) -> None:
         """Make a guest run again that was being, or has been, sent away. Only its owner may do this.
 
-        Works from pre-switchover, device, postmigrate and paused; does nothing for one that runs. Afterwards dirty
+        Works from pre-switchover, device, postmigrate and paused; does nothing for one that runs. One that had stopped
+        at an I/O error of its own is let go on once, and may stop again: no handoff can mend that. Afterwards dirty
         rounds have to start anew. Raises `GuestError` if it does not run within `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
@@ -135,6 +136,9 @@ class Migration:
                 cancelled = True
             state = self.status()
             if state == "running" and migration not in _UNDER_WAY and migration != "cancelling":
+                return
+            if state == "io-error" and migration not in _UNDER_WAY and migration != "cancelling":
+                self.cont()
                 return
             if state in {"paused", "postmigrate", "prelaunch"} and migration not in _UNDER_WAY:
                 try:

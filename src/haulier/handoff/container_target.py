@@ -325,6 +325,9 @@ class ContainerTarget(TargetHandoff):
 
     # -- ownership and the end -------------------------------------------------------------------------------------
 
+    def _copy_alive(self) -> bool:
+        return self._container is not None and self._container.alive()
+
     def _run(self) -> None:
         assert self._container is not None
         at = self._container.cont()
@@ -364,7 +367,7 @@ class ContainerTarget(TargetHandoff):
             with self._changed:
                 self._changed.notify_all()
             self._builder.join(120)
-        if self._restoring is not None and not self._running:
+        if self._restoring is not None and not self._taken:
             self._restoring.abort()
         self._release()
         if self._hasher is not None:

@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import msgspec
 
-from haulier.errors import Conflict, Corrupt, NotTrusted, UnknownThing
+from haulier.errors import Conflict, Corrupt, HaulierError, NotTrusted, UnknownThing
 
 ABSENT: Final = "absent"
 _BUSY_S: Final = 30.0
@@ -135,7 +135,10 @@ class Journal:
         self.path = Path(path)
         self._lock = threading.RLock()
         self._depth = 0
-        self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            raise HaulierError(f"the journal {self.path} cannot be opened ({error}): is it this user's?") from None
         try:
             self._db.row_factory = sqlite3.Row
             # synchronous is a property of the connection; without FULL a commit in WAL mode may be lost in a power cut

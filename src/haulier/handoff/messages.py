@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from haulier.errors import Corrupt
+from haulier.errors import UNDECODABLE, Corrupt
 
 LEAVE_BYTES = 16 << 20
 """An overlay of fewer bytes than this travels whole, also on demand."""
@@ -384,6 +384,6 @@ def decode(data: bytes) -> AnyMessage:
         raise Corrupt(f"a control message of {len(data)} bytes came: at most {MAX_CONTROL} are allowed")
     try:
         message: AnyMessage = _DECODER.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise Corrupt(f"a control message makes no sense ({error}): run the same haulier at both sites") from None
     return message

@@ -21,7 +21,7 @@ from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
-from haulier.errors import Cancelled, GuestError, HaulierError, PeerError
+from haulier.errors import UNDECODABLE, Cancelled, GuestError, HaulierError, PeerError
 from haulier.guests.model import GuestSpec
 from haulier.handoff import attempts, clients, retained
 from haulier.handoff.custody import Happened, happen, record_of
@@ -126,15 +126,13 @@ def _recover_source(
         _end(site, journal, row, "done" if state is State.AWAY else "failed")
         return True
     if state is State.OFFERED:
-        resume_original(site, row.guest)
+        # First: a guest that does not run on, whatever is wrong with it, is no more in a handoff than any other.
         happened = happen(journal, row.guest, Event.FAIL)
         for event, named in happened.messages():
             _ask(messenger, row, event, named)
-        _forget(site, row)
-        _end(site, journal, row, "failed")
-        return True
+        state = happened.after.state
     if state is State.OWNER:
-        # The record was set back before the crash, the guest perhaps not.
+        # The record was set back, the guest perhaps not.
         resume_original(site, row.guest)
         _forget(site, row)
         _end(site, journal, row, "failed")
@@ -382,7 +380,7 @@ def _forget(site: Site, row: HandoffRow) -> None:
 def _keep_attempt(site: Site, journal: Journal, row: HandoffRow) -> None:
     """What a worker that died has sent or received so far serves the next attempt."""
     guest = journal.find_guest(row.guest)
-    with contextlib.suppress(HaulierError, OSError, msgspec.MsgspecError):
+    with contextlib.suppress(HaulierError, OSError, *UNDECODABLE):
         directory = site.handoff_root(row.id)
         job = msgspec.json.decode((directory / "job.json").read_bytes(), type=Job)
         if job.offer is not None:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +54,7 @@ from haulier.handoff.messages import (
     Stretched,
 )
 from haulier.handoff.offering import connect, make_offer, open_waypoints
-from haulier.handoff.ownership import Event
+from haulier.handoff.ownership import Event, State
 from haulier.handoff.preparing import Preparation, foreseeable
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import incoming_name, lease_of, pin_name, retire, spec_of
@@ -66,6 +66,16 @@ from haulier.session import Handed, PathAddress, Session
 from haulier.without import DISK_FIRST, RECIPES, without
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _anyhow(what: str) -> Iterator[None]:
+    """Goes on where this fails: what follows matters more."""
+    try:
+        yield
+    except Exception:
+        log.exception("failed to %s", what)
+
 
 CONNECT_S = 60.0
 PROBE_BYTES = 96 * 1024
@@ -448,12 +458,14 @@ class SourceHandoff(ABC):
         self._token.grant(self._control)
         self._marks["token"] = time.time()
         self._granted()
-        clients.left(self.site, self.job.guest)
+        with _anyhow("note that the guest has left"):
+            clients.left(self.site, self.job.guest)
         self._token.settle(self._control, self._runs, self._hears)
 
     def _granted(self) -> None:
         """The token is on its way: what is still to be done here for the guest there."""
-        self.progress.phase("token", "the guest is the target's")
+        with _anyhow("say that the token is on its way"):
+            self.progress.phase("token", "the guest is the target's")
 
     def _hears(self, message: AnyMessage) -> None:  # noqa: B027 - most kinds hear nothing then
         """What else the target's worker says until it has taken the guest."""
@@ -489,12 +501,19 @@ class SourceHandoff(ABC):
             manifest=self._sender.manifest.digest.hex(),
         )
         if picture:
-            retained.keep(self.site, meta, mirror, beside)
+            with _anyhow("keep the picture for the way back, which will send all of it"):
+                retained.keep(self.site, meta, mirror, beside)
+        if not self._is_away():
+            return  # it came back meanwhile, and what is here is the guest itself
         retire(self.site, self.spec.name, self.job.handoff)
         if self._joining is not None:
             self._joining.wait()
         clients.gone(self.site, self.spec.name)
         self.journal.advance(self.spec.name, "away", "away", manifest="")
+
+    def _is_away(self) -> bool:
+        row = self.journal.guest(self.spec.name)
+        return row.state == State.AWAY and row.handoff == self.job.handoff
 
     def _told(self, done: float, marks: Sequence[str], state_bytes: int) -> dict[str, Any]:
         """What the report says of a handoff that is done, whatever moved."""
@@ -529,9 +548,17 @@ class SourceHandoff(ABC):
     def _back_out(self, error: BaseException) -> None:
         """Before the token, or after a refusal: the guest runs on here, and nothing is left behind."""
         log.warning("handoff %s of %s: %s", self.job.handoff, self.job.guest, error)
-        self.progress.phase("back out", str(error))
-        clients.stayed(self.site, self.job.guest)
-        self._resume()
+        # What is only to be told must not keep the guest from running on, on a full disk for example.
+        with _anyhow("say that the handoff backs out"):
+            self.progress.phase("back out", str(error))
+        with _anyhow("say that the guest's clients stay"):
+            clients.stayed(self.site, self.job.guest)
+        try:
+            self._resume()
+        except (HaulierError, OSError) as why:
+            # The record says still that a handoff is under way, so the agent goes on with backing out.
+            text = f"{error}; and guest {self.job.guest!r} does not run on yet ({why}): the agent goes on trying"
+            raise HandoffFailed(text) from error
         if self._joining is not None:
             self._joining.call_off()
         if isinstance(error, Cancelled):

@@ -16,7 +16,7 @@ from haulier import priority
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.durable import write_atomically
-from haulier.errors import Conflict, Corrupt, HandoffFailed
+from haulier.errors import UNDECODABLE, Conflict, Corrupt, HandoffFailed
 from haulier.handoff.attempts import picture_id
 from haulier.handoff.custody import happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
@@ -28,6 +28,8 @@ from haulier.handoff.shared import golden_manifest, grown, held
 from haulier.images import common
 
 LISTEN_S = 20.0
+LEAVE_S = 3.0
+"""For a worker whose guest has left, and comes back already."""
 WARM_S = 2.0
 KEPT = 2
 """One for a handoff that follows another at once, as the way back or the next guest of a site that is emptied may."""
@@ -199,8 +201,14 @@ def accept(
             f"guest {name!r} is {happened.before.state.value!r} at site {site.name!r} (epoch {happened.before.last}, "
             f"offered {offer.epoch}): it cannot be taken there now; see 'haulier guest show {name}' there"
         )
-    if happened.actions and before is not None and before.handoff:
-        _end_worker(journal.find_handoff(before.handoff))
+    earlier = journal.find_handoff(before.handoff) if before is not None and before.handoff else None
+    if happened.actions:
+        _end_worker(earlier)
+    elif happened.before.state is State.AWAY and earlier is not None and worker_alive(earlier):
+        # It keeps its picture, or clears away: were it to do that later, it would clear away this guest.
+        _end_worker(earlier, LEAVE_S)
+        retire(site, name, earlier.id)
+        journal.end_handoff(earlier.id, "done")
     for action in happened.actions:
         if action is Action.DISCARD_COPY:
             discard_copy(site, name, before.handoff if before else "")
@@ -270,7 +278,7 @@ def _first_job(site: Site, row: HandoffRow) -> Job:
     path = site.handoff_root(row.id) / "job.json"
     try:
         return msgspec.json.decode(path.read_bytes(), type=Job)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *UNDECODABLE) as error:
         raise Corrupt(f"{path} makes no sense ({error}): the handoff cannot be gone on with") from None
 
 
@@ -283,12 +291,14 @@ def accept_prefetch(
     return _start_target(site, journal, offer, PREFETCH_TARGET, manifest=manifest, memory_base=memory_base)
 
 
-def _end_worker(row: HandoffRow | None) -> None:
+def _end_worker(row: HandoffRow | None, patience_s: float = 0.0) -> None:
     """Ends the worker of an earlier handoff, which may not have noticed yet that it is over."""
     if row is None or not worker_alive(row):
         return
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(row.pid)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            process.wait(patience_s)
         process.kill()
         process.wait(10)
 
@@ -297,7 +307,7 @@ def _await_port(site: Site, handoff: str, process: subprocess.Popen[bytes]) -> i
     path = site.handoff_root(handoff) / "status.json"
     deadline = time.monotonic() + LISTEN_S
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
+        with contextlib.suppress(OSError, *UNDECODABLE):
             status = msgspec.json.decode(path.read_bytes(), type=Status)
             if status.port:
                 return status.port

@@ -81,6 +81,8 @@ from haulier.without import DIRECT, without
 
 log = logging.getLogger(__name__)
 CONNECT_S = 60.0
+ALONE_S = 10.0
+"""How long device state may take that a source which is gone has sent before."""
 OTHER_MEMORY = 256 * MIB
 """Firmware, video memory and what devices bring along, beside a guest's RAM."""
 
@@ -133,6 +135,10 @@ class TargetHandoff:
         """The guest runs, and its memory is not whole."""
         self._device_at = 0.0
         self._running = False
+        self._taken = False
+        """The token is durable here: the guest is this site's ..."""
+        self._settled = False
+        """... and its disk has its lasting name."""
         self._tunnels: set[str] = set()
         """Ends that this handoff has made here."""
         self._readdressed: Future[dict[str, Any]] | None = None
@@ -499,6 +505,13 @@ class TargetHandoff:
 
     def _owned(self, news: Own) -> bool:
         """Acts on a message of the ownership table; True when there is nothing left to do here."""
+        if news.event == Event.TOKEN and self._voted and not self._taken and not self._copy_alive():
+            # The vote is taken back: whoever wrote down that it owns a guest which is not there has lost it for both.
+            lost = happen(self.journal, self.spec.name, Event.COPY_LOST, handoff=self.job.handoff)
+            if Action.DISCARD_COPY in lost.actions:
+                self._discard()
+                self._send(lost)
+                return True
         happened = happen(
             self.journal,
             self.spec.name,
@@ -509,6 +522,7 @@ class TargetHandoff:
         )
         for action in happened.actions:
             if action is Action.RUN_COPY:
+                self._taken = True
                 clients.coming(self.site, self.spec.name)
                 self._filling = happened.after.state is State.FILLING
                 if self._filling and not self._device_state():
@@ -524,6 +538,9 @@ class TargetHandoff:
             self._maybe_filled()
         return False
 
+    def _copy_alive(self) -> bool:
+        return self._qemu is not None and self._qemu.alive()
+
     def _run(self) -> None:
         assert self._qemu is not None
         at = run_copy(self.site, self._qemu)
@@ -532,15 +549,21 @@ class TargetHandoff:
         self.control.send(Running(at))
 
     def _device_state(self) -> bool:
-        """Waits until QEMU has the guest's device state; False if it, or the link, is gone before."""
+        """Waits until QEMU has the guest's device state; False if it, the link, or the source is gone before."""
         assert self._qemu is not None
+        session, alone_since = self.control.session, 0.0
         while self._qemu.alive():
             with contextlib.suppress(GuestError):
                 if self._qemu.status() == "paused":
                     self._device_at = time.time()
                     return True
-            if self.control.session.error is not None and self._sink is not None:
-                self._sink.close()  # then QEMU gives up as well
+            if session.error is not None or session.over or self.left_alone.is_set():
+                alone_since = alone_since or time.monotonic()
+                alone_s = time.monotonic() - alone_since
+                if self._sink is not None and (session.error is not None or alone_s > ALONE_S / 2):
+                    self._sink.close()  # then QEMU gives up as well
+                if alone_s > ALONE_S:
+                    return False
             time.sleep(0.003)
         return False
 
@@ -548,7 +571,7 @@ class TargetHandoff:
         """QEMU is gone before memory was whole: what the guest had in it is lost, its disk is here and right."""
         self._filling, self._running = False, True
         log.error("%s", memory_lost(self.spec.name))
-        self.journal.update_handoff(self.job.handoff, detail={"error": memory_lost(self.spec.name)})
+        self._note(memory_lost(self.spec.name))
         if self._receiver is not None:
             self._settle()
         happened = happen(self.journal, self.spec.name, Event.COPY_LOST, decided=True, handoff=self.job.handoff)
@@ -576,6 +599,7 @@ class TargetHandoff:
                 self._export.swap(name)
         self._store.drop_manifest(incoming_name(self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
+        self._settled = True
 
     def _moved(self) -> None:
         """The guest runs here: has its clients' network follow."""
@@ -608,6 +632,11 @@ class TargetHandoff:
             else:
                 self.outcome = "undecided"
             return
+        if self._taken and not self._settled:
+            # The guest is this site's: the agent has it run, and gives its disk the lasting name.
+            log.error("handoff %s is not settled here yet: %s", self.job.handoff, error)
+            self.outcome = "undecided"
+            return
         if self._running:
             return
         with contextlib.suppress(HaulierError):
@@ -621,7 +650,11 @@ class TargetHandoff:
         if self._wrong:
             # Whatever did not match may be the picture that the mirror started from.
             retained.forget(self.site, self.spec.name)
-        self.journal.update_handoff(self.job.handoff, detail={"error": str(error)})
+        self._note(str(error))
+
+    def _note(self, error: str) -> None:
+        detail = self.journal.handoff(self.job.handoff).detail
+        self.journal.update_handoff(self.job.handoff, detail={**detail, "error": error})
 
     def _discard(self) -> None:
         self.outcome = "failed"

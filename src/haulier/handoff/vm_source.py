@@ -127,7 +127,8 @@ class VmSource(SourceHandoff):
             if isinstance(error, HaulierError):
                 raise error
             raise GuestError(f"the memory of guest {self.job.guest!r} broke off ({error}): see its qemu.log") from error
-        if self._token.serving and self._pump is not None and self._pump.ended.is_set():
+        sends_after_it = self._token.serving or (self._goes_first and self._token.granted)
+        if sends_after_it and self._pump is not None and self._pump.ended.is_set():
             # QEMU closes its stream when all is sent and the target has said so; what else it may be, it says.
             served.check_whole(self.qemu, self._mark)
 

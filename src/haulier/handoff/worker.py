@@ -15,14 +15,14 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from haulier.agent.client import Client
 from haulier.agent.site import Site
 from haulier.disks.export import waiting_export
-from haulier.errors import Cancelled, Conflict, Corrupt, HandoffFailed, HaulierError, PeerError
+from haulier.errors import UNDECODABLE, Cancelled, Conflict, Corrupt, HandoffFailed, HaulierError, PeerError
 from haulier.handoff.container_source import ContainerSource
 from haulier.handoff.container_target import ContainerTarget
 from haulier.handoff.custody import record_of
@@ -52,6 +52,8 @@ from haulier.session import Handed
 __all__ = ["AgentPeer", "accept", "main", "peer_of", "spawn", "start_source"]
 
 log = logging.getLogger("haulier.handoff")
+LEFT_TO_AGENTS: Final = frozenset({State.OFFERED, State.GRANTED, State.SERVING, State.AWAY})
+"""States in which a source's worker must not end: recovery brings what it could not to its end, as if it had died."""
 
 
 class AgentPeer:
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, lambda *_: cancelled.set())
     try:
         job = msgspec.json.decode((directory / "job.json").read_bytes(), type=Job)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise Corrupt(f"{directory / 'job.json'} makes no sense ({error}): start the handoff again") from None
     with Journal(site.journal) as journal:
         if job.role == "target" and spec_of(journal.guest(job.guest)).container is None:
@@ -167,12 +169,15 @@ def _run_source(site: Site, journal: Journal, job: Job, cancelled: threading.Eve
         outcome = "cancelled" if isinstance(error, Cancelled) else "failed"
         text = str(error) if isinstance(error, HaulierError) else f"{type(error).__name__}: {error}"
         state = record_of(journal.guest(job.guest)).state
-        undecided = job.role in ("source", RESUME_SOURCE) and state in (State.GRANTED, State.SERVING)
+        undecided = job.role in ("source", RESUME_SOURCE) and state in LEFT_TO_AGENTS
         report = {**handoff.report, **_heading(job, site), "outcome": "undecided" if undecided else outcome}
         report |= {"error": text, "code": code}
         write_report(directory, report)
+        detail = {**journal.handoff(job.handoff).detail, "error": text, "code": code}
         if not undecided:
-            journal.end_handoff(job.handoff, outcome, detail={"error": text, "code": code})
+            journal.end_handoff(job.handoff, outcome, detail=detail)
+        elif state is State.OFFERED:
+            journal.update_handoff(job.handoff, detail=detail)
         return code
     write_report(directory, report)
     journal.end_handoff(job.handoff, "done", phase="done")

@@ -1,0 +1,103 @@
+"""What a target's worker makes of a token that finds its copy dead, or that it cannot act on to the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from haulier.errors import GuestError
+from haulier.handoff import target
+from haulier.handoff.journal import HandoffRow, Journal
+from haulier.handoff.messages import Job, Offer, Own
+from haulier.handoff.ownership import Event, State
+from haulier.handoff.target import TargetHandoff
+from tests.handoff.hosts import GUEST, HANDOFF, SPEC
+from tests.support.agents import make_site
+
+OFFER = Offer(
+    handoff=HANDOFF,
+    source="oslo",
+    spec=msgspec.to_builtins(SPEC),
+    epoch=4,
+    secret="ab" * 32,
+    manifest="cd" * 32,
+    accelerator="tcg",
+)
+JOB = Job(handoff=HANDOFF, role="target", guest=GUEST, peer="oslo", offer=OFFER)
+TOKEN = Own(Event.TOKEN.value, 4)
+
+
+class Voted(TargetHandoff):
+    """One whose copy waits for the token; `said` is what the source was told."""
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.said: list[tuple[str, int]] = []
+        self.copy = SimpleNamespace(alive=lambda: True, close=lambda: None)
+        self._qemu, self._voted = self.copy, True  # type: ignore[assignment]
+        self.control = SimpleNamespace(  # type: ignore[assignment]
+            own=lambda event, epoch: self.said.append((str(event), epoch)),
+            send=lambda message: self.said.append((type(message).__name__, 0)),
+        )
+
+
+@pytest.fixture
+def voted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Voted]:
+    site = make_site(tmp_path / "l", "lisbon")
+    site.handoff_root(HANDOFF).mkdir(parents=True)
+    with Journal(site.journal) as journal:
+        facts = {"pending": 4, "last_epoch": 4, "handoff": HANDOFF, "spec": OFFER.spec, "owner": "oslo"}
+        journal.advance(GUEST, "absent", State.READY.value, **facts)
+        detail = {"residual": "held"}
+        journal.add_handoff(HandoffRow(HANDOFF, GUEST, "target", "oslo", epoch=4, detail=detail))
+        monkeypatch.setattr(target, "discard_copy", lambda *_: None)
+        yield Voted(site, journal, JOB, threading.Event())
+
+
+def state_of(found: Voted) -> str:
+    return found.journal.guest(GUEST).state
+
+
+def test_a_token_for_a_copy_that_has_died_goes_back(voted: Voted) -> None:
+    voted.copy.alive = lambda: False
+    assert voted._owned(TOKEN)
+    assert state_of(voted) == State.REFUSED
+    assert voted.said == [("refused", 4)] and voted.outcome == "failed"
+
+
+def broken(*_: Any) -> Any:
+    raise GuestError("QEMU did not do it")
+
+
+def full(*_: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("where", "why"), [("run_copy", broken), ("copy_manifest", full)], ids=["it does not run", "its disk has no name"]
+)
+def test_a_guest_that_was_taken_and_not_settled_is_the_agents(
+    voted: Voted, monkeypatch: pytest.MonkeyPatch, where: str, why: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(target, "run_copy", lambda *_: 12.5)
+    monkeypatch.setattr(target.clients, "arrived", lambda *_: None)
+    monkeypatch.setattr(target, where, why)
+    voted._receiver = SimpleNamespace()  # type: ignore[assignment]
+    with pytest.raises((GuestError, OSError)) as caught:
+        voted._owned(TOKEN)
+    voted._fail(caught.value)
+    assert voted.outcome == "undecided"
+    assert state_of(voted) == State.OWNER
+    assert not any(word in ("Failed", "refused") for word, _ in voted.said), "it is not the source's any more"
+
+
+def test_what_has_failed_before_the_token_keeps_its_notes(voted: Voted) -> None:
+    voted._fail(GuestError("boom"))
+    assert state_of(voted) == State.REFUSED
+    assert voted.journal.handoff(HANDOFF).detail == {"residual": "held", "error": "boom"}
