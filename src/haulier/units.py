@@ -12,3 +12,5 @@ BLOCKS_PER_CHUNK: Final = CHUNK // BLOCK
 FINGERPRINT: Final = 32
 """Length of a fingerprint (BLAKE3-256)."""
 MIB: Final = 1 << 20
+MAX_DISK: Final = 1 << 40
+"""The largest disk that is handled: its manifest takes 512 MiB of memory."""

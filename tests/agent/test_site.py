@@ -65,7 +65,24 @@ def test_bad_names(name: str) -> None:
         check_name(name, "guest")
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":7", "host:0", "host:65536", "a b:7", "host:٣", "h:1:2:x"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "host",
+        "host:",
+        ":7",
+        "host:0",
+        "a..b:7",
+        "a.:7",
+        f"{'a' * 64}.b:7",
+        f"{'a.' * 127}a:7",
+        "host:65536",
+        "a b:7",
+        "host:٣",
+        "h:1:2:x",
+    ],
+)
 def test_bad_addresses(address: str) -> None:
     with pytest.raises(UsageError, match="bad address"):
         split_address(address)

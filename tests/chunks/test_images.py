@@ -11,10 +11,10 @@ import pytest
 from haulier.chunks import images
 from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.images import import_image
-from haulier.chunks.manifest import MAX_DISK, Manifest
+from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Corrupt, HaulierError, UnknownThing, Unsupported, UsageError
-from haulier.units import CHUNK, MIB
+from haulier.units import CHUNK, MAX_DISK, MIB
 from tests.chunks.samples import chunk, name
 
 

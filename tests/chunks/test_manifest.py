@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK, fingerprint
-from haulier.chunks.manifest import MAX_DISK, Manifest, apply_delta, chunks_of, encode_delta
+from haulier.chunks.manifest import Manifest, apply_delta, chunks_of, encode_delta
 from haulier.compress import zstd
 from haulier.errors import Corrupt, UsageError
-from haulier.units import CHUNK, FINGERPRINT
+from haulier.units import CHUNK, FINGERPRINT, MAX_DISK
 
 FPS = [bytes([n]) * FINGERPRINT for n in range(1, 6)]
 fingerprints = st.sampled_from([ZERO, *FPS]) | st.binary(min_size=FINGERPRINT, max_size=FINGERPRINT)

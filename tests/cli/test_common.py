@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from haulier.cli.common import parse_memory, parse_seconds, plain, print_table, size
+from haulier.cli.common import parse_memory, parse_seconds, plain, print_table, size, words_of
 from haulier.errors import UsageError
 
 
@@ -32,6 +32,12 @@ def test_times(text: str, seconds: float) -> None:
 def test_bad_times(text: str) -> None:
     with pytest.raises(UsageError, match="bad time"):
         parse_seconds(text)
+
+
+def test_the_words_of_a_command() -> None:
+    assert words_of("sh -c 'echo hi'") == ["sh", "-c", "echo hi"]
+    with pytest.raises(UsageError, match="quote it"):
+        words_of("sh -c 'echo hi")
 
 
 def test_sizes() -> None:

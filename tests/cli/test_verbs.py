@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import tempfile
@@ -14,8 +15,8 @@ import pytest
 from haulier.agent.server import Agent
 from haulier.cli import main
 from haulier.cli.guest import by_family
-from haulier.cli.main import VERBS
-from haulier.errors import HaulierError, UsageError
+from haulier.cli.main import VERBS, refused
+from haulier.errors import HaulierError, NoRoom, UsageError
 from haulier.handoff.journal import HandoffRow
 from tests.support.agents import free_port, make_site, running
 
@@ -82,6 +83,17 @@ def test_words_that_make_no_sense(run: Run, words: tuple[str, ...]) -> None:
 def test_no_site(run: Run, tmp_path: Path) -> None:
     code, _, err = run("guest", "list", "--root", str(tmp_path))
     assert code == 3 and "haulier site init" in err
+
+
+def test_what_the_system_refuses_is_said_in_a_line(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    code, _, err = run("site", "init", "oslo", "--address", "h:1", "--root", str(file))
+    assert code == 1 and str(file) in err and "Traceback" not in err
+    assert run("guest", "list", "--root", str(file))[0] == 3
+    full = refused(OSError(errno.ENOSPC, "No space left on device", "/x"))
+    assert isinstance(full, NoRoom) and str(full) == "/x: No space left on device: make room there"
+    assert "as root" in str(refused(PermissionError(errno.EACCES, "Permission denied", "/x")))
 
 
 def test_no_agent(run: Run, root: Path) -> None:

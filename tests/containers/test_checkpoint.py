@@ -174,6 +174,30 @@ def test_pages_beyond_the_picture_are_refused(tmp_path: Path) -> None:
         receiver.handle(end)
 
 
+def test_files_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie in memory, beside the guests'."""
+    monkeypatch.setattr(checkpoint, "MAX_FILE", 100_000)
+    sender, receiver = CheckpointSender(), CheckpointReceiver(tmp_path, 10)
+    with pytest.raises(Corrupt, match="too many files"):
+        for number in range(20):
+            receiver.handle(sender._part([(f"a{number}.img", 50_000)], bytes(50_000), False))
+    assert 0 < len(list(tmp_path.iterdir())) < 4
+    monkeypatch.setattr(checkpoint, "MAX_FILES", 5)
+    sender, receiver = CheckpointSender(), CheckpointReceiver(tmp_path, 10)
+    with pytest.raises(Corrupt, match="too many files"):
+        for number in range(20):
+            receiver.handle(sender._part([(f"b{number}.img", 1)], b"x", False))
+
+
+def test_layouts_that_name_ever_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    sender, messages = sent(tmp_path / "source")
+    receiver = taken(CheckpointReceiver(tmp_path, 10), messages)
+    with pytest.raises(Corrupt, match="layouts name too many"):
+        for number in range(1, 10):
+            receiver.handle(sender.layout(0, [(f"pages-{number}.img", np.arange(10))], early=True))
+
+
 def test_a_file_of_pages_has_a_good_name_and_a_bounded_number(tmp_path: Path) -> None:
     for name, count in (("../pages-1.img", 1), ("core-1.img", 1), ("pages-1.img", 1 << 40)):
         (tmp_path / name.replace("/", "_")).mkdir()

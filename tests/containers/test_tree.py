@@ -167,6 +167,11 @@ def test_a_table_that_was_changed_is_noticed() -> None:
         return bytes(region[first * BLOCK : (first + many) * BLOCK])
 
     assert Tree.read(read, 64) == tree
+    # More than the table is as long as: the same place over and over takes memory without end.
+    region[:BLOCK] = tree.header(table, [(1, 1), *([(1, 60)] * 500)])
+    with pytest.raises(Corrupt, match="outside"):
+        Tree.read(read, 64)
+    region[:BLOCK] = tree.header(table, [(1, 1)])
     region[BLOCK + 5] ^= 1
     with pytest.raises(Corrupt):
         Tree.read(read, 64)

@@ -127,6 +127,18 @@ def test_an_image_arrives_with_the_layers_below_it_and_only_once(sites: Sites) -
     assert again["items"] == [] and again["wire_bytes"] == 0
 
 
+def test_disks_that_are_too_large_together_are_refused(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manifests of zeros are short on the wire, and not in memory."""
+    monkeypatch.setattr(arrival, "MAX_DISKS", 60 * CHUNK)
+    data = [chunk(number) for number in range(40)]
+    keep(sites.here, "debian", data)
+    keep(sites.here, "web", data[:30], parent="debian", guest="g")
+    with pytest.raises(NoRoom, match="push the layers one by one"):
+        sites.push("web")
+    assert sites.there.manifest_names() == [] and sites.there.leases() == []
+    assert sites.push("debian")["items"]
+
+
 def test_chunks_are_told_by_blocks_that_the_other_site_has(sites: Sites) -> None:
     for store in (sites.here, sites.there):
         keep(store, "debian", [chunk(number) for number in range(40)])

@@ -15,7 +15,7 @@ from haulier.agent.authority import Token
 from haulier.agent.client import Client
 from haulier.agent.site import Site, check_host, check_name, split_address
 from haulier.durable import write_atomically
-from haulier.errors import Conflict, NotTrusted, PeerError
+from haulier.errors import UNDECODABLE, Conflict, NotTrusted, PeerError
 from haulier.handoff.journal import Journal, SiteRow
 
 
@@ -62,7 +62,7 @@ def join(root: Path, name: str, control: str, bulk: Sequence[str], via: str, tok
         try:
             certificate = str(answer["certificate"]).encode()
             rows = [msgspec.convert(row, SiteRow) for row in answer["sites"]]
-        except (KeyError, TypeError, msgspec.MsgspecError):
+        except (KeyError, TypeError, *UNDECODABLE):
             raise PeerError(
                 f"the site at {via} answered the join request wrongly: run the same haulier there"
             ) from None

@@ -31,7 +31,8 @@ from haulier.policy.model import check_policy
 
 DEFAULT_ROOT = Path("/var/lib/haulier")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(\.{_LABEL})*")
 _OPTIONAL = ("ram", "coordinator", "database", "cache_policy")
 _SOCKET_LIMIT = 100
 """sun_path holds 108 bytes; a little is left for suffixes."""

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK
-from haulier.chunks.manifest import MAX_DISK, SECTOR, Manifest, chunks_of
+from haulier.chunks.manifest import SECTOR, Manifest, chunks_of
 from haulier.chunks.packs import disk_error
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Corrupt, HaulierError, NoRoom, UnknownThing, Unsupported, UsageError
-from haulier.units import CHUNK, FINGERPRINT, MIB
+from haulier.units import CHUNK, FINGERPRINT, MAX_DISK, MIB
 
 PREFIX: Final = "image/"
 Progress = Callable[[int, int], None]

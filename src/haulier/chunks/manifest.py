@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from haulier.chunks.fingerprint import ZERO
 from haulier.compress import zstd
 from haulier.errors import Corrupt, UsageError
-from haulier.units import CHUNK, FINGERPRINT
+from haulier.units import CHUNK, FINGERPRINT, MAX_DISK
 
-MAX_DISK: Final = 1 << 40
 """Largest disk, in bytes. Bounds what decoding a hostile manifest can cost (32 bytes a chunk: 512 MiB)."""
 SECTOR: Final = 512
 

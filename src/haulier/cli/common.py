@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from haulier.agent.client import Client
 from haulier.agent.site import Site, default_root
+from haulier.errors import UsageError
 
 Root = Annotated[
     Path | None, Parameter(name="--root", help="Directory of the site [default: $HAULIER_ROOT or /var/lib/haulier].")
@@ -35,6 +37,14 @@ def load_site(root: Path | None) -> Site:
 def client(root: Path | None) -> Client:
     """The agent of the site at `root`."""
     return Client.local(load_site(root))
+
+
+def words_of(command: str) -> list[str]:
+    """A command line as words, as a shell would take it. UsageError if it is no such line."""
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"bad command {command[:80]!r} ({error}): quote it as for a shell") from None
 
 
 def print_json(value: Any) -> None:

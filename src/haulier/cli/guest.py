@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -17,6 +16,7 @@ from haulier.cli.common import (
     print_json,
     print_table,
     tell,
+    words_of,
 )
 from haulier.cli.progress import wait
 from haulier.errors import UsageError
@@ -72,7 +72,7 @@ def run(
         "cold": cold,
         "agent": agent,
         "kind": kind,
-        "command": shlex.split(command),
+        "command": words_of(command),
         "env": env or [],
         "user": user,
         "net": net,

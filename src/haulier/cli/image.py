@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from haulier.cli.common import (
     print_table,
     size,
     tell,
+    words_of,
 )
 from haulier.cli.progress import wait
 from haulier.units import CHUNK
@@ -63,7 +63,7 @@ def import_(
         "vcpus": vcpus,
         "kind": kind,
         "base": base,
-        "config": {"command": shlex.split(command)},
+        "config": {"command": words_of(command)},
     }
     result = wait(agent, agent.post("/v1/images", body), json)
     tell(result, json, f"image {result['name']}: {size(result['size'])}, {result['chunks']} chunks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from cyclopts import App, CycloptsError
 from rich.console import Console
 
 import haulier
-from haulier.errors import HaulierError, UsageError
+from haulier.errors import HaulierError, NoRoom, UsageError
 
 INTERRUPTED: Final = 130
 """What shells expect of a process that Ctrl-C ended."""
@@ -64,7 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the reader of a listing left; what is still buffered must not be written at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        code = _fail(refused(error), words)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def refused(error: OSError) -> HaulierError:
+    """What the system would not do, and what helps, where nobody nearer to it knew better."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return HaulierError(f"{what}: run haulier as root, or as the user whose site it is")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoRoom(f"{what}: make room there")
+    return HaulierError(f"{what}: see what is there, and give another path or host if that is not it")
 
 
 def _verb(words: Sequence[str]) -> str:

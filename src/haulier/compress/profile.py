@@ -12,7 +12,7 @@ import msgspec
 from haulier.compress import xz
 from haulier.compress.controller import DEFAULT, Cost, Profile, Tried
 from haulier.compress.stream import StreamCompressor, window
-from haulier.errors import Corrupt, UsageError
+from haulier.errors import UNDECODABLE, Corrupt, UsageError
 
 LEVELS: Final = (-5, 1, 2, 3, 5, *(xz.FIRST_LEVEL + preset for preset in (0, 2, 4, 6)))
 """Those of zstd above 5 make no fewer bytes of what the page logic leaves, and from 15 on more than xz, and slower."""
@@ -80,7 +80,7 @@ def decode(data: bytes) -> Profile:
     """The profile back; Corrupt if it is none."""
     try:
         profile = msgspec.json.decode(data, type=Profile)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise Corrupt(f"the profile of compression makes no sense ({error}): run 'haulier calibrate'") from None
     most = xz.FIRST_LEVEL + xz.PRESETS
     sound = all(cost.speed > 0 and 0 < cost.ratio < 10 and -50 <= cost.level < most for cost in profile.costs)

@@ -25,7 +25,7 @@ from haulier.containers.files import read_inside
 from haulier.containers.images import NAME, PAGES_NAME
 from haulier.containers.restoring import DESCRIPTORS, HELD, INVENTORY
 from haulier.containers.usual import usual_dump
-from haulier.errors import Corrupt
+from haulier.errors import UNDECODABLE, Corrupt
 from haulier.memory import varint
 from haulier.units import PAGE
 
@@ -263,7 +263,9 @@ class CheckpointReceiver:
         self._hasher = xxhash.xxh3_128()
         self._open: list[tuple[str, int]] = []
         self._data = bytearray()
-        self._count = 0
+        self._count = self._size = 0
+        self._drafted: dict[str, int] = {}
+        """The most pages that any layout had for a file: drafts of them stay."""
 
     @property
     def kept(self) -> bytes:
@@ -274,7 +276,7 @@ class CheckpointReceiver:
         """Takes one message. Raises Corrupt."""
         try:
             decoded = _DECODER.decode(message)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise Corrupt(f"a message of a dump makes no sense ({error}): run the same haulier at both sites") from None
         if self.end is not None and not (isinstance(decoded, Digests) and self.digests is None):
             raise Corrupt("a message of a dump came after its end")
@@ -301,7 +303,7 @@ class CheckpointReceiver:
         self._kept.add(data)
         try:
             names = _LISTING.decode(data[: part.listing]) if part.listing else []
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise Corrupt(f"a dump's list of files makes no sense ({error})") from None
         for name, size in names:
             if (
@@ -313,8 +315,13 @@ class CheckpointReceiver:
                 raise Corrupt(f"a dump names a file {name[:80]!r} of {size} bytes")
         self._open += names
         self._data += data[part.listing :]
-        if len(self._open) > MAX_FILES or len(self._data) > MAX_FILE + _PART:
-            raise Corrupt("a dump has too many files")
+        self._size += len(data) - part.listing
+        if (
+            self._count + len(self._open) > MAX_FILES
+            or len(self._data) > MAX_FILE + _PART
+            or self._size > MAX_FILE + self._max_pages * PAGE
+        ):
+            raise Corrupt("a dump has too many files, or too large ones")
         while self._open and len(self._data) >= self._open[0][1]:
             name, size = self._open.pop(0)
             contents = bytes(self._data[:size])
@@ -369,4 +376,7 @@ class CheckpointReceiver:
             ):
                 raise Corrupt(f"the pages of {pages.name} lie beyond the picture")
             found.append((pages.name, numbers))
+            self._drafted[pages.name] = max(pages.count, self._drafted.get(pages.name, 0))
+        if sum(self._drafted.values()) > 4 * self._max_pages or len(self._drafted) > MAX_FILES:
+            raise Corrupt("a dump's layouts name too many files of pages")
         return found

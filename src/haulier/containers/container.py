@@ -27,7 +27,7 @@ from haulier.containers.freezer import freezer_of
 from haulier.containers.restoring import Restoring
 from haulier.containers.runc import Runc, words_of
 from haulier.durable import write_atomically
-from haulier.errors import Conflict, GuestError, UnknownThing
+from haulier.errors import UNDECODABLE, Conflict, GuestError, UnknownThing
 from haulier.guests.model import GuestSpec
 from haulier.guests.process import ProcessId
 from haulier.guests.tap import tap_name
@@ -214,7 +214,7 @@ class Container:
             raise UnknownThing(f"no container runs in {paths.root}: its guest was stopped, or the host restarted")
         try:
             spec = msgspec.json.decode(paths.spec_file.read_bytes(), type=GuestSpec)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNDECODABLE) as error:
             raise UnknownThing(f"{paths.spec_file} does not describe a guest: {error}") from error
         return driver_of(spec)(spec, paths, record)
 

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from haulier.errors import Corrupt, NoRoom
+from haulier.errors import UNDECODABLE, Corrupt, NoRoom
 from haulier.memory import sparse
 from haulier.units import MIB, PAGE
 
@@ -101,7 +101,7 @@ class Places:
         made = cls(pages)
         try:
             following, plain = msgspec.msgpack.decode(data, type=tuple[int, list[tuple[str, int, dict[int, int]]]])
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise Corrupt(f"the places of a container's pages make no sense ({error})") from None
         made._next = following
         made._at = {(kind, number): frames for kind, number, frames in plain}

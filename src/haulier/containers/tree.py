@@ -19,7 +19,7 @@ from typing import Final
 import msgspec
 from blake3 import blake3
 
-from haulier.errors import Corrupt, NoRoom
+from haulier.errors import UNDECODABLE, Corrupt, NoRoom
 from haulier.units import BLOCK, BLOCKS_PER_CHUNK, CHUNK
 
 MAGIC: Final = b"HTREE\0\0\1"
@@ -76,7 +76,7 @@ class Tree:
         """Checks every entry; `blocks` is the size of the region. Raises Corrupt."""
         try:
             entries = _DECODER.decode(data)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise Corrupt(f"a tree's table makes no sense ({error}): ask for it again") from None
         if len(entries) > MAX_ENTRIES:
             raise Corrupt(f"a tree of {len(entries)} names: at most {MAX_ENTRIES} are taken")
@@ -98,9 +98,11 @@ class Tree:
         if magic != MAGIC or length > MAX_TABLE or count > MAX_EXTENTS:
             raise Corrupt("a region of files has a header that makes no sense: ask for it again")
         parts: list[bytes] = []
+        left = -(-length // BLOCK)
         for number in range(count):
             first, many = _EXTENT.unpack_from(head, _HEAD.size + number * _EXTENT.size)
-            if not 0 < many <= blocks or first + many > blocks or many * BLOCK > MAX_TABLE:
+            left -= many
+            if not 0 < many <= blocks or first + many > blocks or left < 0:
                 raise Corrupt("a tree's table lies outside its region: ask for it again")
             parts.append(read(first, many))
         data = b"".join(parts)[:length]

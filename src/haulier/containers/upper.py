@@ -18,7 +18,7 @@ import msgspec
 
 from haulier.containers import files
 from haulier.containers.tree import Entry, Space, Tree
-from haulier.errors import GuestError
+from haulier.errors import UNDECODABLE, GuestError
 from haulier.units import BLOCK, BLOCKS_PER_CHUNK, CHUNK
 
 TICKS_NS: Final = 20_000_000
@@ -35,7 +35,7 @@ def load_signatures(path: Path) -> dict[bytes, Signature]:
     """Those that `save_signatures` kept; none where there are none, or they make no sense."""
     try:
         return dict(msgspec.msgpack.decode(path.read_bytes(), type=dict[bytes, tuple[int, int, int, int]]))
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNDECODABLE):
         return {}
 
 

@@ -121,7 +121,8 @@ class Filler:
         from haulier.fetch.scheduler import Urgency
 
         fetcher = await self._fetching()
-        order = self._heat.order(self._places[fp] for fp in self._missing)
+        # A chunk that was read and found corrupt may be missing, too: who reads it has asked for it.
+        order = self._heat.order(self._places[fp] for fp in self._missing if fp in self._places)
         manifest = self._manifest
         assert manifest is not None
         missing = [manifest[index] for index in order]
@@ -137,8 +138,8 @@ class Filler:
         self._missing.add(fp)
         self._arrange()
         self._ease()
-        fetcher = await self._fetching()
         self.unserved.add(fp)
+        fetcher = await self._fetching()
         await fetcher.get(fp)
         self.unserved.discard(fp)
         self._ease()
@@ -163,9 +164,20 @@ class Filler:
     async def _fetching(self) -> Fetcher:
         if self._fetcher is not None:
             return self._fetcher
-        if self._starting is None:
-            self._starting = asyncio.ensure_future(self._start())
-        return await asyncio.shield(self._starting)
+        starting = self._starting
+        if starting is None or (starting.done() and starting.exception() is not None):
+            # That nobody could be found to ask is true until it is mended, and not for ever.
+            self._starting = starting = asyncio.ensure_future(self._start())
+        return await asyncio.shield(starting)
+
+    async def _again(self) -> None:
+        """Begins once more where there was nobody to ask; first what was read meanwhile and could not be had."""
+        from haulier.fetch.scheduler import Urgency
+
+        fetcher = await self._fetching()
+        fetcher.want(list(self.unserved), Urgency.DEMAND)
+        if self.mode is not Mode.OFF:
+            await self._begin()
 
     async def _start(self) -> Fetcher:
         from haulier.fetch.fetcher import Fetcher
@@ -197,10 +209,13 @@ class Filler:
                 if self._uncommitted:
                     self._uncommitted = False
                     await loop.run_in_executor(None, self._store.commit)
-                if self._fetcher is not None and time.monotonic() - looked > SOURCES_S:
+                if time.monotonic() - looked > SOURCES_S:
                     looked = time.monotonic()
-                    for source in await loop.run_in_executor(None, self._make_sources):
-                        self._fetcher.add_source(source)
+                    if self._fetcher is not None:
+                        for source in await loop.run_in_executor(None, self._make_sources):
+                            self._fetcher.add_source(source)
+                    elif self.unserved or (self._missing and self.mode is not Mode.OFF):
+                        await self._again()
                 if not self._missing and not self._uncommitted:
                     await self._whole()
                     if not self._missing:
@@ -208,6 +223,9 @@ class Filler:
                         return
             except HaulierError as error:
                 log.error("filling %s: %s", self._name, error)
+            except Exception:
+                # Whatever it was: a disk whose chunks are no longer made durable is never whole.
+                log.exception("filling %s failed inside", self._name)
 
     async def _whole(self) -> None:
         fetcher, self._fetcher, self._starting = self._fetcher, None, None

@@ -31,7 +31,7 @@ from haulier.chunks.fingerprint import ZERO
 from haulier.disks.export import DiskExport
 from haulier.disks.rounds import DiskRounds
 from haulier.durable import sync
-from haulier.errors import Cancelled, Corrupt, GuestError, HaulierError, UnknownThing
+from haulier.errors import UNDECODABLE, Cancelled, Corrupt, GuestError, HaulierError, UnknownThing
 from haulier.guests.accel import Accelerator, probe
 from haulier.guests.agent import wait_for_agent
 from haulier.guests.model import DEFAULT_CPU, DEFAULT_MACHINE, GuestSpec, check_name, new_spec
@@ -115,7 +115,7 @@ class Golden:
             meta = msgspec.json.decode((path / "meta.json").read_bytes(), type=GoldenMeta)
         except FileNotFoundError:
             raise UnknownThing(f"no golden snapshot in {path}: make one with `haulier image warm`") from None
-        except (OSError, msgspec.MsgspecError) as err:
+        except (OSError, *UNDECODABLE) as err:
             raise Corrupt(f"golden snapshot {path} is damaged: {err}; remove it and warm the image again") from err
         if meta.format != _FORMAT or meta.id != path.name or meta.id != golden_id(meta):
             raise Corrupt(f"golden snapshot {path} is not what its id says: remove it and warm the image again")

@@ -16,12 +16,11 @@ import msgspec
 
 from haulier.containers.model import ContainerSpec
 from haulier.errors import UsageError
-from haulier.units import CHUNK, MIB
+from haulier.units import CHUNK, MAX_DISK, MIB
 
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,40}")
 """Names of guests, images and sites."""
 MAX_MEMORY_MIB: Final = 1 << 20
-MAX_DISK: Final = 64 << 40
 MAX_VCPUS: Final = 64
 DEFAULT_MACHINE: Final = "pc-q35-8.2"
 """The oldest pinned q35 of the oldest QEMU that is accepted, so that every accepted QEMU offers it."""

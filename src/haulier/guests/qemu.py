@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.durable import write_atomically
-from haulier.errors import Conflict, GuestError, NoRoom, UnknownThing, Unsupported
+from haulier.errors import UNDECODABLE, Conflict, GuestError, NoRoom, UnknownThing, Unsupported
 from haulier.guests.accel import Accelerator, QemuInfo, check_version, probe, qemu_binary, qemu_version
 from haulier.guests.agent import GuestAgent, wait_for_agent
 from haulier.guests.command import NIC_ID, command_line, netdev, nic_device
@@ -113,7 +113,7 @@ class Qemu(Migration):
         process, record = found
         try:
             spec = msgspec.json.decode(paths.spec_file.read_bytes(), type=GuestSpec)
-        except (OSError, msgspec.MsgspecError) as err:
+        except (OSError, *UNDECODABLE) as err:
             raise UnknownThing(f"{paths.spec_file} does not describe a guest: {err}") from err
         return cls(spec, paths, process, record, worker)
 

@@ -21,7 +21,7 @@ import msgspec
 from haulier.agent.site import Site, check_name
 from haulier.chunks.store import ChunkStore
 from haulier.durable import write_atomically
-from haulier.errors import Corrupt, HaulierError
+from haulier.errors import UNDECODABLE, Corrupt, HaulierError
 from haulier.guests.model import GuestSpec
 from haulier.handoff import sparsefile
 from haulier.handoff.messages import Job
@@ -129,7 +129,7 @@ def expire_chunks(store: ChunkStore, age_s: float) -> list[str]:
 def _read(directory: Path) -> Attempt | None:
     try:
         meta = msgspec.json.decode((directory / "meta.json").read_bytes(), type=Attempt)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNDECODABLE):
         return None
     return meta if (directory / "memory").exists() else None
 

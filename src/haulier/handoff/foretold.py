@@ -17,6 +17,7 @@ import msgspec
 from haulier.agent.site import Site
 from haulier.chunks.blocks import StoreBlockFinder
 from haulier.durable import write_atomically
+from haulier.errors import UNDECODABLE
 from haulier.handoff import forecast, retained, sampling
 from haulier.handoff.adapting import level_at
 from haulier.handoff.forecast import MOST_REMEMBERED, Pace, Took
@@ -53,7 +54,7 @@ def planned(site: Site, job: Job) -> dict[str, Any] | None:
                 "made": "plan",
                 "age_s": round(time.time() - kept["at"], 1),
             }
-    except (OSError, msgspec.MsgspecError, KeyError, TypeError):
+    except (OSError, *UNDECODABLE, KeyError, TypeError):
         pass
     return None
 
@@ -66,7 +67,7 @@ def pace(site: Site) -> Pace:
 def _remembered(site: Site) -> list[Took]:
     try:
         return msgspec.json.decode(_past(site).read_bytes(), type=list[Took])
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNDECODABLE):
         return []
 
 

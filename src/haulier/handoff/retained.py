@@ -16,7 +16,7 @@ import msgspec
 
 from haulier.agent.site import Site
 from haulier.durable import write_atomically
-from haulier.errors import Corrupt
+from haulier.errors import UNDECODABLE, Corrupt
 from haulier.handoff import attempts, sparsefile
 from haulier.memory.base import MemoryBase
 from haulier.memory.mirror import Mirror
@@ -82,7 +82,7 @@ def find(site: Site, guest: str, uuid: str) -> Retained | None:
     """The picture kept for that very guest, if there is one."""
     try:
         meta = msgspec.json.decode((_directory(site, guest) / "meta.json").read_bytes(), type=Retained)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNDECODABLE):
         return None
     return meta if meta.uuid == uuid and (_directory(site, guest) / "memory").exists() else None
 

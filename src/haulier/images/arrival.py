@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from haulier.chunks.images import PREFIX as IMAGE_PREFIX
-from haulier.chunks.manifest import Manifest
+from haulier.chunks.manifest import Manifest, peek
 from haulier.chunks.store import ChunkStore
 from haulier.disks.transfer import DiskReceiver
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing
@@ -45,11 +45,13 @@ from haulier.images.messages import (
 )
 from haulier.images.talk import Talk
 from haulier.session import Session
-from haulier.units import CHUNK, MIB
+from haulier.units import CHUNK, MAX_DISK, MIB
 
 Elsewhere = Callable[[ChunkStore, list[bytes], str, Callable[[], bool], Callable[[bytes], None]], None]
 """Fetches chunks from other sites into a store, under a lease, until that is enough; tells of each that came."""
 ENOUGH_S: Final = 10.0
+MAX_DISKS: Final = 4 * MAX_DISK
+"""Of all layers and memories of one push: their manifests take 2 GiB of memory."""
 COMMIT_BYTES: Final = 8 * MIB
 """Of messages, after which what has come is made durable, so that a push that dies need not bring it again."""
 SLACK: Final = 64 * MIB
@@ -156,6 +158,8 @@ class Arrival:
         self._named: set[bytes] = set()
         self._chunks = 0
         """Bytes of chunks that are to come, each once."""
+        self._disks = 0
+        """Bytes of the disks that are pushed."""
         self._files = 0
         """Bytes of what is made out of them."""
         self._fresh: list[str] = []
@@ -201,6 +205,10 @@ class Arrival:
         data = bytearray()
         while len(data) < item.length:
             data += self._talk.next(Part).data
+        # A manifest of zeros is short, and takes its disk's share of memory once it is decoded.
+        self._disks += peek(bytes(data))[0]
+        if self._disks > MAX_DISKS:
+            raise NoRoom(f"a push of disks of more than {MAX_DISKS >> 30} GiB together: push the layers one by one")
         expected = Expected(item.kind, item.name, Manifest.decode(bytes(data)), item.meta)
         if not self._store.manifest_names(expected.incoming):
             self._fresh.append(expected.incoming)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from haulier.errors import Corrupt
+from haulier.errors import UNDECODABLE, Corrupt
 from haulier.units import MIB
 
 CONTROL: Final = 0
@@ -126,6 +126,6 @@ def decode(data: bytes) -> AnyMessage:
         raise Corrupt(f"a message of {len(data)} bytes came in a push: at most {2 * PART} are allowed")
     try:
         message: AnyMessage = _DECODER.decode(data)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise Corrupt(f"a message of a push makes no sense ({error}): run the same haulier at both sites") from None
     return message

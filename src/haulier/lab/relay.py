@@ -27,7 +27,7 @@ from typing import Final, NoReturn
 
 import msgspec
 
-from haulier.errors import HaulierError, Unsupported
+from haulier.errors import UNDECODABLE, HaulierError, Unsupported
 from haulier.lab import namespaces, processes
 from haulier.lab.shaper import Counts, Shape, Shaper
 
@@ -188,7 +188,7 @@ class Relay:
         """Does what a request line asks."""
         try:
             request = msgspec.json.decode(line, type=Request)
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             return Reply(error=f"a request that cannot be read: {error}")
         now = time.monotonic()
         ways: list[Way] = []

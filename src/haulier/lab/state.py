@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from haulier.errors import Corrupt, UnknownThing
+from haulier.errors import UNDECODABLE, Corrupt, UnknownThing
 from haulier.lab.shaper import Shape
 
 RUN: Final = Path("/run/haulier/lab")
@@ -82,7 +82,7 @@ def load(lab: str) -> LabState:
         ) from None
     try:
         found = msgspec.json.decode(raw, type=LabState)
-    except msgspec.DecodeError as error:
+    except UNDECODABLE as error:
         raise Corrupt(f"{path(lab)} cannot be read: {error}") from None
     if found.version != VERSION:
         raise Corrupt(
@@ -112,7 +112,7 @@ def namespaces_of(lab: str) -> list[str]:
         try:
             sites = msgspec.json.decode(path(lab).read_bytes())["sites"]
             return [str(site["namespace"]) for site in sites.values()]
-        except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        except (*UNDECODABLE, KeyError, TypeError, AttributeError):
             raise Corrupt(
                 f"{path(lab)} does not say which namespaces lab {lab} made ({error}): remove its own of "
                 f"`ip netns list` by `ip netns delete`, then that file"

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from haulier.errors import HaulierError, PeerError
+from haulier.errors import UNDECODABLE, HaulierError, PeerError
 from haulier.lab import processes
 from haulier.lab.relay import Config, Reply, Request, Started
 
@@ -29,7 +29,7 @@ def launch(lab: str, link: str, instance: str, config: Config) -> Started:
                 f"the relay of link {link} did not start: {done.stderr.decode(errors='replace').strip()}"
             )
         return msgspec.json.decode(done.stdout, type=Started)
-    except (subprocess.TimeoutExpired, msgspec.DecodeError) as error:
+    except (subprocess.TimeoutExpired, *UNDECODABLE) as error:
         raise HaulierError(f"the relay of link {link} did not start: {error}") from None
 
 
@@ -61,7 +61,7 @@ def ask(path: Path, request: Request, timeout: float = 10) -> Reply:
                     break
                 answer += data
         reply = msgspec.json.decode(bytes(answer), type=Reply)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *UNDECODABLE) as error:
         raise PeerError(f"the relay at {path} does not answer ({error}): bring the lab up again with --force") from None
     if reply.error:
         raise PeerError(f"the relay at {path} refused: {reply.error}")

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from haulier.errors import HaulierError, NoRoom, UsageError
+from haulier.errors import UNDECODABLE, HaulierError, NoRoom, UsageError
 from haulier.network import iproute
 
 MOST: Final = 1 << 16
@@ -96,7 +96,7 @@ class Leases:
         """Those that can be read."""
         found = []
         for path in sorted(self.directory.glob("*.json")) if self.directory.is_dir() else ():
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
+            with contextlib.suppress(OSError, *UNDECODABLE):
                 found.append(msgspec.json.decode(path.read_bytes(), type=Lease))
         return found
 

@@ -27,7 +27,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from haulier.errors import HaulierError, UsageError
+from haulier.errors import UNDECODABLE, HaulierError, UsageError
 from haulier.network import iproute
 from haulier.network.pool import host_route
 
@@ -280,7 +280,7 @@ class Records:
         """Those that can be read."""
         found = []
         for path in sorted(self.directory.glob("*.json")) if self.directory.is_dir() else ():
-            with contextlib.suppress(OSError, msgspec.MsgspecError, UsageError):
+            with contextlib.suppress(OSError, *UNDECODABLE, UsageError):
                 found.append(msgspec.json.decode(path.read_bytes(), type=Tunnel))
         return found
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from haulier.errors import UsageError
+from haulier.errors import UNDECODABLE, UsageError
 
 _T = TypeVar("_T")
 
@@ -44,7 +44,7 @@ class Call:
         """The body as `kind`; UsageError if it is not one."""
         try:
             return msgspec.json.decode(self.body or b"{}", type=kind)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise UsageError(f"the request does not make sense ({error})") from None
 
 

@@ -1,0 +1,126 @@
+"""A disk that is filled while it is read: what is not here comes, also after nobody could be asked for a while."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from haulier.chunks.fingerprint import fingerprint
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.disks import fill
+from haulier.disks.fill import Filler, Mode
+from haulier.disks.heat import Heat
+from haulier.errors import UsageError
+from haulier.fetch import wire
+from haulier.fetch.source import Events, Source
+from haulier.units import CHUNK
+
+COUNT = 4
+CHUNKS = [bytes([number + 1]) * CHUNK for number in range(COUNT)]
+MANIFEST = Manifest(COUNT * CHUNK, b"".join(fingerprint(data) for data in CHUNKS))
+
+
+class Shelf:
+    """A source in this process."""
+
+    name = "shelf"
+    cost = 0.0
+    tells = False
+
+    def __init__(self) -> None:
+        self.wanted: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def run(self, events: Events) -> None:
+        events.up(self.name, 0.01)
+        while True:
+            fp = await self.wanted.get()
+            data = next(data for data in CHUNKS if fingerprint(data) == fp)
+            events.data(self.name, fp, wire.RAW, data, CHUNK)
+
+    def ask(self, fingerprints: Sequence[bytes], urgent: bool) -> None:
+        for fp in fingerprints:
+            self.wanted.put_nowait(fp)
+
+    def hurry(self, fingerprints: Sequence[bytes]) -> None: ...
+    def inquire(self, fingerprints: Sequence[bytes]) -> None: ...
+    def probe(self) -> None: ...
+
+
+class Searching:
+    """Tells the sources, once its site.toml has been mended."""
+
+    def __init__(self) -> None:
+        self.mended = False
+        self.asked = 0
+
+    def __call__(self) -> list[Source]:
+        self.asked += 1
+        if not self.mended:
+            raise UsageError("site.toml: unknown setting 'colour'")
+        return [Shelf()]
+
+
+async def until_whole(filler: Filler) -> None:
+    async with asyncio.timeout(20):
+        while filler.facts()["missing"] or filler.fetched < COUNT:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.BACKGROUND])
+def test_that_nobody_could_be_asked_is_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    monkeypatch.setattr(fill, "COMMIT_S", 0.02)
+    monkeypatch.setattr(fill, "SOURCES_S", 0.05)
+    searching = Searching()
+
+    async def reads(store: ChunkStore) -> None:
+        filler = Filler(store, Heat(COUNT), searching, mode)
+        try:
+            await filler.follow("guest/web1", MANIFEST)
+            with pytest.raises(UsageError, match="colour"):
+                await filler.get(MANIFEST[0])
+            # The agent lets a guest go on that stopped at a read only where nothing of this is left.
+            assert filler.facts()["unserved"] == 1
+            searching.mended = True
+            if mode is Mode.OFF:
+                async with asyncio.timeout(20):
+                    while filler.facts()["unserved"]:
+                        await asyncio.sleep(0.01)
+                assert filler.fetched == 1, "nothing but what was read"
+                filler.set_mode(Mode.FULL)
+            await until_whole(filler)
+            assert filler.facts()["unserved"] == 0
+        finally:
+            await filler.close()
+
+    with ChunkStore(tmp_path / "store") as store:
+        store.save_manifest("guest/web1", MANIFEST, partial=True)
+        asyncio.run(reads(store))
+        assert [store.get(fp) for fp in MANIFEST.chunks()] == CHUNKS
+    assert searching.asked >= 2
+
+
+def test_a_chunk_of_no_place_is_no_obstacle_to_the_others(tmp_path: Path) -> None:
+    """One that was here when the disk was opened, and was found corrupt when it was read."""
+    searching = Searching()
+    searching.mended = True
+
+    async def reads(store: ChunkStore) -> None:
+        filler = Filler(store, Heat(COUNT), searching, Mode.OFF)
+        try:
+            await filler.follow("guest/web1", MANIFEST)
+            del filler._places[MANIFEST[2]]
+            filler.set_mode(Mode.FULL)
+            await filler.get(MANIFEST[2])
+            await until_whole(filler)
+        finally:
+            await filler.close()
+
+    with ChunkStore(tmp_path / "store") as store:
+        store.save_manifest("guest/web1", MANIFEST, partial=True)
+        asyncio.run(reads(store))
