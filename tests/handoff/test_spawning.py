@@ -8,13 +8,16 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+import psutil
 import pytest
 
 from haulier.agent.site import Site
 from haulier.handoff import spawning
 from haulier.handoff.journal import HandoffRow, Journal
-from haulier.handoff.messages import Job
+from haulier.handoff.messages import Job, Offer
 from haulier.handoff.spawning import KEPT, Standby
+from tests.handoff.hosts import SPEC
 from tests.support.agents import make_site
 from tests.support.waiting import gone, wait_for
 
@@ -64,6 +67,34 @@ def test_a_worker_stands_in_the_journal_before_it_learns_its_handoff(
     assert known == [process.pid]
     assert process.wait(30) == 0
     assert not (site.handoff_root(JOB.handoff) / "worker.log").exists()
+
+
+def test_a_guest_that_comes_back_is_not_cleared_away_by_the_worker_that_saw_it_leave(
+    site: Site, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one keeps its picture still, and clears away after that."""
+    cleared: list[str] = []
+    monkeypatch.setattr(spawning, "LEAVE_S", 0.05)
+    monkeypatch.setattr(spawning, "retire", lambda site, guest, handoff: cleared.append(handoff))
+    monkeypatch.setattr(spawning, "_start_target", lambda *_, **__: ("accepted", None))
+    with subprocess.Popen(["sleep", "600"]) as late:
+        started = psutil.Process(late.pid).create_time()
+        journal.update_handoff("h1", pid=late.pid, pid_started=started)
+        journal.advance("web1", "absent", "away", last_epoch=4, taken=3, handoff="h1")
+        spec = msgspec.to_builtins(SPEC)
+        offer = Offer(
+            handoff="h2", source="lisbon", spec=spec, epoch=5, secret="ab" * 32, manifest="cd" * 32, accelerator="tcg"
+        )
+        assert spawning.accept(site, journal, offer, manifest=False, memory_base="")[0] == "accepted"
+        assert gone(late.pid)
+    assert cleared == ["h1"] and journal.guest("web1").state == "receiving"
+    assert (journal.handoff("h1").state, journal.handoff("h1").outcome) == ("ended", "done")
+    # With nobody left there is nothing to be done about it.
+    journal.advance("web1", "receiving", "away")
+    assert spawning.accept(
+        site, journal, msgspec.structs.replace(offer, handoff="h3", epoch=6), manifest=False, memory_base=""
+    )
+    assert cleared == ["h1"]
 
 
 def test_workers_in_waiting_that_have_died_are_passed_over(site: Site, journal: Journal, standby: Standby) -> None:

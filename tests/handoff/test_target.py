@@ -97,6 +97,24 @@ def test_a_guest_that_was_taken_and_not_settled_is_the_agents(
     assert not any(word in ("Failed", "refused") for word, _ in voted.said), "it is not the source's any more"
 
 
+@pytest.mark.parametrize("gone", ["over", "broken", "by its agent's word"])
+def test_device_state_of_a_source_that_is_gone_is_not_waited_for_without_end(
+    voted: Voted, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    monkeypatch.setattr(target, "ALONE_S", 0.05)
+    closed: list[bool] = []
+    session = SimpleNamespace(error=GuestError("cut") if gone == "broken" else None, over=gone == "over")
+    voted.control.session = session  # type: ignore[misc]
+    voted._sink = SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
+    voted.copy.status = lambda: "inmigrate"
+    if gone == "by its agent's word":
+        voted.left_alone.set()
+    assert not voted._device_state()
+    assert closed
+    voted.copy.status = lambda: "paused"
+    assert voted._device_state(), "it had come all the same"
+
+
 def test_what_has_failed_before_the_token_keeps_its_notes(voted: Voted) -> None:
     voted._fail(GuestError("boom"))
     assert state_of(voted) == State.REFUSED
