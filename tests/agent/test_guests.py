@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,26 @@ def test_a_guest_whose_arrival_is_not_settled_is_not_booted_from_its_image(
     with pytest.raises(Conflict, match="only just arrived"):
         fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
     assert booted == []
+
+
+def test_a_guest_that_stopped_at_an_io_error_goes_on(
+    fleet: Fleet, image: Manifest, booted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(fleet.client)
+    booted.clear()
+    status = ["io-error"]
+
+    def recover_io(timeout: float) -> None:
+        status[0] = "running"
+
+    qemu = SimpleNamespace(
+        status=lambda: status[0], recover_io=recover_io, close=lambda: None, pid=os.getpid(), accel="tcg"
+    )
+    monkeypatch.setattr(residence, "adopt", lambda *_, **__: qemu)
+    shown = fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
+    assert shown["status"] == "running" and booted == []
+    with pytest.raises(Conflict, match="runs already"):
+        fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
 
 
 def test_a_duplicate(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:

@@ -41,6 +41,8 @@ from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, State
 log = logging.getLogger(__name__)
 
 RUN_LEASE: Final = "run/"
+GO_ON_S: Final = 10.0
+"""For a guest that stopped at an I/O error, until it is said to stop there again."""
 """What a guest begins with is kept under it until the guest has a manifest of its own and runs."""
 HIDDEN: Final = frozenset({State.ABSENT, State.REFUSED})
 """Records that only keep an epoch from being used twice."""
@@ -339,14 +341,16 @@ class Guests:
         return tap
 
     def start(self, name: str) -> Job:
-        """Boots a stopped guest again, on the writes it made."""
+        """Boots a stopped guest again, on the writes it made; one that stopped at an I/O error goes on where it was."""
         self._owned(name, "start")
-        if self._alive(name):
+        if self._alive(name) and not self._stands(name):
             raise Conflict(f"guest {name!r} runs already")
 
         def work(progress: Progress) -> dict[str, Any]:
             with self.core.alone(name, "being started"):
                 row = self._owned(name, "start")
+                if self._stands(name, go_on=True):
+                    return self.show(name)
                 spec = residence.spec_of(row)
                 if not row.manifest:
                     raise Conflict(f"guest {name!r} has only just arrived: try again in a moment")
@@ -374,6 +378,20 @@ class Guests:
             return self.show(name)
 
         return self.core.jobs.start("start", name, work)
+
+    def _stands(self, name: str, go_on: bool = False) -> bool:
+        """It stopped at an I/O error, for want of room say. GuestError if it does again when it is let go on."""
+        with self.core.asking:
+            qemu = residence.adopt(self.site, name)
+            if qemu is None:
+                return False
+            try:
+                stands = qemu.status() == "io-error"
+                if stands and go_on:
+                    qemu.recover_io(GO_ON_S)
+                return stands
+            finally:
+                qemu.close()
 
     # -- ended ---------------------------------------------------------------------------------------------------
 

@@ -195,7 +195,9 @@ class Qemu(Migration):
             if self.status() != "io-error":
                 return
             if time.monotonic() > deadline:
-                raise GuestError(f"guest {self.spec.name} stops at I/O errors again: look at its disk export")
+                raise GuestError(
+                    f"guest {self.spec.name} stops at I/O errors again: make room where its overlay is, look at nbd.log"
+                )
             wait = min(2.0, wait * 2)
 
     def hotplug_nic(self, tap: str, *, up: bool) -> None:
