@@ -145,7 +145,7 @@ def adopt(
 
 @guest_app.command
 def start(name: GuestName, /, *, root: Root = None, json: Json = False) -> None:
-    """Boot a stopped guest again."""
+    """Boot a stopped guest again; one that stopped at an I/O error goes on where it was."""
     agent = client(root)
     result = wait(agent, agent.post(f"/v1/guests/{path_segment(name)}/start"), json)
     tell(result, json, f"guest {name} runs (pid {result['pid']})")
