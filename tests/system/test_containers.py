@@ -454,6 +454,13 @@ def test_both_sides_killed_after_the_token_was_written(standing: ContainerStage,
         standing.site(name).start_agent()
     handoff.result()
     stays(standing, handoff, playing, home="lisbon")
+    # What it writes here is its own, whoever brought it: nothing is made anew from what came.
+    lisbon = standing.site("lisbon")
+    kept = Path(lisbon.client.guest("game1")["root_files"]) / "kept"
+    kept.write_text("written after the move")
+    assert lisbon.facts("guest", "stop", "game1", "--force")["status"] == "stopped"
+    assert lisbon.facts("guest", "start", "game1")["status"] == "running"
+    assert kept.read_text() == "written after the move"
 
 
 def test_a_link_that_is_cut_for_a_while(standing: ContainerStage, playing: Player) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -15,16 +14,14 @@ from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.containers import container as containers
 from haulier.containers import lxc
-from haulier.containers.files import region_reader, write_tree
 from haulier.containers.importing import import_container, import_layer, is_container, layers_of
-from haulier.containers.layers import layer_id, make_layers, regions, sync_files, unused
+from haulier.containers.layers import layer_id, make_layers, regions, unused
 from haulier.containers.model import DEFAULT_DISK, DEFAULT_PATH, ContainerSpec, ImageConfig, parse_user
 from haulier.containers.runc import runc_binary
-from haulier.containers.tree import Tree
 from haulier.errors import UsageError
 from haulier.guests.model import GuestSpec, new_spec
 from haulier.handoff import residence
-from haulier.units import BLOCKS_PER_CHUNK, CHUNK
+from haulier.units import CHUNK
 
 if TYPE_CHECKING:
     from haulier.agent.guests import AdoptRequest, RunRequest
@@ -102,14 +99,10 @@ def launch(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, progre
 
 
 def start_again(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, progress: Progress) -> None:
-    """Starts a stopped one on what it wrote. A copy that a power cut kept from being synced is made anew first."""
+    """Starts a stopped one on what it wrote."""
     assert spec.container is not None
     paths = residence.container_paths(site, spec.name)
     containers.clear_runtime(paths)
-    if arriving(paths).exists():
-        shutil.rmtree(paths.upper, ignore_errors=True)
-        write_upper(store, spec, store.load_manifest(manifest), paths)
-        arriving(paths).unlink(missing_ok=True)
     launch(site, store, spec, manifest, progress)
 
 
@@ -149,24 +142,6 @@ def unused_layers(site: Site, journal: Journal, store: ChunkStore) -> list[Path]
                 if made is not None and known and known in store.manifest_names(known):
                     wanted |= {layer_id(region) for region in regions(made, store.load_manifest(known))}
     return unused(site.layers, wanted)
-
-
-def arriving(paths: containers.ContainerPaths) -> Any:
-    """A mark: what lies in `upper` came from elsewhere and is not on disk yet, but all of it is in the store."""
-    return paths.root / "arriving"
-
-
-def write_upper(store: ChunkStore, spec: GuestSpec, manifest: Manifest, paths: containers.ContainerPaths) -> None:
-    """Writes what a container had written, as `manifest` has it, into an empty `upper`."""
-    assert spec.container is not None
-    lower = spec.container.lower_chunks
-
-    def get(chunk: int) -> bytes:
-        return store.get(manifest[lower + chunk])
-
-    blocks = (len(manifest) - lower) * BLOCKS_PER_CHUNK
-    write_tree(paths.upper, Tree.read(region_reader(get), blocks), get)
-    sync_files(paths.upper)
 
 
 def stop(site: Site, name: str, deadline_s: float) -> bool:

@@ -284,10 +284,17 @@ class Container:
         self.plug()
 
     def cont(self) -> float:
-        """Sets restored processes going, and plugs the cable in; when (Unix seconds). Only for the guest's owner."""
+        """Sets restored processes going, and plugs the cable in; when (Unix seconds). May be repeated.
+
+        Only for the guest's owner.
+        """
         if self.record.get("hushed"):
             # Whoever restored it got no further.
             self.quieten()
+        freezer = freezer_of(self.pid)
+        # LXC restores as was dumped, and whoever was to nudge it may have died meanwhile.
+        if freezer.asked():
+            freezer.thaw()
         self._signal(signal.SIGCONT)
         at = time.time()
         self.plug()

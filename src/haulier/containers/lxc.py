@@ -259,11 +259,6 @@ class LxcContainer(Container):
         self.record.pop("helper", None)
         self._adopt_process()
 
-    def cont(self) -> float:
-        # Restored as they were dumped: frozen.
-        freezer_of(self.pid).thaw()
-        return super().cont()
-
 
 def _options(pid: int) -> str:
     """What LXC's own dump asks CRIU for, so that LXC's restore finds what it expects."""

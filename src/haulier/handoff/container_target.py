@@ -13,6 +13,7 @@ import queue
 import shutil
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,6 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from haulier.agent.containers import arriving
 from haulier.chunks.manifest import Manifest
 from haulier.containers import container as containers
 from haulier.containers.checkpoint import CheckpointReceiver, Numbered
@@ -73,6 +73,8 @@ class ContainerTarget(TargetHandoff):
     _touched: NDArray[np.bool_] | None = None
     _drafts_made = False
     _prepared = False
+    _synced: Future[None]
+    """The files as they were written last are on disk."""
     _asked = False
     """The source has said something of the disk."""
     _owes_ready = False
@@ -93,7 +95,6 @@ class ContainerTarget(TargetHandoff):
         self.container_paths = container_paths(self.site, spec.name)
         self.container_paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.container_paths.bundle.mkdir(exist_ok=True)
-        arriving(self.container_paths).touch()
         self._images = images_dir(self.site, self.job.handoff)
         self._images.mkdir(mode=0o700, parents=True, exist_ok=True)
         base = retained.open_base(self.site, spec.name, spec.uuid, news.memory_base)
@@ -109,6 +110,7 @@ class ContainerTarget(TargetHandoff):
         self._feeding = threading.Lock()
         self._tasks: queue.Queue[tuple[Manifest, bool] | str | None] = queue.Queue()
         self._changed = threading.Condition()
+        self._syncs = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._builder = threading.Thread(target=self._build, name="builder", daemon=True)
         self._builder.start()
         self._tasks.put((self._receiver.manifest, False))
@@ -230,6 +232,8 @@ class ContainerTarget(TargetHandoff):
         tree = Tree.read(region_reader(get), (len(manifest) - lower) * BLOCKS_PER_CHUNK)
         write_tree(self.container_paths.upper, tree, get, self._upper_tree, changed)
         self._upper_tree, self._upper_manifest = tree, manifest
+        # After each round, so that there is little to wait for when the container stands still.
+        self._synced = self._syncs.submit(sync_files, self.container_paths.upper)
 
     def _restore(self) -> None:
         """Waits for the dump to be whole, and restores the processes; they stay stopped."""
@@ -262,6 +266,8 @@ class ContainerTarget(TargetHandoff):
             return
         if self._hasher.result() != self._checkpoint.digests:
             raise Corrupt("the pages that were put together are not those that were dumped: try again")
+        # Whoever votes has all of it on disk: what the container writes next is on top of that, come what may.
+        self._synced.result()
         if self.offer.options.check:
             began = time.monotonic()
             for name, _ in self._checkpoint.pages:
@@ -341,14 +347,11 @@ class ContainerTarget(TargetHandoff):
         assert self._container is not None
         # What restored connections said before the clients' network followed was answered to the old site.
         self._container.nudge()
+        self._container.settle()
 
     def _settle(self) -> None:
         super()._settle()
-        if self._container is not None:
-            self._container.settle()
         shutil.rmtree(self._images, ignore_errors=True)
-        sync_files(self.container_paths.upper)
-        arriving(self.container_paths).unlink(missing_ok=True)
 
     def _finish(self, news: Finish) -> None:
         if self._proxy is None or not news.memory_id:
@@ -367,6 +370,7 @@ class ContainerTarget(TargetHandoff):
             with self._changed:
                 self._changed.notify_all()
             self._builder.join(120)
+            self._syncs.shutdown(wait=False)
         if self._restoring is not None and not self._taken:
             self._restoring.abort()
         self._release()

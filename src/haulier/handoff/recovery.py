@@ -251,21 +251,26 @@ def _note_lost(journal: Journal, row: HandoffRow) -> None:
 
 
 def settle_arrival(site: Site, journal: Journal, row: HandoffRow) -> None:
-    """The guest is owned here: runs the copy if it waits, and gives its disk's manifest the lasting name."""
+    """The guest is owned here: runs the copy if it waits, and gives its disk's manifest the lasting name.
+
+    Until it has that name, a guest that runs may still be without network, and its clients where it came from.
+    """
     guest = journal.guest(row.guest)
+    settled = guest.manifest == manifest_name(row.guest)
+    if not settled:
+        clients.coming(site, row.guest)
     qemu = adopt(site, row.guest, worker=True)
     if qemu is not None:
         try:
             if qemu.status() == "paused":
-                clients.coming(site, row.guest)
                 run_copy(site, qemu)
-                clients.arrived(site, journal, spec_of(guest), row.peer)
         finally:
             qemu.close()
     container = adopt_container(site, row.guest)
-    if container is not None and container.status() == "paused":
-        clients.coming(site, row.guest)
+    if container is not None and (not settled or container.status() == "paused"):
         container.cont()
+        container.settle()
+    if not settled and (qemu is not None or container is not None):
         clients.arrived(site, journal, spec_of(guest), row.peer)
     _name_disk(site, journal, row)
 
