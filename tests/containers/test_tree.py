@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,7 +21,7 @@ from haulier.containers.importing import import_container, import_layer
 from haulier.containers.layers import chunks_of, make_layers
 from haulier.containers.model import ContainerSpec
 from haulier.containers.tree import Entry, Space, Tree, sequential
-from haulier.containers.upper import TICKS_NS, UpperRounds, load_signatures, save_signatures
+from haulier.containers.upper import TICKS_NS, UpperRounds, load_signatures, mapped_for_writing, save_signatures
 from haulier.errors import Corrupt, NoRoom, UsageError
 from haulier.units import BLOCK, BLOCKS_PER_CHUNK, CHUNK
 from tests.support.waiting import wait_for
@@ -219,8 +222,8 @@ class Region:
     def get(self, chunk: int) -> bytes:
         return self.chunks[chunk]
 
-    def take(self, rounds: UpperRounds, *, last: bool = False) -> int:
-        items = list(rounds.items(last=last))
+    def take(self, rounds: UpperRounds, mapped: Callable[[], set[int]] = set, *, last: bool = False) -> int:
+        items = list(rounds.items(mapped, last=last))
         for chunk, data in items:
             assert len(data) == CHUNK
             self.chunks[chunk] = data
@@ -303,15 +306,84 @@ def test_a_change_that_keeps_size_and_time_is_found(tmp_path: Path) -> None:
     assert (tmp_path / "follower/file").read_bytes() == b"b" * 9000
 
 
-def test_a_file_that_is_mapped_is_read_whatever_its_times_say(tmp_path: Path) -> None:
-    source = tmp_path / "upper"
-    source.mkdir()
-    (source / "file").write_bytes(b"a" * 9000)
+def settle(path: Path) -> None:
+    """Waits until another change would have another time."""
+    wait_for(lambda: time.time_ns() > path.lstat().st_ctime_ns + 2 * TICKS_NS, 10)
+
+
+def mine() -> set[int]:
+    return mapped_for_writing(lambda: [os.getpid()])
+
+
+@pytest.mark.parametrize("shown", ["upper", "merged"])
+def test_a_file_that_is_mapped_is_read_whatever_its_times_say(tmp_path: Path, shown: str) -> None:
+    for name in ("upper", "merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"a" * 9000)
     region = Region(16, tmp_path / "follower")
-    rounds = UpperRounds(source, 16, region.get, Tree(()), {})
+    rounds = UpperRounds(tmp_path / "upper", 16, region.get, Tree(()), {}, tmp_path / "merged")
+    settle(tmp_path / "upper/file")
     region.take(rounds)
-    list(rounds.items(mapped={(source / "file").stat().st_ino}))
+    region.take(rounds)
+    assert rounds.changed_files == 0
+    inode = (tmp_path / shown / "file").stat().st_ino
+    region.take(rounds, lambda: {inode})
     assert rounds.changed_files == 1
+    region.take(rounds)
+    assert rounds.changed_files == 1, "and once more when it is mapped no longer"
+    region.take(rounds)
+    assert rounds.changed_files == 0
+
+
+def test_what_is_stored_through_a_mapping_before_it_ends_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "upper/file"
+    file.parent.mkdir()
+    file.write_bytes(b"a" * 9000)
+    region = Region(16, tmp_path / "follower")
+    rounds = UpperRounds(file.parent, 16, region.get, Tree(()), {}, file.parent)
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapping:
+        mapping[0:1] = b"b"
+        settle(file)
+        region.take(rounds, mine)
+        before = file.stat()
+        mapping[1:2] = b"b"
+        assert file.stat().st_ctime_ns == before.st_ctime_ns, "the page was dirty: nothing tells of this"
+    region.take(rounds, mine, last=True)
+    assert (tmp_path / "follower/file").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.root
+def test_a_file_that_was_copied_up_is_known_by_what_the_overlay_calls_it(tmp_path: Path) -> None:
+    lower, upper, work, merged = (tmp_path / name for name in ("lower", "upper", "work", "merged"))
+    for folder in (lower, upper, work, merged):
+        folder.mkdir()
+    (lower / "file").write_bytes(b"a" * 9000)
+    options = f"lowerdir={lower},upperdir={upper},workdir={work}"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", options, str(merged)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no overlay file system on this machine")
+    region = Region(16, tmp_path / "follower")
+    rounds = UpperRounds(upper, 16, region.get, Tree(()), {}, merged)
+    try:
+        with (merged / "file").open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapping:
+            mapping[0:1] = b"b"
+            settle(upper / "file")
+            region.take(rounds, mine)
+            mapping[1:2] = b"b"
+            region.take(rounds, mine, last=True)
+            assert rounds.changed_files == 1
+            assert (tmp_path / "follower/file").read_bytes() == mapping[:]
+    finally:
+        subprocess.run(["umount", str(merged)], check=True)
+
+
+def test_a_process_that_is_forked_while_mappings_are_read_is_asked_too(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * 9000)
+    gone = 1 << 30
+    said = iter([[gone], [gone, os.getpid()], [gone, os.getpid()]])
+    with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0):
+        assert path.stat().st_ino in mapped_for_writing(lambda: next(said))
 
 
 def test_too_much_for_the_region_says_so(tmp_path: Path) -> None:

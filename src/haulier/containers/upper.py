@@ -1,7 +1,9 @@
 """What a container wrote, in rounds: which chunks of its region are others than they were in the last round.
 
 A file keeps its blocks as long as it keeps their number, so that what did not change stays where it is. Whether a file
-changed is told by its change time, which no program can set; a file that is mapped for writing is always read.
+changed is told by its change time, which no program can set. Through a shared mapping that is so only for the first
+store into a clean page, and no unmapping tells of those that followed: what is mapped is read in that round and in the
+next one, whatever its times say.
 """
 
 from __future__ import annotations
@@ -51,13 +53,20 @@ class UpperRounds:
     """Rounds over the directory `root`, whose region has `chunks` chunks.
 
     `get` gives a chunk of the region as the last round left it. `tree` is what the region holds as it begins, and
-    `known` the signatures that belong to it.
+    `known` the signatures that belong to it. `merged` is where the overlay is mounted whose upper directory `root` is.
     """
 
     def __init__(
-        self, root: Path, chunks: int, get: Callable[[int], bytes], tree: Tree, known: dict[bytes, Signature]
+        self,
+        root: Path,
+        chunks: int,
+        get: Callable[[int], bytes],
+        tree: Tree,
+        known: dict[bytes, Signature],
+        merged: Path | None = None,
     ) -> None:
         self.root = root
+        self._merged = os.fsencode(merged or root)
         self.tree = tree
         self._get = get
         self._space = Space(chunks * BLOCKS_PER_CHUNK)
@@ -72,14 +81,18 @@ class UpperRounds:
         self.read_bytes = 0
         self.changed_files = 0
 
-    def items(self, mapped: Collection[int] = (), *, last: bool = False) -> Iterator[tuple[int, bytes]]:
+    def items(
+        self, mapped: Callable[[], Collection[int]] = tuple, *, last: bool = False
+    ) -> Iterator[tuple[int, bytes]]:
         """(chunk of the region, 64 KiB) of all that changed since the last round, the table last.
 
-        `mapped` are inodes of files that processes have mapped for writing. In the `last` round, when nothing changes
-        any more, a file that cannot be read raises GuestError; before, the next round will find what became of it.
+        `mapped` tells what `mapped_for_writing` does. In the `last` round, when nothing changes any more, a file that
+        cannot be read raises GuestError; before, the next round will find what became of it.
         """
         self.read_bytes = self.changed_files = 0
         settled = time.time_ns() - TICKS_NS
+        # Only now: what is mapped after it was asked has a change time that is not settled.
+        inodes = mapped()
         old = {entry.path: entry for entry in self.tree.entries}
         entries: list[Entry] = []
         blocks: dict[int, bytes] = {}
@@ -92,7 +105,8 @@ class UpperRounds:
                 continue
             now, was = signature(status), old.get(entry.path)
             same = self._known.get(entry.path) == now and was is not None and was.size == entry.size
-            if same and was is not None and status.st_ino not in mapped:
+            shared = bool(inodes) and self._is_among(inodes, entry.path, status)
+            if same and was is not None and not shared:
                 entries.append(msgspec.structs.replace(entry, extents=was.extents))
                 continue
             place = self._place(entry)
@@ -105,15 +119,22 @@ class UpperRounds:
                     raise GuestError(f"{self.root / os.fsdecode(entry.path)} cannot be read: {error}") from error
                 self._known.pop(entry.path, None)
                 continue
-            if now[1] < settled:
+            if now[1] < settled and not shared:
                 self._known[entry.path] = now
             else:
-                # Written once more in this moment, it would look the same.
+                # Written once more, in this moment or through its mapping, it would look the same.
                 self._known.pop(entry.path, None)
         for path in [path for path in self._places if path not in seen]:
             self._space.give(self._places.pop(path))
             self._known.pop(path, None)
         yield from self._finish(Tree(tuple(entries)), blocks)
+
+    def _is_among(self, inodes: Collection[int], path: bytes, status: os.stat_result) -> bool:
+        """A file may have the number of its inode in the upper directory, or the one that the overlay shows."""
+        try:
+            return status.st_ino in inodes or os.lstat(os.path.join(self._merged, path)).st_ino in inodes
+        except OSError:
+            return True
 
     def _place(self, entry: Entry) -> list[tuple[int, int]]:
         many = -(-entry.size // BLOCK)
@@ -176,13 +197,22 @@ class UpperRounds:
             yield chunk, bytes(data)
 
 
-def mapped_for_writing(pids: Collection[int]) -> set[int]:
-    """Inodes of files that these processes have mapped shared and for writing."""
+def mapped_for_writing(pids: Callable[[], Collection[int]]) -> set[int]:
+    """Inodes of files that these processes have mapped shared and for writing.
+
+    Until Linux 6.7 /proc/PID/maps has those of the upper directory, since then those that the overlay shows: of a file
+    that was copied up it is the lower one's. `pids` is asked until it names no new process, for one that was forked
+    meanwhile has its parent's mappings.
+    """
     found: set[int] = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-                fields = line.split(None, 5)
-                if len(fields) == 6 and fields[1][1] == "w" and fields[1][3] == "s":
-                    found.add(int(fields[4]))
+    seen: set[int] = set()
+    while new := set(pids()) - seen:
+        seen |= new
+        for pid in new:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                # As bytes: names may have all but b"\n" in them.
+                for line in Path(f"/proc/{pid}/maps").read_bytes().split(b"\n"):
+                    fields = line.split(None, 5)
+                    if len(fields) == 6 and fields[1][1:2] == b"w" and fields[1][3:4] == b"s":
+                        found.add(int(fields[4]))
     return found

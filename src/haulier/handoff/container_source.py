@@ -189,9 +189,10 @@ class ContainerSource(SourceHandoff):
             sender.commit()
         chunks = len(self._manifest) - self.lower
         self._latest = self._manifest
-        known = load_signatures(self.container.paths.signatures)
+        paths = self.container.paths
+        known = load_signatures(paths.signatures)
         tree = Tree.read(region_reader(self._chunk), chunks * BLOCKS_PER_CHUNK)
-        self._upper = UpperRounds(self.container.paths.upper, chunks, self._chunk, tree, known)
+        self._upper = UpperRounds(paths.upper, chunks, self._chunk, tree, known, paths.rootfs)
         for _ in range(4):
             if self._upper_round()["wire_bytes"] <= max(65536, self._rate / 8 * 0.2):
                 break
@@ -213,7 +214,7 @@ class ContainerSource(SourceHandoff):
         return self._note_disk_round(sent, began, round=number, last=last, dirty=sent.chunks_dirty, files=files)
 
     def _upper_items(self, last: bool) -> Iterator[tuple[int, bytes]]:
-        for number, data in self._upper.items(mapped_for_writing(self.container.pids()), last=last):
+        for number, data in self._upper.items(lambda: mapped_for_writing(self.container.pids), last=last):
             self._check()
             yield self.lower + number, data
 
