@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import stat
@@ -69,6 +70,34 @@ def test_a_layer_comes_out_as_it_went_in(tmp_path: Path) -> None:
         (out,) = make_layers(tmp_path / "layers", store, spec, manifest)
         assert look(out) == look(source)
         assert make_layers(tmp_path / "layers", store, spec, manifest) == [out]
+
+
+@pytest.mark.parametrize("when", ["another unpacks", "half made"])
+def test_layers_that_are_given_up_leave_nothing(tmp_path: Path, when: str) -> None:
+    source, layers = tmp_path / "source", tmp_path / "layers"
+    for folder in (source, layers):
+        folder.mkdir()
+    fill(source)
+    with ChunkStore(tmp_path / "store") as store:
+        manifest = import_container(store, "app", source)
+        spec = ContainerSpec(layers=(len(manifest),), command=("x",))
+        calls = iter([None] * 3)
+
+        def check() -> None:
+            if next(calls, UsageError) is UsageError:
+                assert when == "another unpacks" or list(layers.iterdir()), "it had begun"
+                raise UsageError("enough")
+
+        lock = os.open(layers, os.O_RDONLY)
+        try:
+            if when == "another unpacks":
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(UsageError, match="enough"):
+                make_layers(layers, store, spec, manifest, check=check)
+            assert not list(layers.iterdir())
+        finally:
+            os.close(lock)
+        assert len(make_layers(layers, store, spec, manifest)) == 1, "the lock is free again"
 
 
 def test_a_large_file_is_the_same_chunks_wherever_it_is(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
@@ -15,6 +17,8 @@ from haulier.containers.model import ContainerSpec
 from haulier.containers.tree import Tree
 from haulier.errors import UsageError
 from haulier.units import BLOCKS_PER_CHUNK, CHUNK, FINGERPRINT
+
+_POLL_S: Final = 0.05
 
 
 def regions(spec: ContainerSpec, manifest: Manifest) -> list[Manifest]:
@@ -40,8 +44,12 @@ def make_layers(
     spec: ContainerSpec,
     manifest: Manifest,
     progress: Callable[[float, str], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Path]:
-    """The directories of the layers, lowest first, made where they are not there yet. Safe beside others that do so."""
+    """The directories of the layers, lowest first, made where they are not there yet. Safe beside others that do so.
+
+    `check` is called all the time and gives it up by raising; what was half made is gone then.
+    """
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = []
     for number, region in enumerate(regions(spec, manifest)):
@@ -49,7 +57,7 @@ def make_layers(
         if not place.is_dir():
             if progress is not None:
                 progress(number / len(spec.layers), f"unpacking layer {number + 1} of {len(spec.layers)}")
-            _make(root, place, store, region)
+            _make(root, place, store, region, check)
         found.append(place)
     return found
 
@@ -74,24 +82,40 @@ def chunks_of(
     return found
 
 
-def _make(root: Path, place: Path, store: ChunkStore, region: Manifest) -> None:
+def _make(root: Path, place: Path, store: ChunkStore, region: Manifest, check: Callable[[], None]) -> None:
     lock = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock, check)
         if place.is_dir():
             return
         fresh = root / f"{place.name}.new"
         shutil.rmtree(fresh, ignore_errors=True)
 
         def get(chunk: int) -> bytes:
+            check()
             return store.get(region[chunk])
 
-        write_tree(fresh, Tree.read(region_reader(get), len(region) * BLOCKS_PER_CHUNK), get)
-        # A power cut must not leave a layer with empty files under its name.
-        _sync(fresh)
-        fresh.rename(place)
+        try:
+            write_tree(fresh, Tree.read(region_reader(get), len(region) * BLOCKS_PER_CHUNK), get)
+            # A power cut must not leave a layer with empty files under its name.
+            _sync(fresh)
+            fresh.rename(place)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
     finally:
         os.close(lock)
+
+
+def _wait_for(lock: int, check: Callable[[], None]) -> None:
+    """Whoever has it may take as long as its layer and disk want."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            check()
+            time.sleep(_POLL_S)
 
 
 def _sync(folder: Path) -> None:

@@ -33,7 +33,7 @@ from haulier.containers.preflight import same_kernel_pages
 from haulier.containers.restoring import Restoring
 from haulier.containers.tree import Tree
 from haulier.containers.upper import save_signatures
-from haulier.errors import Corrupt, HaulierError
+from haulier.errors import Cancelled, Corrupt, HaulierError
 from haulier.guests.process import hurry
 from haulier.handoff import retained
 from haulier.handoff.custody import happen
@@ -169,6 +169,7 @@ class ContainerTarget(TargetHandoff):
     def _build(self) -> None:
         try:
             while (task := self._tasks.get()) is not None:
+                self._go_on()
                 if isinstance(task, str):
                     self._draft(settled=task == "settled")
                     continue
@@ -178,11 +179,17 @@ class ContainerTarget(TargetHandoff):
                     continue
                 self._follow(manifest)
                 if final:
+                    self._go_on()
                     self._restore()
                     return
         except Exception as error:
             if not self._closing:
                 self.control.tell(error)
+
+    def _go_on(self) -> None:
+        """Raises Cancelled when the handoff is over: what is made here after that, nobody clears away."""
+        if self._closing:
+            raise Cancelled(f"the handoff of guest {self.spec.name!r} is over: nothing more is made of it here")
 
     def _draft(self, *, settled: bool) -> None:
         """What is there of the files of pages; `settled`: all that the first round brought is."""
@@ -205,7 +212,9 @@ class ContainerTarget(TargetHandoff):
         wanted = {fp for region in regions(spec.container, manifest) for fp in region.unique()}
         if self._store.missing(wanted):
             return
-        self._lower = make_layers(self.site.layers, self._store, spec.container, manifest)
+        lower = make_layers(self.site.layers, self._store, spec.container, manifest, check=self._go_on)
+        self._go_on()
+        self._lower = lower
         self._container = containers.driver_of(spec).prepare(spec, self.container_paths, None, self.job.handoff)
         self._container.hush()
         self._maybe_prepared()
@@ -224,12 +233,16 @@ class ContainerTarget(TargetHandoff):
             return
 
         def get(chunk: int) -> bytes:
+            self._go_on()
             return self._store.get(manifest[lower + chunk])
 
         def changed(chunk: int) -> bool:
             return before is None or before[lower + chunk] != manifest[lower + chunk]
 
         tree = Tree.read(region_reader(get), (len(manifest) - lower) * BLOCKS_PER_CHUNK)
+        if before is None and self.container_paths.upper.exists():
+            # An attempt that was killed may have left files of which this tree knows nothing.
+            shutil.rmtree(self.container_paths.upper)
         write_tree(self.container_paths.upper, tree, get, self._upper_tree, changed)
         self._upper_tree, self._upper_manifest = tree, manifest
         # After each round, so that there is little to wait for when the container stands still.
