@@ -1,8 +1,12 @@
-"""Guests of a site: refused words, half-made and half-removed ones, exports that die. No QEMU runs here."""
+"""Guests of a site: refused words, half-made and half-removed ones, exports that die, containers taken over from LXC.
+
+No QEMU runs here."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +23,7 @@ from haulier.handoff import recovery, residence
 from haulier.handoff.ownership import Event
 from haulier.network import tunnel
 from tests.agent.conftest import Fleet
+from tests.support.lxc import OfLxc, of_lxc
 
 CHUNK = 65536
 
@@ -292,3 +297,23 @@ def test_a_request_without_an_agent_inside_is_never_a_clone(
     run(fleet.client, agent=False)
     assert booted[0]["identity"] is False
     assert RunRequest(name="x", image="y").agent
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Iterator[OfLxc]:
+    with of_lxc(tmp_path / "lxc", "ours") as found:
+        yield found
+
+
+def adopt(fleet: Fleet, ours: OfLxc) -> dict[str, Any]:
+    words = {"name": "web1", "container": ours.name, "folder": str(ours.folder), "memory_mib": 64}
+    return fleet.client.post("/v1/lxc", words)
+
+
+@pytest.mark.root
+def test_what_was_taken_over_is_started_again_where_its_files_are(fleet: Fleet, ours: OfLxc) -> None:
+    pid = adopt(fleet, ours)["pid"]
+    assert fleet.client.wait(fleet.client.post("/v1/guests/web1/stop", {}))["status"] == "stopped"
+    started = fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
+    assert started["status"] == "running" and started["pid"] != pid
+    fleet.client.delete("/v1/guests/web1?force=1")

@@ -205,7 +205,8 @@ class LxcContainer(Container):
         if lower is not None and not paths.rootfs.is_symlink():
             mount(paths, lower)
         made._config.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        lines = [f"lxc.rootfs.path = dir:{paths.rootfs}", "lxc.console.path = none", "lxc.net.0.type = none"]
+        # LXC follows no link there, which it is where the container was taken over.
+        lines = [f"lxc.rootfs.path = dir:{paths.rootfs.resolve()}", "lxc.console.path = none", "lxc.net.0.type = none"]
         made._config.write_text("\n".join([*lines, *spec.container.lxc, ""]))
         return made
 
