@@ -5,18 +5,21 @@ No QEMU runs here."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from haulier.agent import containers
 from haulier.agent import guests as module
 from haulier.agent.client import Client
 from haulier.agent.guests import RunRequest, default_gateway
 from haulier.agent.server import Agent
 from haulier.chunks.manifest import Manifest
+from haulier.containers import lxc
+from haulier.containers.network import RUN
 from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.guests import launch
 from haulier.handoff import recovery, residence
@@ -308,6 +311,67 @@ def ours(tmp_path: Path) -> Iterator[OfLxc]:
 def adopt(fleet: Fleet, ours: OfLxc) -> dict[str, Any]:
     words = {"name": "web1", "container": ours.name, "folder": str(ours.folder), "memory_mib": 64}
     return fleet.client.post("/v1/lxc", words)
+
+
+def attach_nothing(real: Callable[..., str]) -> Callable[..., str]:
+    def call(words: list[str], *more: Any) -> str:
+        if words[:3] == ["ip", "netns", "attach"]:
+            raise GuestError("no namespace")
+        return real(words, *more)
+
+    return call
+
+
+def fill_up(*_: Any, **__: Any) -> None:
+    raise NoRoom("the disk is full")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("where", ["manifest", "namespace", "end"])
+def test_a_container_goes_on_whatever_its_taking_over_dies_of(
+    fleet: Fleet, ours: OfLxc, monkeypatch: pytest.MonkeyPatch, where: str, killed: bool
+) -> None:
+    agent, pid, namespaces = fleet.at_oslo, ours.pid(), set(RUN.glob("hc-*"))
+    with monkeypatch.context() as broken:
+        if where == "manifest":
+            broken.setattr(agent.store, "save_manifest", fill_up)
+        elif where == "namespace":
+            broken.setattr(lxc, "_call", attach_nothing(lxc._call))
+        else:
+            take_over = lxc.take_over
+            broken.setattr(lxc, "take_over", lambda *words: (take_over(*words), fill_up()))
+        if killed:
+            # Nothing is cleared away then, until the next agent starts.
+            broken.setattr(agent.guests, "_erase", fill_up)
+        with pytest.raises(HaulierError):
+            adopt(fleet, ours)
+    if killed:
+        agent.guests.adopt()
+    assert fleet.client.guests() == [] and agent.store.manifest_names("guest/") == []
+    assert not fleet.oslo.guest_root("web1").exists() and set(RUN.glob("hc-*")) == namespaces
+    assert ours.pid() == pid and ours.config.exists(), "LXC has it as before"
+    shown = adopt(fleet, ours)
+    assert (shown["status"], shown["pid"], shown["epoch"]) == ("running", pid, 2)
+    fleet.client.delete("/v1/guests/web1?force=1")
+    assert ours.pid() == 0 and set(RUN.glob("hc-*")) == namespaces
+
+
+@pytest.mark.root
+def test_what_runs_already_is_not_ended_with_a_guest_that_is_not_made(
+    fleet: Fleet, ours: OfLxc, image: Manifest, booted: list[dict[str, Any]]
+) -> None:
+    pid = ours.pid()
+    adopt(fleet, ours)
+    agent = fleet.at_oslo
+    spec = residence.spec_of(agent.journal.guest("web1"))
+    with pytest.raises(Conflict, match="runs already"):
+        containers.launch(fleet.oslo, agent.store, spec, "guest/web1", lambda *_: None)
+    agent.journal.advance("web1", "owner", "absent")
+    with pytest.raises(Conflict, match="of no guest"):
+        run(fleet.client)
+    assert ours.pid() == pid and booted == []
+    residence.clear(fleet.oslo, "web1")
 
 
 @pytest.mark.root

@@ -18,7 +18,7 @@ from haulier.containers.importing import import_container, import_layer, is_cont
 from haulier.containers.layers import layer_id, make_layers, regions, unused
 from haulier.containers.model import DEFAULT_DISK, DEFAULT_PATH, ContainerSpec, ImageConfig, parse_user
 from haulier.containers.runc import runc_binary
-from haulier.errors import UsageError
+from haulier.errors import Conflict, UsageError
 from haulier.guests.model import GuestSpec, new_spec
 from haulier.handoff import residence
 from haulier.units import CHUNK
@@ -86,13 +86,18 @@ def first_manifest(spec: GuestSpec, image: Manifest) -> Manifest:
 
 
 def launch(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, progress: Progress) -> None:
-    """Makes what is missing of its layers and starts it. What fails leaves nothing running."""
+    """Makes what is missing of its layers and starts it. What fails leaves nothing running.
+
+    Conflict if it ran before; it goes on then.
+    """
     assert spec.container is not None
     paths = residence.container_paths(site, spec.name)
     lower = make_layers(site.layers, store, spec.container, store.load_manifest(manifest), progress)
     progress(0.9, "starting")
     try:
         containers.driver_of(spec).prepare(spec, paths, lower, "run").run()
+    except Conflict:
+        raise
     except BaseException:
         containers.clear_runtime(paths)
         raise

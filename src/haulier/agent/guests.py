@@ -174,6 +174,13 @@ class Guests:
         if row is not None and row.state not in HIDDEN:
             where = f"at site {row.owner!r}" if row.state == State.AWAY else "here"
             raise Conflict(f"there is a guest {spec.name!r} already, {where}: choose another name, or remove it first")
+        stray = residence.adopt_container(self.site, spec.name)
+        if stray is not None:
+            # Whatever it is, it is not to be ended with what is made now, should that fail.
+            raise Conflict(
+                f"process {stray.pid} runs in {stray.paths.root}, of no guest that this site knows: "
+                "end it first, or choose another name"
+            )
 
         def work(progress: Progress) -> dict[str, Any]:
             with self.core.alone(spec.name, "being made"):
@@ -191,10 +198,14 @@ class Guests:
         gateway = request.gateway or default_gateway(request.address)
         with self.core.alone(request.name, "being taken over"):
             spec, manifest, found = containers.taken_over(self.store, request, gateway)
-            paths = residence.container_paths(self.site, spec.name)
-            lxc.take_over(spec, paths, found)
-            self.store.save_manifest(residence.manifest_name(spec.name), manifest)
-            self._enter(spec, wanted="running")
+            self._enter(spec, wanted="creating")
+            try:
+                self.store.save_manifest(residence.manifest_name(spec.name), manifest)
+                lxc.take_over(spec, residence.container_paths(self.site, spec.name), found)
+                self.journal.advance(spec.name, State.OWNER.value, State.OWNER.value, wanted="running")
+            except BaseException:
+                self._erase(spec.name)
+                raise
         return self.show(spec.name)
 
     def _enter(self, spec: GuestSpec, *, wanted: str) -> None:
@@ -448,7 +459,12 @@ class Guests:
 
     def _erase(self, name: str) -> None:
         """Everything of an owned guest, in an order that may be cut short anywhere and be repeated."""
-        residence.clear(self.site, name)
+        row = self.journal.guest(name)
+        if row.wanted == "creating" and (row.spec.get("container") or {}).get("lxc"):
+            # Not made here: it ran before it was to be taken over, and is LXC's as long as that has not been done.
+            lxc.let_go(residence.container_paths(self.site, name))
+        else:
+            residence.clear(self.site, name)
         clients.records(self.site).close(name)
         self.addresses.leases.drop(name)
         retained.forget(self.site, name)

@@ -150,21 +150,39 @@ class Found:
 
 
 def take_over(spec: GuestSpec, paths: ContainerPaths, found: Found) -> Container:
-    """Makes a running container of LXC's a guest; it is not touched for that, and its files stay where they are."""
-    for path in (paths.bundle, paths.log_dir):
-        path.mkdir(mode=0o755, parents=True, exist_ok=True)
-    for link in (paths.rootfs, paths.upper):
-        link.symlink_to(found.root)
+    """Makes a running container of LXC's a guest; it is not touched for that, and its files stay where they are.
+
+    What was done when this fails is for `let_go`. GuestError.
+    """
     process = ProcessId.of(found.pid)
     if process is None:
         raise GuestError("the container ended meanwhile: start it with lxc-start first")
-    name = network.namespace_name(paths.root, "adopted")
+    name = _namespace(paths)
     record: dict[str, Any] = {"netns": name, "cable": found.cable, **asdict(process), "lxc_config": str(found.config)}
     made = LxcContainer(spec, paths, record)
-    write_record(paths, spec, record)
-    network.delete(name, "")
-    _call(["ip", "netns", "attach", name, str(found.pid)])
+    try:
+        for path in (paths.bundle, paths.log_dir):
+            path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # Before there is anything to be let go of.
+        write_record(paths, spec, record)
+        for link in (paths.rootfs, paths.upper):
+            link.unlink(missing_ok=True)
+            link.symlink_to(found.root)
+        network.delete(name, "")
+        _call(["ip", "netns", "attach", name, str(found.pid)])
+    except OSError as error:
+        raise GuestError(f"LXC's container {found.config.parent.name!r} cannot be taken over: {error}") from error
     return made
+
+
+def let_go(paths: ContainerPaths) -> None:
+    """Takes back a take-over that did not come to its end: the container runs on, LXC's as before. May be repeated."""
+    network.delete(_namespace(paths), "")
+    shutil.rmtree(paths.root, ignore_errors=True)
+
+
+def _namespace(paths: ContainerPaths) -> str:
+    return network.namespace_name(paths.root, "adopted")
 
 
 # -- the driver ----------------------------------------------------------------------------------------------------
