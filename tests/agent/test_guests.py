@@ -381,3 +381,43 @@ def test_what_was_taken_over_is_started_again_where_its_files_are(fleet: Fleet, 
     started = fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
     assert started["status"] == "running" and started["pid"] != pid
     fleet.client.delete("/v1/guests/web1?force=1")
+
+
+@pytest.mark.root
+def test_lxc_knows_what_was_taken_over_and_cannot_start_it(fleet: Fleet, ours: OfLxc) -> None:
+    """It is started at each start of the host; by then another site may run it."""
+    adopt(fleet, ours)
+    assert ours.says() == ("here", "RUNNING")
+    ours.stop()
+    assert not ours.start() and fleet.client.guest("web1")["status"] == "dead"
+    started = fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
+    assert started["status"] == "running" and ours.pid() == 0
+    fleet.client.delete("/v1/guests/web1?force=1")
+
+
+@pytest.fixture
+def both(fleet: Fleet, ours: OfLxc) -> OfLxc:
+    """Taken over, and then started by LXC all the same: it has another first process than the guest."""
+    adopt(fleet, ours)
+    ours.stop()
+    next(ours.config.parent.glob("config.*")).rename(ours.config)
+    assert ours.start()
+    return ours
+
+
+@pytest.mark.root
+def test_a_guest_that_lxc_runs_is_not_started_a_second_time(fleet: Fleet, both: OfLxc) -> None:
+    pid = both.pid()
+    with pytest.raises(Conflict, match="LXC itself runs"):
+        fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
+    assert both.pid() == pid
+    fleet.client.wait(fleet.client.post("/v1/guests/web1/stop", {}))
+    assert both.pid() == 0 and not both.config.exists()
+    assert fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))["status"] == "running"
+    fleet.client.delete("/v1/guests/web1?force=1")
+
+
+@pytest.mark.root
+def test_an_original_that_lxc_runs_is_ended_when_its_guest_runs_elsewhere(fleet: Fleet, both: OfLxc) -> None:
+    residence.retire(fleet.oslo, "web1", "h1")
+    assert both.pid() == 0 and not both.start() and not fleet.oslo.guest_root("web1").exists()

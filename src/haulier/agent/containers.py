@@ -104,9 +104,17 @@ def launch(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, progre
 
 
 def start_again(site: Site, store: ChunkStore, spec: GuestSpec, manifest: str, progress: Progress) -> None:
-    """Starts a stopped one on what it wrote."""
+    """Starts a stopped one on what it wrote.
+
+    Conflict for one that LXC runs: a second one would be on the same files and address.
+    """
     assert spec.container is not None
     paths = residence.container_paths(site, spec.name)
+    if lxc.run_by_lxc(paths):
+        raise Conflict(
+            f"LXC itself runs the container of guest {spec.name!r} (it restarted, or somebody started it): "
+            f"end it with 'haulier guest stop {spec.name}' first"
+        )
     containers.clear_runtime(paths)
     launch(site, store, spec, manifest, progress)
 

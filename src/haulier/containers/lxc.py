@@ -7,6 +7,7 @@ them from a directory of their own, `lxc/NAME` below the guest's, so that `lxc-i
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from haulier.containers.dumping import Dumping, DumpRequest
 from haulier.containers.freezer import freezer_of
 from haulier.containers.model import LXC_KEYS
 from haulier.containers.restoring import Restoring
+from haulier.durable import sync
 from haulier.errors import Conflict, GuestError, UnknownThing, Unsupported
 from haulier.guests.model import GuestSpec
 from haulier.guests.process import ProcessId
@@ -152,7 +154,8 @@ class Found:
 def take_over(spec: GuestSpec, paths: ContainerPaths, found: Found) -> Container:
     """Makes a running container of LXC's a guest; it is not touched for that, and its files stay where they are.
 
-    What was done when this fails is for `let_go`. GuestError.
+    From then on LXC's tools know it while it runs, but cannot start it, at the host's next start say: another site may
+    run it by then. What was done when this fails is for `let_go`. GuestError.
     """
     process = ProcessId.of(found.pid)
     if process is None:
@@ -170,19 +173,79 @@ def take_over(spec: GuestSpec, paths: ContainerPaths, found: Found) -> Container
             link.symlink_to(found.root)
         network.delete(name, "")
         _call(["ip", "netns", "attach", name, str(found.pid)])
+        _hide(found.config, paths)
     except OSError as error:
         raise GuestError(f"LXC's container {found.config.parent.name!r} cannot be taken over: {error}") from error
     return made
 
 
 def let_go(paths: ContainerPaths) -> None:
-    """Takes back a take-over that did not come to its end: the container runs on, LXC's as before. May be repeated."""
+    """Takes back a take-over that did not come to its end: the container runs on, LXC's as before. May be repeated.
+
+    GuestError when LXC cannot have its configuration back.
+    """
+    config = _taken_from(paths)
+    if config is not None:
+        hidden = _hidden(config, paths)
+        try:
+            if os.path.lexists(hidden) and not os.path.lexists(config):
+                hidden.rename(config)
+                sync(config.parent)
+        except OSError as error:
+            raise GuestError(f"{hidden} cannot be {config.name} again, rename it by hand: {error}") from error
     network.delete(_namespace(paths), "")
     shutil.rmtree(paths.root, ignore_errors=True)
 
 
+def run_by_lxc(paths: ContainerPaths) -> bool:
+    """LXC itself runs what was taken over from it: it restarted in LXC's hands, or somebody started it. GuestError."""
+    config = _taken_from(paths)
+    return config is not None and _active(config)
+
+
 def _namespace(paths: ContainerPaths) -> str:
     return network.namespace_name(paths.root, "adopted")
+
+
+def _taken_from(paths: ContainerPaths) -> Path | None:
+    """Where LXC has, or had, the configuration of a container that was taken over, and that nobody has ended since."""
+    try:
+        found = json.loads(paths.record.read_bytes()).get("lxc_config")
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None
+
+
+def _hidden(config: Path, paths: ContainerPaths) -> Path:
+    return config.with_name(f"{config.name}.taken-over-by-{paths.root.name}")
+
+
+def _hide(config: Path, paths: ContainerPaths) -> None:
+    """LXC has nothing to start the container by any more, also after a power cut. OSError."""
+    config.rename(_hidden(config, paths))
+    sync(config.parent)
+
+
+def _of(config: Path) -> list[str]:
+    return ["-P", str(config.parent.parent), "-n", config.parent.name]
+
+
+def _active(config: Path) -> bool:
+    """LXC runs that container, whether it has a configuration or not."""
+    return config.parent.name in _call(["lxc-ls", "-1", "--active", "-P", str(config.parent.parent)]).split()
+
+
+def _stop(config: Path) -> None:
+    """Ends a container if LXC runs it. GuestError."""
+    if not _active(config):
+        return
+    words = ["lxc-stop", "-k", *_of(config)]
+    with contextlib.suppress(GuestError):
+        _call(words)
+    try:
+        _call(["lxc-wait", *_of(config), "-s", "STOPPED", "-t", "10"])
+    except GuestError as error:
+        raise GuestError(f"LXC runs a container that is not its own any more, end it: {shlex.join(words)}") from error
 
 
 # -- the driver ----------------------------------------------------------------------------------------------------
@@ -312,11 +375,17 @@ exec {program} "$@" --inherit-fd 'fd[{_NETNS_FD}]:{bundle.NETWORK_KEY}'
 
 
 def end(paths: ContainerPaths, record: dict[str, Any]) -> None:
-    """What is LXC's of a container whose processes are gone: a taken-over one is not to be started there again."""
+    """What is LXC's of a container whose processes are gone: a taken-over one is not to be started there again.
+
+    GuestError if LXC runs it all the same, and goes on with that.
+    """
     config = record.get("lxc_config")
     if isinstance(config, str) and config:
         with contextlib.suppress(OSError):
-            Path(config).rename(config + ".handed-over")
+            # Somebody may have put it back.
+            _hide(Path(config), paths)
+        with contextlib.suppress(Unsupported):
+            _stop(Path(config))
     folder = paths.root / "lxc"
     if folder.is_dir():
         for place in folder.iterdir():
