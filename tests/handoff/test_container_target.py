@@ -46,7 +46,8 @@ class Building(ContainerTarget):
     def prepare(self, spec: Any, paths: containers.ContainerPaths, lower: object, attempt: str) -> Any:
         self.prepared.append(attempt)
         paths.upper.mkdir(exist_ok=True)
-        return SimpleNamespace(hush=lambda: None)
+        quiet = dict.fromkeys(("hush", "begin_restore", "widen", "finish_restore", "quieten"), lambda *_: None)
+        return SimpleNamespace(**quiet)
 
 
 @pytest.fixture
@@ -146,3 +147,33 @@ def test_nothing_more_is_made_once_the_handoff_is_over(
     assert building._upper_manifest is None and not any(isinstance(word, Exception) for word in building.said)
     if when == "a layer is half made":
         assert not list(building.site.layers.iterdir())
+
+
+@pytest.mark.parametrize("error", ["", "the disk is broken"])
+def test_a_copy_is_whole_only_when_its_files_are_on_disk(
+    building: Building, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    synced: list[Path] = []
+
+    def sync(folder: Path) -> None:
+        if error:
+            raise OSError(error)
+        assert "loaded" not in building.said
+        synced.append(folder)
+
+    monkeypatch.setattr(container_target, "sync_files", sync)
+    for name in ("hurry", "save_signatures"):
+        monkeypatch.setattr(container_target, name, lambda *_: None)
+    monkeypatch.setattr(container_target.containers, "mount", lambda *_: None)
+    for name in ("_dump_is_here", "_assemble"):
+        monkeypatch.setattr(building, name, lambda *_: True)
+    building.begin()
+    wait_for(lambda: building._upper_manifest is not None)
+    building._checkpoint = SimpleNamespace(pages=(), digests=[], give_back=lambda *_: None)  # type: ignore[assignment]
+    building._tasks.put((building._upper_manifest, True))  # type: ignore[arg-type]
+    wait_for(lambda: len(building.said) > 1)
+    assert building._builder is not None
+    building._builder.join(30)
+    told = [word for word in building.said if word == "loaded" or isinstance(word, Exception)]
+    assert [str(word) for word in told] == [error or "loaded"]
+    assert synced == ([] if error else [building.container_paths.upper])
