@@ -17,12 +17,13 @@ import pytest
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
+from haulier.containers import upper as rounds_of
 from haulier.containers.files import region_reader, walk, write_tree
 from haulier.containers.importing import import_container, import_layer
 from haulier.containers.layers import chunks_of, make_layers
 from haulier.containers.model import ContainerSpec
 from haulier.containers.tree import Entry, Space, Tree, sequential
-from haulier.containers.upper import TICKS_NS, UpperRounds, load_signatures, mapped_for_writing, save_signatures
+from haulier.containers.upper import SETTLE_NS, UpperRounds, load_signatures, mapped_for_writing, save_signatures
 from haulier.errors import Corrupt, NoRoom, UsageError
 from haulier.units import BLOCK, BLOCKS_PER_CHUNK, CHUNK
 from tests.support.waiting import wait_for
@@ -262,6 +263,11 @@ class Region:
         return len(items)
 
 
+@pytest.fixture(autouse=True)
+def settles_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds_of, "SETTLE_NS", 20_000_000)
+
+
 def test_a_directory_that_changes_is_followed(tmp_path: Path) -> None:
     source, follower = tmp_path / "upper", tmp_path / "follower"
     source.mkdir()
@@ -274,7 +280,10 @@ def test_a_directory_that_changes_is_followed(tmp_path: Path) -> None:
     assert look(follower) == look(source)
     region.take(rounds)
     assert rounds.changed_files > 5, "what may have been written once more in the same tick is read again"
-    wait_for(lambda: time.time_ns() > max(path.lstat().st_ctime_ns for path in source.rglob("*")) + 2 * TICKS_NS, 10)
+    wait_for(
+        lambda: time.time_ns() > max(path.lstat().st_ctime_ns for path in source.rglob("*")) + 2 * rounds_of.SETTLE_NS,
+        10,
+    )
     region.take(rounds)
     assert region.take(rounds) == 0, "nothing changed, nothing goes"
     # Changed in the middle, grown, shrunk, replaced by another kind, removed, moved.
@@ -335,9 +344,10 @@ def test_a_change_that_keeps_size_and_time_is_found(tmp_path: Path) -> None:
     assert (tmp_path / "follower/file").read_bytes() == b"b" * 9000
 
 
-def settle(path: Path) -> None:
+def settle(*paths: Path) -> None:
     """Waits until another change would have another time."""
-    wait_for(lambda: time.time_ns() > path.lstat().st_ctime_ns + 2 * TICKS_NS, 10)
+    newest = max(path.lstat().st_ctime_ns for path in paths)
+    wait_for(lambda: time.time_ns() > newest + 2 * rounds_of.SETTLE_NS, 10)
 
 
 def mine() -> set[int]:
@@ -379,6 +389,27 @@ def test_what_is_stored_through_a_mapping_before_it_ends_is_found(tmp_path: Path
         assert file.stat().st_ctime_ns == before.st_ctime_ns, "the page was dirty: nothing tells of this"
     region.take(rounds, mine, last=True)
     assert (tmp_path / "follower/file").read_bytes() == file.read_bytes()
+
+
+def test_what_a_write_that_was_under_way_brings_after_a_round_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "upper/file"
+    file.parent.mkdir()
+    file.write_bytes(b"a" * 9000)
+    region = Region(16, tmp_path / "follower")
+    rounds = UpperRounds(file.parent, 16, region.get, Tree(()), {})
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as late:
+        late[0:1] = b"b"
+        # Longer ago than a tick, and not as long as a write may take.
+        settle(file)
+        assert SETTLE_NS >= 1_000_000_000
+        monkeypatch.setattr(rounds_of, "SETTLE_NS", 30 * SETTLE_NS)
+        region.take(rounds)
+        # Stands for it: like a write's, its time was set as it began.
+        late[1:2] = b"b"
+        region.take(rounds)
+        assert (tmp_path / "follower/file").read_bytes() == late[:]
 
 
 @pytest.mark.root

@@ -23,8 +23,10 @@ from haulier.containers.tree import Entry, Space, Tree
 from haulier.errors import UNDECODABLE, GuestError
 from haulier.units import BLOCK, BLOCKS_PER_CHUNK, CHUNK
 
-TICKS_NS: Final = 20_000_000
-"""Two changes within a tick of the kernel, 10 ms at most, may have the same time (before Linux 6.13 they do)."""
+SETTLE_NS: Final = 2_000_000_000
+"""What changed within this time before a round is read again in the next one. A write sets the time as it begins, and
+what it writes may come much later: past the page cache to a busy disk, or when writeback holds it up. Also, two changes
+within a tick of the kernel, 10 ms at most, may have the same time (before Linux 6.13 they do)."""
 Signature = tuple[int, int, int, int]
 """inode, change time, modification time (ns), size."""
 
@@ -90,7 +92,7 @@ class UpperRounds:
         cannot be read raises GuestError; before, the next round will find what became of it.
         """
         self.read_bytes = self.changed_files = 0
-        settled = time.time_ns() - TICKS_NS
+        settled = time.time_ns() - SETTLE_NS
         # Only now: what is mapped after it was asked has a change time that is not settled.
         inodes = mapped()
         old = {entry.path: entry for entry in self.tree.entries}
@@ -122,7 +124,7 @@ class UpperRounds:
             if now[1] < settled and not shared:
                 self._known[entry.path] = now
             else:
-                # Written once more, in this moment or through its mapping, it would look the same.
+                # What is still being written, or is stored through a mapping, would not change its time.
                 self._known.pop(entry.path, None)
         for path in [path for path in self._places if path not in seen]:
             self._space.give(self._places.pop(path))
