@@ -164,6 +164,30 @@ def test_a_good_end(make) -> None:
     pair.connector.close()
 
 
+NAME = "lisbon.example.net"
+
+
+class Resolver:
+    """Knows that `NAME` is here, or does not, and answers while it is let."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self.known = True
+        self.answers = threading.Event()
+        self.answers.set()
+        self._real = socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self._find)
+
+    def _find(self, host: str, *words, flags: int = 0, **more):
+        if host == NAME and not flags & socket.AI_NUMERICHOST:
+            self.asked += 1
+            self.answers.wait(60)
+            if not self.known:
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            host = "127.0.0.1"
+        return self._real(host, *words, flags=flags, **more)
+
+
 @pytest.mark.parametrize("fault", ["cut", "hang"])
 def test_a_path_dies_in_the_middle_and_comes_back(make, fault: str) -> None:
     pair = make(2)
@@ -182,6 +206,46 @@ def test_a_path_dies_in_the_middle_and_comes_back(make, fault: str) -> None:
     pair.relays[0].hang = False
     pair.relays[0].refuse(False)
     pair.all_up()
+
+
+def test_a_path_whose_name_nobody_tells_any_more_takes_no_other_with_it(
+    lisbon: TlsConfig, oslo: TlsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolver = Resolver(monkeypatch)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resolver.answers.set)
+        listener = stack.enter_context(Session.listen(lisbon, SECRET, ["127.0.0.1"], settings=QUICK))
+        got: list[bytes] = []
+        listener.on(1, got.append)
+        relays = [TcpRelay(listener.port) for _ in range(2)]
+        for relay in relays:
+            stack.callback(relay.close)
+        paths = [PathAddress(NAME, relays[0].port), PathAddress("127.0.0.1", relays[1].port)]
+        connector = stack.enter_context(Session.connect(oslo, SECRET, paths, QUICK))
+        wait_for(lambda: all(path.up for path in connector.paths()), 10)
+        resolver.answers.clear()
+        asked = resolver.asked
+        relays[0].refuse(True)
+        relays[0].cut()
+        wait_for(lambda: resolver.asked > asked, 10, "it is dialled again")
+        for n in range(20):
+            connector.send(1, numbered(n))
+        wait_for(lambda: len(got) == 20, 20, "the other path carries")
+        relays[0].refuse(False)
+        wait_for(lambda: connector.paths()[0].up, 10, "it is where it was")
+        assert connector.paths()[1].up and resolver.asked == asked + 1
+
+
+def test_a_name_that_nobody_knows_yet_is_asked_for_again(
+    lisbon: TlsConfig, oslo: TlsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolver = Resolver(monkeypatch)
+    resolver.known = False
+    with Session.listen(lisbon, SECRET, ["127.0.0.1"], settings=QUICK) as listener:
+        with Session.connect(oslo, SECRET, [PathAddress(NAME, listener.port)], QUICK) as connector:
+            wait_for(lambda: f"{NAME} is no address and no known name" in connector._core.why_no_path, 10)
+            resolver.known = True
+            assert connector.wait_connected(10)
 
 
 def test_a_total_outage_and_return(make) -> None:

@@ -21,6 +21,7 @@ from haulier.session import mptcp
 from haulier.session.frames import Frame, FrameReader
 from haulier.session.handshake import ConnectorHandshake, ListenerHandshake, Refused
 from haulier.session.leisure import Leisure
+from haulier.session.names import Where
 from haulier.session.tls import TlsConfig, explain
 
 _READS: Final = 32
@@ -139,14 +140,9 @@ class Connection:
             # MPTCP has none; silence is noticed by our own pings.
 
     @classmethod
-    def dial(cls, address: PathAddress, *, with_mptcp: bool = False) -> socket.socket:
-        """A socket on its way to `address`. Raises PeerError, OSError."""
-        try:
-            found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        except socket.gaierror as e:
-            raise PeerError(f"{address.host} is no address and no known name ({e}): check `haulier site list`") from e
-        family, kind, _, _, where = found[0]
-        sock = socket.socket(family, kind, mptcp.protocol(with_mptcp))
+    def dial(cls, address: PathAddress, where: Where, *, with_mptcp: bool = False) -> socket.socket:
+        """A socket on its way to `address`, which is found at `where`. Raises OSError."""
+        sock = socket.socket(where.family, socket.SOCK_STREAM, mptcp.protocol(with_mptcp))
         try:
             sock.setblocking(False)
             local = address.local
@@ -160,7 +156,7 @@ class Connection:
                 sock.setsockopt(socket.SOL_SOCKET, _MAX_PACING_RATE, max(1, int(address.cap_bps / 8)))
             if local:
                 sock.bind((local, 0))
-            code = sock.connect_ex(where)
+            code = sock.connect_ex(where.address)
             if code not in (0, errno.EINPROGRESS):
                 raise OSError(code, os.strerror(code))
         except BaseException:

@@ -35,6 +35,7 @@ from haulier.session.handshake import (
     Refused,
     session_of,
 )
+from haulier.session.names import Lookup
 from haulier.session.tls import TlsConfig
 
 log = logging.getLogger("haulier.session")
@@ -59,6 +60,7 @@ class _Dialled:
     """A path of the connector: its address and when to dial next."""
 
     address: PathAddress
+    lookup: Lookup
     next_at: float
     backoff: float
     connection: Connection | None = None
@@ -159,7 +161,8 @@ class Transport:
         self._session = os.urandom(SESSION_ID)
         now = self._clock()
         for key, address in enumerate(peers):
-            self._dialled.append(_Dialled(address, now, self.core.settings.redial_first_s))
+            lookup = Lookup(address.host, address.port, self.wake)
+            self._dialled.append(_Dialled(address, lookup, now, self.core.settings.redial_first_s))
             self.totals[key] = Totals(str(address))
         if handed is not None:
             self._adopt(handed.sock, f"{peers[0].host} (handed over)", handed.early)
@@ -514,7 +517,10 @@ class Transport:
                 continue
             assert self._client_context is not None
             try:
-                sock = Connection.dial(dialled.address, with_mptcp=bool(self._mptcp))
+                where = dialled.lookup.where()
+                if where is None:
+                    continue  # the answer will wake us
+                sock = Connection.dial(dialled.address, where, with_mptcp=bool(self._mptcp))
             except (HaulierError, OSError) as e:
                 self._redial_later(dialled, now, e)
                 continue
