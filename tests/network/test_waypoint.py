@@ -10,7 +10,9 @@ from contextlib import closing, contextmanager
 
 import pytest
 
+from haulier.lab import namespaces
 from haulier.network.waypoint import MOST, Waypoint
+from tests.support.labs import lab
 from tests.support.waiting import wait_for
 
 HOST = "127.0.0.1"
@@ -97,18 +99,49 @@ def test_the_first_address_that_answers_is_taken() -> None:
             assert until_the_end(sock) == b"ba"
 
 
-def test_there_are_no_more_connections_than_paths_need() -> None:
+def test_of_too_many_connections_the_oldest_is_hung_up_on() -> None:
     with server(lambda came: came.sendall(until_the_end(came))) as port:
         with closing(Waypoint([HOST], [HOST], port)) as waypoint:
             kept = []
-            for _ in range(MOST):
+            for _ in range(MOST + 1):
                 kept.append(socket.create_connection((HOST, waypoint.port), 10))
                 before = waypoint.carried
                 kept[-1].sendall(b"x")
                 wait_for(lambda before=before: waypoint.carried > before, 10)
-            with socket.create_connection((HOST, waypoint.port), 10) as sock:
-                assert sock.recv(1) == b""
-            kept[0].shutdown(socket.SHUT_WR)
-            assert until_the_end(kept[0]) == b"x"
+            assert until_the_end(kept[0]) == b""
+            for sock in kept[1:]:
+                sock.shutdown(socket.SHUT_WR)
+                assert until_the_end(sock) == b"x"
             for sock in kept:
                 sock.close()
+
+
+CHAIN = 'name = "way"\n[[site]]\nname = "a"\n[[site]]\nname = "b"\n[[site]]\nname = "c"\n' + "".join(
+    f'[[link]]\na = "{a}"\nb = "{b}"\n' for a, b in ("ab", "bc")
+)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("dead", ["a", "c"])
+def test_an_end_whose_last_word_was_lost_is_noticed(dead: str) -> None:
+    with lab(CHAIN) as made:
+        listener = namespaces.call(made.namespace("c"), lambda: socket.create_server(("0.0.0.0", 0)))
+        there, port = [made.address("c", made.links_between("b", "c")[0])], listener.getsockname()[1]
+        waypoint = namespaces.call(
+            made.namespace("b"), lambda: Waypoint(["0.0.0.0"], there, port, idle_s=0.5, dead_s=2.0)
+        )
+        with listener, closing(waypoint):
+            link = made.links_between("a", "b")[0]
+            by = (made.address("b", link), waypoint.port)
+            sock = namespaces.call(made.namespace("a"), lambda: socket.create_connection(by, 10))
+            came = listener.accept()[0]
+            came.settimeout(20)
+            with sock, came:
+                sock.sendall(b"x")
+                assert came.recv(1) == b"x"
+                # From here on nobody says anything but the end, and that is lost.
+                made.link(made.links_between(dead, "b")[0]).set(up=False)
+                dying, other = (sock, came) if dead == "a" else (came, sock)
+                dying.close()
+                assert until_the_end(other) == b""
+            wait_for(lambda: not waypoint.open, 20, "nobody uses it")

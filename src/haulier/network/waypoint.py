@@ -25,15 +25,26 @@ IDLE_S: Final = 120.0
 """Without a connection for so long it closes: nobody may come to say that it is not needed any more."""
 MOST: Final = 4
 """Connections at once: one, and others that replace it while its end has not been noticed."""
+DEAD_S: Final = 10.0
+"""An end that answers nothing for so long is hung up on: what it said at its end may have been lost, and was said once.
+Longer than a session's own patience, so that a way that is only slow is the session's to judge."""
 DIAL_S: Final = 10.0
 _PIECE: Final = 256 << 10
 _LOOK_S: Final = 0.5
+_USER_TIMEOUT: Final = getattr(socket, "TCP_USER_TIMEOUT", 18)
 
 
 class Waypoint:
     """One, from its making on. Any thread may call."""
 
-    def __init__(self, bind: Sequence[str], there: Sequence[str], port: int, idle_s: float = IDLE_S) -> None:
+    def __init__(
+        self,
+        bind: Sequence[str],
+        there: Sequence[str],
+        port: int,
+        idle_s: float = IDLE_S,
+        dead_s: float = DEAD_S,
+    ) -> None:
         """Listens on a port of `bind`, and leads to `port` at the first address of `there` that answers.
 
         Raises UsageError, NoRoom.
@@ -42,6 +53,7 @@ class Waypoint:
         """Bytes, both ways together."""
         self._there, self._to = tuple(there), port
         self._idle_s = idle_s
+        self._dead_s = dead_s
         self._listeners, self.port = listen(bind)
         self._ends: dict[socket.socket, socket.socket | None] = {}
         self._lock = threading.Lock()
@@ -102,21 +114,29 @@ class Waypoint:
             for end in (came, there):
                 end.settimeout(None)
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _notice_death(end, self._dead_s)
             back = threading.Thread(target=self._carry, args=(there, came), name="waypoint-back", daemon=True)
             back.start()
             self._carry(came, there)
             back.join()
 
     def _enter(self, came: socket.socket) -> bool:
+        """Makes room for it: whoever dials again knows before we do that the oldest connection is of no use."""
         with self._lock:
-            if self._closing.is_set() or len(self._ends) >= MOST:
+            if self._closing.is_set():
                 return False
+            if len(self._ends) >= MOST:
+                oldest = next((ends for ends in self._ends.items() if ends[1] is not None), None)
+                if oldest is None:
+                    return False
+                del self._ends[oldest[0]]
+                _hang_up(*oldest)
             self._ends[came] = None
             return True
 
     def _leave(self, came: socket.socket) -> None:
         with self._lock:
-            del self._ends[came]
+            self._ends.pop(came, None)
 
     def _dial(self) -> socket.socket | None:
         for host in self._there:
@@ -140,6 +160,15 @@ class Waypoint:
         finally:
             os.close(reading)
             os.close(writing)
+
+
+def _notice_death(end: socket.socket, dead_s: float) -> None:
+    """Reading and writing fail once the other side has answered nothing for `dead_s`, even if nothing is said to it."""
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(dead_s / 2)))
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(dead_s / 5)))
+    # Where it is set it counts in place of the number of probes.
+    end.setsockopt(socket.IPPROTO_TCP, _USER_TIMEOUT, int(dead_s * 1000))
 
 
 def _hang_up(*ends: socket.socket | None) -> None:
