@@ -91,7 +91,7 @@ def connect(directory: Path, how: str, seconds: float, hosts: list[str]) -> None
     for host in hosts:
         uplink = here[addresses.leaving_by(host)]
         ways.append((uplink, host))
-    steps = mptcp.plan(ways[0][0], ways[1:]) if how == "mptcp" else []
+    steps = mptcp.plan(ways[0][1], ways[1:]) if how == "mptcp" else []
     mptcp.apply(steps)
     peers = [PathAddress(host, PORT, uplink.interface, uplink.address) for uplink, host in ways]
     session = Session.connect(tls_of(directory, "here"), SECRET, peers, mptcp=how == "mptcp")

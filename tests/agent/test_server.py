@@ -17,7 +17,7 @@ from haulier.agent.site import Site
 from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, PeerError, UnknownThing, UsageError
 from haulier.handoff.journal import SiteRow
 from tests.agent.conftest import Fleet
-from tests.support.agents import join, make_site
+from tests.support.agents import join, make_site, running
 
 
 def fill(path: str) -> str:
@@ -185,3 +185,11 @@ def test_a_peer_that_speaks_nonsense(short: Path) -> None:
                 Client.local(site).site()
             thread.join()
         site.socket.unlink()
+
+
+def test_an_agent_that_starts_takes_away_the_mptcp_of_a_worker_that_was_killed(short: Path) -> None:
+    site = make_site(short / "o", "oslo")
+    left = site.run / "mptcp"
+    left.write_text('{"users": [{"pid": 1, "ticks": 1, "boot": "an earlier one"}], "numbers": {}, "steps": []}')
+    with running(site):
+        assert not left.exists()

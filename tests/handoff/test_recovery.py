@@ -15,6 +15,8 @@ from haulier.handoff.ownership import Event, State
 from haulier.handoff.recovery import handle
 from tests.handoff.hosts import GUEST, HANDOFF, Host, Hosts
 
+MPTCP_OF_A_DEAD_ONE = '{"users": [{"pid": 1, "ticks": 1, "boot": "an earlier one"}], "numbers": {}, "steps": []}'
+
 
 @pytest.fixture
 def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
@@ -461,6 +463,15 @@ def test_a_handoff_of_which_the_guest_knows_nothing_just_ends(hosts: Hosts) -> N
     assert recovery.recover(oslo.site, oslo.journal, oslo.journal.handoff("h0"), hosts.messenger)
     assert oslo.journal.handoff("h0").outcome == "failed"
     assert oslo.state is State.OFFERED and hosts.said == []
+
+
+def test_mptcp_that_a_dead_worker_had_set_up_is_taken_away(hosts: Hosts) -> None:
+    oslo = hosts.oslo
+    oslo.record(State.OFFERED, 3, 4, role="source")
+    oslo.qemu = "running"
+    (oslo.site.run / "mptcp").write_text(MPTCP_OF_A_DEAD_ONE)
+    assert hosts.recover(oslo)
+    assert not (oslo.site.run / "mptcp").exists()
 
 
 def test_a_worker_that_died_of_a_cancel_ends_as_cancelled(hosts: Hosts) -> None:

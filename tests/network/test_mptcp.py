@@ -18,15 +18,24 @@ TWO = 'name = "mp"\n[[site]]\nname = "a"\n[[site]]\nname = "b"\n' + '[[link]]\na
 
 
 def test_the_plan_is_one_endpoint_one_rule_and_one_table_for_each_further_path() -> None:
-    assert mptcp.script(mptcp.plan(FIRST, [(SECOND, "10.91.0.6"), (THIRD, "fe80::1")])) == (
+    assert mptcp.script(mptcp.plan("10.91.0.2", [(SECOND, "10.91.0.6")])) == (
         "ip mptcp limits set subflows 8 add_addr_accepted 8\n"
-        "ip route replace default via 10.91.0.6 dev wan1 table 7440\n"
+        "ip route replace 10.91.0.2/32 via 10.91.0.6 dev wan1 table 7440\n"
         "ip rule add from 10.91.0.5/32 table 7440 priority 7440\n"
         "ip mptcp endpoint add 10.91.0.5 id 100 dev wan1 subflow\n"
-        "ip -6 route replace default via fe80::1 dev wan2 table 7441 onlink\n"
+    )
+    # Another connection needs the first uplink's table as it is.
+    assert mptcp.script(mptcp.plan("2001:db8:1::2", [(THIRD, "fe80::1")], {"10.91.0.5": 0})) == (
+        "ip mptcp limits set subflows 8 add_addr_accepted 8\n"
+        "ip -6 route replace 2001:db8:1::2/128 via fe80::1 dev wan2 table 7441 onlink\n"
         "ip -6 rule add from 2001:db8::5/128 table 7441 priority 7441\n"
         "ip mptcp endpoint add 2001:db8::5 id 101 dev wan2 subflow\n"
     )
+
+
+def test_an_address_keeps_its_number_and_others_get_those_that_are_free() -> None:
+    assert mptcp.numbered(["a", "b", "c"], {}) == {"a": 0, "b": 1, "c": 2}
+    assert mptcp.numbered(["c", "d", "e"], {"a": 0, "c": 2}) == {"c": 2, "d": 1, "e": 3}
 
 
 @pytest.mark.root
@@ -39,7 +48,7 @@ def test_it_is_set_up_and_taken_down_and_nothing_stays_when_it_fails() -> None:
             return "".join(shown)
 
         before = state()
-        steps = mptcp.plan(FIRST, [(SECOND, "10.91.0.6")])
+        steps = mptcp.plan("10.91.0.2", [(SECOND, "10.91.0.6")])
         inside = made.namespace("a")
         for _ in range(2):  # the second time over what is there
             namespaces.call(inside, lambda: mptcp.apply(steps))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 
 from haulier.errors import UsageError
 from haulier.lab import namespaces
+from haulier.lab.lab import Lab
 from haulier.network import paths
 from haulier.network.addresses import Uplink
-from haulier.network.paths import Spender, Way, find, mptcp_steps, spread
+from haulier.network.paths import Spender, Way, find, mptcp_steps, spread, tidy
 from haulier.network.rules import Rule, read_rules, rule_for
+from haulier.session.mptcp import available
 from tests.support.labs import lab
 
 FIBRE = Uplink("eth0", "192.0.2.1", "192.0.2.0/24")
@@ -63,7 +68,7 @@ def test_a_way_is_bound_to_its_uplink_only_when_that_was_chosen() -> None:
 def test_mptcp_wants_an_uplink_for_each_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("haulier.network.mptcp.gateways", lambda: {"wwan0": "100.64.0.2"})
     steps = mptcp_steps([Way("192.0.2.9", FIBRE, Rule(""), True), Way("203.0.113.1", LTE, Rule(""), True)])
-    assert steps[1].do == "route replace default via 100.64.0.2 dev wwan0 table 7440"
+    assert steps[1].do == "route replace 192.0.2.9/32 via 100.64.0.2 dev wwan0 table 7440"
     for second in (Way("192.0.2.10", FIBRE, Rule(""), True), Way("lisbon.example", None, Rule(""), False)):
         with pytest.raises(UsageError, match="of its own"):
             mptcp_steps([Way("192.0.2.9", FIBRE, Rule(""), True), second])
@@ -91,7 +96,7 @@ TWO = (
 
 
 @pytest.mark.root
-def test_paths_are_found_by_trying_and_mptcp_is_set_up_for_as_long_as_somebody_uses_it(tmp_path: Path) -> None:
+def test_paths_are_found_by_trying(tmp_path: Path) -> None:
     with lab(TWO) as made:
         listener = made.call("b", _listen)
         port = listener.getsockname()[1]
@@ -114,20 +119,6 @@ def test_paths_are_found_by_trying_and_mptcp_is_set_up_for_as_long_as_somebody_u
         assert [(way.there, way.bound) for way in plain] == [(host, False) for host in there]
         assert [way.uplink.interface for way in plain if way.uplink] == ["wan0", "wan1"]
 
-        def endpoints() -> str:
-            return str(made.exec("a", ["ip", "mptcp", "endpoint"]).stdout)
-
-        def use() -> None:
-            with spread(plain, tmp_path) as said:
-                assert said == "" and "10.91.0.5" in endpoints()
-                # Another process that uses it too.
-                (tmp_path / "mptcp").write_text(f"1 {(tmp_path / 'mptcp').read_text()}")
-            assert "10.91.0.5" in endpoints(), "the other one still needs it"
-            with spread(plain, tmp_path):
-                (tmp_path / "mptcp").write_text("")
-            assert endpoints() == ""
-
-        namespaces.call(inside, use)
         with spread(plain[:1] * 2, tmp_path) as said:
             assert "of its own" in said
         listener.close()
@@ -139,8 +130,88 @@ def _listen() -> Any:
     return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64)
 
 
-def test_the_users_of_a_set_up_are_those_that_live(tmp_path: Path) -> None:
-    (tmp_path / "mptcp").write_text("1 999999999")
-    assert paths._users(tmp_path / "mptcp") == {1}
-    (tmp_path / "mptcp").write_text("nonsense")
-    assert paths._users(tmp_path / "mptcp") == set()
+def _state(made: Lab, site: str) -> str:
+    """What a set-up for MPTCP changes of a site's network."""
+    words = ("mptcp endpoint", "-4 rule", "-4 route show table all")
+    return "".join(made.exec(site, ["ip", *line.split()]).stdout for line in words)
+
+
+THREE = 'name = "mp"\n[[site]]\nname = "a"\n[[site]]\nname = "b"\n' + '[[link]]\na = "a"\nb = "b"\n' * 3
+needs_mptcp = pytest.mark.skipif(not available(), reason="this kernel has no MPTCP")
+
+
+@pytest.mark.root
+@needs_mptcp
+def test_mptcp_is_set_up_for_as_long_as_somebody_uses_it_and_for_all_of_them(tmp_path: Path) -> None:
+    with lab(THREE) as made:
+        there = [made.address("b", name) for name in made.links_between("a", "b")]
+        own = [made.address("a", name) for name in made.links_between("a", "b")]
+        before = _state(made, "a")
+
+        def use() -> None:
+            ways = find(there, 0)
+            first, second = spread(ways, tmp_path), spread(ways[1:], tmp_path)
+            assert first.__enter__() == ""
+            alone = _state(made, "a")
+            assert f"{own[1]} id 100 subflow" in alone and f"{own[2]} id 101 subflow" in alone
+            # What its subflows need, and nothing else that comes from there.
+            assert f"{there[0]} via {there[2]} dev wan2 table 7441" in alone
+            assert "default via" not in alone
+            # To another of the addresses, by one of the same uplinks: it shares the rule, not the route.
+            assert second.__enter__() == ""
+            assert f"{there[1]} via {there[2]} dev wan2 table 7441" in _state(made, "a")
+            first.__exit__(None, None, None)
+            assert set(alone.splitlines()) < set(_state(made, "a").splitlines()), "the other one may use it"
+            second.__exit__(None, None, None)
+            assert _state(made, "a") == before
+            assert not (tmp_path / "mptcp").exists()
+
+        namespaces.call(made.namespace("a"), use)
+
+
+SPREAD = """
+import sys
+from pathlib import Path
+from haulier.network.paths import find, spread
+with spread(find(sys.argv[2:], 0), Path(sys.argv[1])) as said:
+    print(said, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.root
+@needs_mptcp
+def test_what_a_killed_process_had_set_up_is_taken_away_when_nobody_else_uses_it(tmp_path: Path) -> None:
+    with lab(THREE) as made, contextlib.ExitStack() as stack:
+        there = [made.address("b", name) for name in made.links_between("a", "b")]
+        before = _state(made, "a")
+
+        def clear_up() -> str:
+            namespaces.call(made.namespace("a"), lambda: tidy(tmp_path))
+            return _state(made, "a")
+
+        assert clear_up() == before
+        words = [sys.executable, "-c", SPREAD, str(tmp_path)]
+        killed, other = (
+            stack.enter_context(made.popen("a", [*words, *hosts], stdin=PIPE, stdout=PIPE, text=True))
+            for hosts in (there, there[1:])
+        )
+        stack.callback(other.kill)
+        stack.callback(killed.kill)
+        assert killed.stdout.readline() == other.stdout.readline() == "\n"
+        both = _state(made, "a")
+        assert both != before
+        killed.kill()
+        killed.wait()
+        assert clear_up() == both, "the other one lives"
+        other.kill()
+        other.wait()
+        assert _state(made, "a") == both
+        assert clear_up() == before
+        assert not (tmp_path / "mptcp").exists()
+
+
+def test_a_set_up_of_which_nothing_can_be_read_is_none(tmp_path: Path) -> None:
+    for text in ("", "1 999999999", "{}", '{"users": [], "numbers": {}, "steps": 1}', "\xff"):
+        (tmp_path / "mptcp").write_text(text, "latin-1")
+        assert paths._load(tmp_path / "mptcp").users == []

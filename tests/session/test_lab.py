@@ -115,11 +115,9 @@ def test_paths_may_be_ipv6(tmp_path: Path) -> None:
 def test_mptcp_is_used_when_all_its_subflows_came_up_and_else_striping(tmp_path: Path, prepared: bool) -> None:
     with lab(SITES + LINK.format("10mbit") * 2) as made:
         if prepared:
-            first, second = (
-                Uplink(f"wan{n}", made.address("oslo", link), f"10.91.0.{4 * n}/30")
-                for n, link in enumerate(made.links_between("oslo", "lisbon"))
-            )
-            steps = plan(first, [(second, made.address("lisbon", "oslo-lisbon-2"))])
+            first, second = made.links_between("oslo", "lisbon")
+            uplink = Uplink("wan1", made.address("oslo", second), "10.91.0.4/30")
+            steps = plan(made.address("lisbon", first), [(uplink, made.address("lisbon", second))])
             namespaces.call(made.namespace("oslo"), lambda: apply(steps))
         with transfer(made, tmp_path, 120, mptcp=True) as one:
             one.under_way()

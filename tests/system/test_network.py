@@ -150,15 +150,17 @@ def test_one_connection_outlives_the_way_there_and_back_without_a_hook(running: 
 
 
 @pytest.mark.full
-def test_a_handoff_that_fails_leaves_no_tunnel_and_the_connection_as_it_was(running: Stage) -> None:
+def test_a_handoff_that_fails_leaves_no_tunnel_no_mptcp_and_the_connection_as_it_was(running: Stage) -> None:
     client = OneConnection(running.scenario.lab)
     try:
         for seed, side in enumerate(("source", "target"), start=3):
             # So that there is much to send each time: what an attempt brought is not sent again.
             running.work("web1", random_share=1.0, seed=seed)
-            handoff = running.begin("web1")
+            handoff = running.begin("web1", "--transport", "mptcp")
             handoff.wait_phase(handoff.source, {"memory"})
             assert len(tunnels(running.site(handoff.target))) == 1
+            if available():
+                assert any("subflow" in line for line in traces(running.scenario.lab, handoff.source))
             handoff.kill_worker(getattr(handoff, side))
             handoff.settled()
             assert handoff.result()[0] != 0

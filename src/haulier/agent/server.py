@@ -51,6 +51,7 @@ from haulier.fetch.service import ChunkService
 from haulier.guests.accel import qemu_info
 from haulier.handoff import attempts
 from haulier.handoff.spawning import STANDBY
+from haulier.network import paths as networks
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +153,7 @@ class Agent:
             ("golden snapshots", self.images.adopt),
             ("layers", self.layers.adopt),
             ("guests", self.guests.adopt),
+            ("MPTCP", lambda: networks.tidy(self.site.run)),
         ):
             _try(what, adopt)
 

@@ -47,6 +47,7 @@ from haulier.handoff.residence import (
     run_copy,
     spec_of,
 )
+from haulier.network import paths as networks
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 2.0
@@ -74,6 +75,7 @@ def worker_alive(row: HandoffRow) -> bool:
 
 def recover(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[str], Messenger]) -> bool:
     """Brings a handoff without a worker to its end. False: the other site has to be asked again later."""
+    networks.tidy(site.run)
     if row.role.startswith("prefetch"):
         _end_prefetch(site, journal, row)
         return True

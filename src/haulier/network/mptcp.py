@@ -9,7 +9,8 @@ connection that goes on over one path; hence haulier.session.mptcp.subflows, whi
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,7 +19,9 @@ from haulier.network import iproute
 from haulier.network.addresses import Uplink
 
 FIRST_TABLE: Final = 7440
-"""Tables and priorities of rules from here on are ours."""
+"""Tables and priorities of rules from here on are ours, ..."""
+FIRST_ID: Final = 100
+"""... and endpoints from here on."""
 MOST: Final = 8
 
 
@@ -30,29 +33,40 @@ class Step:
     undo: str = ""
 
 
-def plan(first: Uplink, others: Sequence[tuple[Uplink, str]]) -> list[Step]:
-    """What the connecting host needs for a connection that begins at `first` and spreads over `others`. Pure.
+def numbered(addresses: Sequence[str], taken: Mapping[str, int]) -> dict[str, int]:
+    """The number of each address's table and endpoint: the one in `taken`, else the lowest that is free. Pure."""
+    found: dict[str, int] = {}
+    for address in addresses:
+        used = {*taken.values(), *found.values()}
+        found[address] = taken[address] if address in taken else next(n for n in itertools.count() if n not in used)
+    return found
 
-    `others`: each with the gateway, or the peer's address, by which its packets leave.
+
+def plan(there: str, others: Sequence[tuple[Uplink, str]], taken: Mapping[str, int] | None = None) -> list[Step]:
+    """What the connecting host needs for a connection to the address `there` that spreads over `others`. Pure.
+
+    `others`: uplinks beside the first, each with the gateway, or the peer's address, by which its packets leave. Every
+    subflow goes to `there`, whatever it leaves by, and only that is led: what else that address of ours says goes as
+    ever. `taken`: numbers that addresses here have already, by what was planned for other connections.
     """
     steps = [Step(f"mptcp limits set subflows {MOST} add_addr_accepted {MOST}")]
-    for number, (uplink, hop) in enumerate(others[:MOST]):
+    others = others[:MOST]
+    numbers = numbered([uplink.address for uplink, _ in others], taken or {})
+    for uplink, hop in others:
+        address, device, number = uplink.address, uplink.interface, numbers[uplink.address]
         table = FIRST_TABLE + number
-        address, device = uplink.address, uplink.interface
         length = ipaddress.ip_address(address).max_prefixlen
         direct = ipaddress.ip_address(hop) in ipaddress.ip_network(uplink.network)
-        # `onlink`: with a hop outside the interface's subnet the kernel would refuse the route.
-        route = f"route replace default via {hop} dev {device} table {table}" + ("" if direct else " onlink")
+        route = f"{there}/{length} via {hop} dev {device} table {table}"
+        rule = f"from {address}/{length} table {table} priority {table}"
         family = "-6 " if uplink.version == 6 else ""
         steps += [
-            Step(f"{family}{route}", f"{family}route flush table {table}"),
+            # `onlink`: with a hop outside the interface's subnet the kernel would refuse the route.
+            Step(f"{family}route replace {route}" + ("" if direct else " onlink"), f"{family}route del {route}"),
+            Step(f"{family}rule add {rule}", f"{family}rule del {rule}"),
             Step(
-                f"{family}rule add from {address}/{length} table {table} priority {table}",
-                f"{family}rule del from {address}/{length} table {table} priority {table}",
-            ),
-            Step(
-                f"mptcp endpoint add {address} id {100 + number} dev {device} subflow",
-                f"mptcp endpoint delete id {100 + number}",
+                f"mptcp endpoint add {address} id {FIRST_ID + number} dev {device} subflow",
+                f"mptcp endpoint delete id {FIRST_ID + number}",
             ),
         ]
     return steps

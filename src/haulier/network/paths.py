@@ -7,11 +7,15 @@ import fcntl
 import ipaddress
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from haulier.errors import HaulierError, UsageError
+import msgspec
+
+from haulier.durable import write_atomically
+from haulier.errors import UNDECODABLE, HaulierError, UsageError
+from haulier.guests.process import ProcessId
 from haulier.network import addresses, discovery, mptcp
 from haulier.network.addresses import Uplink
 from haulier.network.rules import Rule, rule_for
@@ -75,8 +79,11 @@ def _routed(here: Sequence[Uplink], host: str) -> Uplink | None:
     return next((u for u in here if u.interface == interface and u.version == version), None)
 
 
-def mptcp_steps(ways: Sequence[Way]) -> list[mptcp.Step]:
-    """What this host needs so that MPTCP spreads over `ways`. UsageError if it cannot: they share an uplink."""
+def mptcp_steps(ways: Sequence[Way], taken: Mapping[str, int] | None = None) -> list[mptcp.Step]:
+    """What this host needs so that MPTCP spreads over `ways`. UsageError if it cannot: they share an uplink.
+
+    `taken`: see `mptcp.plan`.
+    """
     known = [(way.uplink, way.there) for way in ways if way.uplink is not None]
     if len({uplink.interface for uplink, _ in known}) < len(ways) or len({u.version for u, _ in known}) > 1:
         raise UsageError("MPTCP needs an uplink of its own for each path, all of one IP version")
@@ -85,32 +92,45 @@ def mptcp_steps(ways: Sequence[Way]) -> list[mptcp.Step]:
     for uplink, there in known[1:]:
         direct = ipaddress.ip_address(there) in ipaddress.ip_network(uplink.network)
         others.append((uplink, there if direct else hops.get(uplink.interface, there)))
-    return mptcp.plan(known[0][0], others)
+    return mptcp.plan(known[0][1], others, taken)
+
+
+class _Shared(msgspec.Struct, frozen=True):
+    """What this host is set up for, by whom it is used, and the numbers of its own addresses (`mptcp.numbered`)."""
+
+    users: list[ProcessId]
+    numbers: dict[str, int]
+    steps: list[mptcp.Step]
 
 
 @contextlib.contextmanager
 def spread(ways: Sequence[Way], run: Path) -> Iterator[str]:
     """MPTCP is set up for `ways` meanwhile; gives "", or why it is not. `run`: the site's directory for such files.
 
-    Several handoffs at once share the set-up: the last one that ends takes it away.
+    Several handoffs at once share the set-up, each adds what it lacks, and the last one that ends takes all of it away:
+    without an endpoint the kernel would close the subflows that others have there.
     """
+    file, user = run / "mptcp", ProcessId.of(os.getpid())
+    assert user is not None
     try:
-        steps = mptcp_steps(ways)
-        said = _join(steps, run / "mptcp")
+        _join(ways, file, user)
     except (HaulierError, OSError) as error:
         yield str(error)
         return
     try:
-        yield said
+        yield ""
     finally:
-        with contextlib.suppress(HaulierError, OSError):
-            _leave(steps, run / "mptcp")
+        with contextlib.suppress(OSError):
+            _leave(file, user)
 
 
-def _users(file: Path) -> set[int]:
-    with contextlib.suppress(OSError, ValueError):
-        return {pid for pid in map(int, file.read_text().split()) if Path(f"/proc/{pid}").exists()}
-    return set()
+def tidy(run: Path) -> None:
+    """Takes away what `spread` set up where none of its users lived to do it."""
+    file = run / "mptcp"
+    with contextlib.suppress(OSError):
+        if file.exists():
+            with _locked(file):
+                _save(_load(file), file)
 
 
 @contextlib.contextmanager
@@ -120,23 +140,51 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _join(steps: Sequence[mptcp.Step], file: Path) -> str:
+def _join(ways: Sequence[Way], file: Path, user: ProcessId) -> None:
     with _locked(file):
-        users = _users(file) - {os.getpid()}
-        if not users:
-            mptcp.apply(steps)
-        file.write_text(" ".join(map(str, users | {os.getpid()})))
-    return ""
+        shared = _load(file)
+        steps = mptcp_steps(ways, shared.numbers)
+        missing = [step for step in steps if step not in shared.steps]
+        numbers = mptcp.numbered([way.uplink.address for way in ways[1:] if way.uplink is not None], shared.numbers)
+        # Before it is done: whoever finds us dead knows what there may be.
+        _save(_Shared([*shared.users, user], shared.numbers | numbers, shared.steps + missing), file)
+        try:
+            mptcp.apply(missing)
+        except HaulierError:
+            _save(shared, file)
+            raise
 
 
-def _leave(steps: Sequence[mptcp.Step], file: Path) -> None:
+def _leave(file: Path, user: ProcessId) -> None:
     with _locked(file):
-        users = _users(file) - {os.getpid()}
-        if users:
-            file.write_text(" ".join(map(str, users)))
-        else:
-            mptcp.undo(steps)
-            file.unlink(missing_ok=True)
+        shared = _load(file)
+        if user in shared.users:
+            shared.users.remove(user)
+        _save(_unless_used(shared), file)
+
+
+def _load(file: Path) -> _Shared:
+    """What is set up, for those who live."""
+    try:
+        shared = msgspec.json.decode(file.read_bytes(), type=_Shared)
+    except (OSError, *UNDECODABLE):
+        return _Shared([], {}, [])
+    return _unless_used(_Shared([user for user in shared.users if user.alive()], shared.numbers, shared.steps))
+
+
+def _unless_used(shared: _Shared) -> _Shared:
+    """Nothing, taken away, if nobody uses it."""
+    if shared.users:
+        return shared
+    mptcp.undo(shared.steps)
+    return _Shared([], {}, [])
+
+
+def _save(shared: _Shared, file: Path) -> None:
+    if shared.users:
+        write_atomically(file, msgspec.json.encode(shared))
+    else:
+        file.unlink(missing_ok=True)
 
 
 class Spender:
