@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from haulier.agent import containers
 from haulier.agent.cache import Change
 from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.manifest import Manifest
@@ -19,6 +20,7 @@ from haulier.handoff.journal import HandoffRow
 from haulier.images import commit, layers
 from haulier.units import CHUNK
 from tests.agent.conftest import Fleet
+from tests.support.freezing import as_container, freezable
 from tests.support.waiting import wait_for
 
 
@@ -201,6 +203,36 @@ def test_a_guest_that_stands_still_for_a_commit_is_let_go(stack: Fleet, monkeypa
     (paths.root / "still").touch()
     stack.at_oslo.layers.adopt()
     assert done[-2:] == ["cont", "close"] and not (paths.root / "still").exists()
+
+
+@pytest.mark.root
+def test_a_container_that_stands_still_for_a_commit_is_let_go(stack: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, journal = stack.oslo, stack.at_oslo.journal
+    with freezable() as (child, freezer):
+        spec = as_container(site, "web1", child)
+        journal.advance("web1", "owner", "owner", spec=msgspec.to_builtins(spec), wanted="running")
+        residence.container_paths(site, "web1").upper.mkdir()
+        mark = commit.still_mark(site.guest_root("web1"))
+
+        def fails(*args: Any, **options: Any) -> None:
+            assert freezer.frozen() and mark.exists(), "who is killed now leaves a mark"
+            raise NoRoom("no room")
+
+        monkeypatch.setattr(containers, "import_container", fails)
+        with ChunkStore(site.store) as store, pytest.raises(NoRoom):
+            containers.commit(site, store, spec, "new", lambda share, what: None)
+        assert not freezer.asked() and not mark.exists()
+
+        freezer.freeze()
+        stack.at_oslo.layers.adopt()
+        assert freezer.frozen(), "not for a commit"
+        mark.touch()
+        journal.add_handoff(HandoffRow(id="h1", guest="web1", role="source", peer="lisbon"))
+        stack.at_oslo.layers.adopt()
+        assert freezer.frozen() and mark.exists(), "it may stand still for its handoff"
+        journal.end_handoff("h1", "failed")
+        stack.at_oslo.layers.adopt()
+        assert not freezer.asked() and not mark.exists()
 
 
 def arrived(fleet: Fleet, name: str, image: str) -> None:

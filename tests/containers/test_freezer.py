@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from haulier.containers.freezer import Freezer, _mounted, freezer_of
+from haulier.containers.freezer import _mounted, freezer_of
 from haulier.errors import GuestError
+from tests.support.freezing import freezable, used
 from tests.support.waiting import wait_for
 
 MOUNTS = [
@@ -36,32 +36,13 @@ def test_a_process_that_is_gone() -> None:
 
 @pytest.mark.root
 def test_processes_stand_still_and_go_on() -> None:
-    mine = freezer_of(os.getpid())
-    folder = mine.folder / f"haulier-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError as error:
-        pytest.skip(f"no control groups may be made here: {error}")
-    child = subprocess.Popen(["sh", "-c", "while :; do :; done"])
-    freezer = Freezer(folder, mine.unified)
-    try:
-        (folder / "cgroup.procs").write_text(str(child.pid))
+    with freezable() as (child, freezer):
         assert freezer_of(child.pid) == freezer and not freezer.frozen() and not freezer.asked()
         freezer.freeze()
         freezer.freeze()
         assert freezer.frozen() and freezer.asked()
-
-        def used() -> int:
-            return int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11])
-
-        before = used()
-        assert used() == before
+        before = used(child)
+        assert used(child) == before
         freezer.thaw()
         assert not freezer.asked()
-        wait_for(lambda: used() > before, 20)
-    finally:
-        freezer.thaw()
-        child.kill()
-        child.wait()
-        wait_for(lambda: not (folder / "cgroup.procs").read_text(), 10)
-        folder.rmdir()
+        wait_for(lambda: used(child) > before, 20)

@@ -21,6 +21,7 @@ from haulier.containers.runc import runc_binary
 from haulier.errors import Conflict, UsageError
 from haulier.guests.model import GuestSpec, new_spec
 from haulier.handoff import residence
+from haulier.images.commit import still_mark
 from haulier.units import CHUNK
 
 if TYPE_CHECKING:
@@ -128,14 +129,23 @@ def commit(site: Site, store: ChunkStore, spec: GuestSpec, name: str, progress: 
     config = ImageConfig(command=spec.container.command, env=spec.container.env, cwd=spec.container.cwd)
     container = residence.adopt_container(site, spec.name)
     began = time.monotonic()
-    if container is not None:
-        container.freeze()
     try:
+        if container is not None:
+            still_mark(paths.root).touch()
+            container.freeze()
         import_container(store, name, paths.upper, base=spec.image, config=config, uuid=spec.uuid, progress=progress)
     finally:
         if container is not None:
-            container.thaw()
+            release(site, spec.name)
     return time.monotonic() - began if container is not None else 0.0
+
+
+def release(site: Site, name: str) -> None:
+    """Lets one run on that stands still for a commit. GuestError if it cannot be let."""
+    container = residence.adopt_container(site, name)
+    if container is not None:
+        container.thaw()
+    still_mark(residence.container_paths(site, name).root).unlink(missing_ok=True)
 
 
 def unused_layers(site: Site, journal: Journal, store: ChunkStore) -> list[Path]:

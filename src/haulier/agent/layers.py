@@ -18,7 +18,7 @@ from haulier.agent.client import Client, path_segment
 from haulier.agent.core import Core
 from haulier.agent.images import Images
 from haulier.agent.jobs import Job, Progress
-from haulier.agent.site import check_name
+from haulier.agent.site import Site, check_name
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, HaulierError, NoRoom, PeerError, UnknownThing, UsageError
@@ -72,6 +72,20 @@ class _PushPeer:
             raise PeerError(f"{self._client.where} answered a push in a way that makes no sense: {error}") from None
 
 
+def release(site: Site, row: GuestRow) -> None:
+    """Lets a guest of this site run on that stood still for a commit when the agent was killed. GuestError if not.
+
+    Nothing else may be under way with it.
+    """
+    paths = residence.guest_paths(site, row.name)
+    if not commit.still_mark(paths.root).exists():
+        return
+    if row.spec.get("container"):
+        containers.release(site, row.name)
+    else:
+        commit.release(paths)
+
+
 class Layers:
     """Which image lies on which, and which guests lie on them."""
 
@@ -89,9 +103,10 @@ class Layers:
             if lease.startswith(arrival.LEASE):
                 self.store.drop_lease(lease)
         for row in self.core.journal.guests():
-            if row.state in MAY_RUN:
+            # What is being handed over began that running; if it stands still now, then for the handoff.
+            if row.state == State.OWNER and not self.core.journal.handoffs(guest=row.name, live=True):
                 try:
-                    commit.release(residence.guest_paths(self.site, row.name))
+                    release(self.site, row)
                 except HaulierError as error:
                     log.error("guest %s may still stand still for a commit: %s", row.name, error)
 

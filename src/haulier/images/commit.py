@@ -81,9 +81,7 @@ def read_running(qemu: Qemu, store: ChunkStore, progress: Progress) -> Overlay:
 
 
 def release(paths: GuestPaths) -> None:
-    """Lets a guest run on that stood still for a commit when its process was killed. Nothing if there is none such."""
-    if not _marker(paths).exists():
-        return
+    """Lets a guest run on that stood still for a commit when its process was killed: see `still_mark`."""
     with contextlib.suppress(UnknownThing):
         qemu = Qemu.adopt(paths, worker=True)
         try:
@@ -94,12 +92,12 @@ def release(paths: GuestPaths) -> None:
                 agent.fsthaw()
         finally:
             qemu.close()
-    _marker(paths).unlink(missing_ok=True)
+    still_mark(paths.root).unlink(missing_ok=True)
 
 
-def _marker(paths: GuestPaths) -> Path:
-    """There while the guest is made to stand still."""
-    return paths.root / "still"
+def still_mark(root: Path) -> Path:
+    """There while the guest whose directory is `root` is made to stand still for a commit."""
+    return root / "still"
 
 
 def _agent(qemu: Qemu) -> GuestAgent | None:
@@ -113,7 +111,7 @@ def _agent(qemu: Qemu) -> GuestAgent | None:
 def _still(qemu: Qemu, agent: GuestAgent | None, found: Overlay) -> Iterator[None]:
     """The guest's file systems stand still meanwhile; where its agent cannot do that, all of it does."""
     began = time.monotonic()
-    marker = _marker(qemu.paths)
+    marker = still_mark(qemu.paths.root)
     marker.touch()
     try:
         if agent is not None:
