@@ -13,9 +13,9 @@ from haulier.agent.cache import Change
 from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
+from haulier.errors import Conflict, HandoffFailed, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
 from haulier.guests.model import new_spec
-from haulier.handoff import residence
+from haulier.handoff import residence, spawning
 from haulier.handoff.journal import HandoffRow
 from haulier.images import commit, layers
 from haulier.units import CHUNK
@@ -95,7 +95,50 @@ def test_commits_that_are_refused(stack: Fleet) -> None:
         ask("orphan")
     with pytest.raises(HaulierError):
         ask("web1")  # it has no overlay
+    # Its worker has not begun yet: the guest is this site's as before, and may be frozen for the handoff at any moment.
+    stack.at_oslo.journal.add_handoff(HandoffRow(id="h1", guest="web1", role="source", peer="lisbon"))
+    with pytest.raises(Conflict, match=r"handed over \(handoff h1\)"):
+        ask("web1")
     assert stack.at_oslo.store.manifest_names("image/") == ["image/debian", "image/web"]
+
+
+def test_a_handoff_that_began_meanwhile_keeps_a_commit_away(stack: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, journal = stack.at_oslo.layers, stack.at_oslo.journal
+    looked = own._check_new
+
+    def begins(name: str) -> None:
+        if not journal.handoffs(guest="web1"):
+            journal.add_handoff(HandoffRow(id="h1", guest="web1", role="source", peer="lisbon"))
+        looked(name)
+
+    monkeypatch.setattr(own, "_check_new", begins)
+    with pytest.raises(Conflict, match=r"handed over \(handoff h1\)"):
+        stack.client.wait(stack.client.post("/v1/image-commits", {"guest": "web1", "name": "new"}))
+
+
+def test_a_commit_ends_the_guests_prefetch_first(stack: Fleet) -> None:
+    journal = stack.at_oslo.journal
+    journal.add_handoff(HandoffRow(id="p1", guest="web1", role="prefetch-source", peer="lisbon", created=1.0))
+    with pytest.raises(HaulierError):  # it has no overlay
+        stack.client.wait(stack.client.post("/v1/image-commits", {"guest": "web1", "name": "new"}))
+    assert journal.handoff("p1").state == "ended"
+
+
+def test_a_handoff_begins_with_a_guest_that_does_not_stand_still(stack: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack.at_oslo.journal.advance("web1", "owner", "owner", wanted="running")
+    mark = commit.still_mark(stack.oslo.guest_root("web1"))
+    mark.parent.mkdir(parents=True)
+    mark.touch()
+    found: list[bool] = []
+
+    def start_source(*of: Any) -> None:
+        found.append(mark.exists())
+        raise HandoffFailed("far enough")
+
+    monkeypatch.setattr(spawning, "start_source", start_source)
+    with pytest.raises(HandoffFailed):
+        stack.client.start_handoff("web1", "lisbon")
+    assert found == [False]
 
 
 def test_a_push_from_agent_to_agent(stack: Fleet) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from haulier.agent import prefetching
+from haulier.agent import layers, prefetching
 from haulier.agent.core import Core
 from haulier.agent.site import check_name, check_transport
 from haulier.errors import Conflict, HaulierError, PeerError, UnknownThing, UsageError
@@ -133,6 +133,7 @@ class Handoffs:
             if row.wanted != "running":
                 raise Conflict(f"guest {row.name!r} is {row.wanted}: only a running guest can be handed over")
             self._may_leave(row.name, peer.name)
+            layers.release(self.site, row)
             job = Job(handoff=new_handoff_id(), role="source", guest=row.name, peer=peer.name, options=request.options)
             self.core.children.append(spawning.start_source(self.site, self.journal, job))
         return self.show(job.handoff)

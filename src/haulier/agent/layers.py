@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from haulier.agent import containers
+from haulier.agent import containers, prefetching
 from haulier.agent.cache import Cache
 from haulier.agent.client import Client, path_segment
 from haulier.agent.core import Core
@@ -223,6 +223,8 @@ class Layers:
     def commit(self, request: CommitRequest) -> Job:
         """Makes an application layer out of a guest of this site, which may run."""
         check_name(request.name, "image")
+        # Its rounds over the disk and a commit's would take each other for leftovers.
+        prefetching.end_here(self.core, check_name(request.guest, "guest"))
         row = self._mine(request.guest)
         self._check_new(request.name)
         parent = str(row.spec.get("image", ""))
@@ -355,6 +357,11 @@ class Layers:
             raise UnknownThing(f"no guest {guest!r} at this site: 'haulier guest list' shows those there are")
         if row.state == State.AWAY:
             raise Conflict(f"guest {guest!r} is at site {row.owner!r}: commit it there")
+        # It may be this site's still: its worker looks first whether it can be handed over, and says so later.
+        for handoff in self.core.journal.handoffs(guest=guest, live=True):
+            raise Conflict(
+                f"guest {guest!r} is being handed over (handoff {handoff.id}): commit it when that has ended"
+            )
         if row.state != State.OWNER or row.wanted not in ("running", "stopped"):
             raise Conflict(f"guest {guest!r} is {row.wanted or row.state}: wait until that has ended")
         return row
