@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from haulier.errors import Cancelled, GuestError
-from haulier.handoff import recovery
+from haulier.handoff import recovery, residence
 from haulier.handoff.journal import HandoffRow
 from haulier.handoff.ownership import Event, State
 from haulier.handoff.recovery import handle
 from tests.handoff.hosts import GUEST, HANDOFF, Host, Hosts
+from tests.support.freezing import as_container, freezable
 
 MPTCP_OF_A_DEAD_ONE = '{"users": [{"pid": 1, "ticks": 1, "boot": "an earlier one"}], "numbers": {}, "steps": []}'
 
@@ -86,6 +88,24 @@ def test_a_crash_between_the_record_and_the_resumption(hosts: Hosts) -> None:
     assert oslo.done == ["resume"] and oslo.handoff.outcome == "failed"
     assert oslo.leases() == []
     again(hosts, oslo)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("state", [State.OWNER, State.OFFERED])
+def test_a_container_runs_on_whenever_its_worker_died(hosts: Hosts, state: State) -> None:
+    """Also before the handoff had begun: a dump is tried first."""
+    oslo = hosts.oslo
+    oslo.record(state, 3, 4 if state is State.OFFERED else 0, role="source")
+    with freezable() as (child, freezer):
+        spec = as_container(oslo.site, GUEST, child)
+        before = "h0" if state is State.OWNER else HANDOFF
+        oslo.journal.advance(GUEST, state.value, state.value, spec=msgspec.to_builtins(spec), handoff=before)
+        images = residence.images_dir(oslo.site, HANDOFF)
+        images.mkdir(parents=True, exist_ok=True)
+        freezer.freeze()
+        assert hosts.recover(oslo)
+        assert not freezer.asked() and not images.exists()
+        assert oslo.handoff.outcome == "failed" and oslo.state is State.OWNER
 
 
 def test_a_token_without_an_answer_keeps_the_guest_stopped_and_is_repeated(hosts: Hosts) -> None:

@@ -8,23 +8,28 @@ which the processes' connections may still change. Format: CRIU's images/rpc.pro
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
 from haulier.containers.criu import find_criu, last_error
 from haulier.containers.protobuf import field, fields
 from haulier.errors import GuestError
-from haulier.guests.process import hurry
+from haulier.guests.process import ProcessId, hurry
 
 STEP_S: Final = 60.0
 LOG: Final = "dump.log"
+NOTE: Final = "dump.json"
+"""Which process CRIU is, and where it writes: there as long as it may hold the processes."""
 _DUMP: Final = 1
 _NOTIFY: Final = 6
+_POLL_S: Final = 0.05
 _LOG_LEVEL: Final = 2
 """Errors and warnings: thousands of lines of a dump's progress take their time."""
 _MAX_PACKET: Final = 1 << 16
@@ -86,6 +91,13 @@ class Dumping:
         self._socket = ours
         ours.settimeout(STEP_S)
         self._held = False
+        try:
+            # Before it is told what to dump.
+            if (process := ProcessId.of(self._process.pid)) is not None:
+                (work / NOTE).write_text(json.dumps(asdict(process) | {"images": str(images)}))
+        except BaseException:
+            self.abort()
+            raise
         with contextlib.suppress(OSError):
             ours.send(request.encode(*self._folders))
 
@@ -120,6 +132,7 @@ class Dumping:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        (self._work / NOTE).unlink(missing_ok=True)
 
     def _go_on(self) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionError):
@@ -140,3 +153,24 @@ class Dumping:
             return None
         words = bytes(said.get(9, b"")).decode(errors="replace").strip()
         raise GuestError(last_error(self._work / LOG, 3) or words or "it ended without a word")
+
+
+def end_left(work: Path) -> None:
+    """Waits for the end of a dump with its log in `work` whose caller was killed; kills it if it does not end.
+
+    The last that CRIU does is to have the freezer as it found it: whoever thaws before that thaws in vain.
+    """
+    try:
+        note = json.loads((work / NOTE).read_bytes())
+        process, images = ProcessId.from_dict(note), Path(note["images"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    deadline = time.monotonic() + STEP_S
+    while not process.wait_gone(_POLL_S) and time.monotonic() < deadline:
+        # It would wait for ever for somebody who takes its pages.
+        for pipe in images.glob("pages-*.img"):
+            with contextlib.suppress(OSError):
+                if pipe.is_fifo():
+                    os.close(os.open(pipe, os.O_RDWR | os.O_NONBLOCK))
+    process.kill()
+    (work / NOTE).unlink(missing_ok=True)

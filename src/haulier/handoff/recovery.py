@@ -83,6 +83,11 @@ def recover(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[
     if guest is None or guest.handoff != row.id:
         if guest is None and row.role == "target":
             discard_copy(site, row.guest, row.id)
+        elif guest is not None and guest.state == State.OWNER and row.role == "source" and not row.epoch:
+            # It had not begun; but of a container a dump is tried before that.
+            if guest.spec.get("container"):
+                resume_original(site, row.guest)
+            _forget(site, row)
         _record_end(journal, row, "failed", as_cancelled=True)
         return True
     state = record_of(guest).state

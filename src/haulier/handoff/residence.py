@@ -17,6 +17,7 @@ import msgspec
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.containers import container as containers
+from haulier.containers import dumping
 from haulier.containers.container import Container, ContainerPaths
 from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
@@ -89,6 +90,7 @@ def resume_original(site: Site, guest: str) -> bool:
     """Makes the owner's guest run on, whatever a handoff was doing with it. False if it is gone."""
     container = adopt_container(site, guest)
     if container is not None:
+        dumping.end_left(container.paths.log_dir)
         container.thaw()
         return True
     qemu = adopt(site, guest, worker=True)
