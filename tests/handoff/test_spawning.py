@@ -69,32 +69,37 @@ def test_a_worker_stands_in_the_journal_before_it_learns_its_handoff(
     assert not (site.handoff_root(JOB.handoff) / "worker.log").exists()
 
 
-def test_a_guest_that_comes_back_is_not_cleared_away_by_the_worker_that_saw_it_leave(
-    site: Site, journal: Journal, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("state", "clearing"), [("away", "retire"), ("refused", "discard_copy"), ("absent", "discard_copy")]
+)
+def test_a_guest_that_comes_is_not_cleared_away_by_the_worker_of_its_last_handoff(
+    site: Site, journal: Journal, monkeypatch: pytest.MonkeyPatch, state: str, clearing: str
 ) -> None:
-    """That one keeps its picture still, and clears away after that."""
-    cleared: list[str] = []
+    """That one keeps its picture still, or has not thrown its copy away yet, and clears away after that."""
+    cleared: list[tuple[str, str]] = []
     monkeypatch.setattr(spawning, "LEAVE_S", 0.05)
-    monkeypatch.setattr(spawning, "retire", lambda site, guest, handoff: cleared.append(handoff))
+    for how in ("retire", "discard_copy"):
+        monkeypatch.setattr(spawning, how, lambda site, guest, handoff, how=how: cleared.append((how, handoff)))
     monkeypatch.setattr(spawning, "_start_target", lambda *_, **__: ("accepted", None))
     with subprocess.Popen(["sleep", "600"]) as late:
         started = psutil.Process(late.pid).create_time()
         journal.update_handoff("h1", pid=late.pid, pid_started=started)
-        journal.advance("web1", "absent", "away", last_epoch=4, taken=3, handoff="h1")
+        journal.advance("web1", "absent", state, last_epoch=4, taken=3, handoff="h1")
         spec = msgspec.to_builtins(SPEC)
         offer = Offer(
             handoff="h2", source="lisbon", spec=spec, epoch=5, secret="ab" * 32, manifest="cd" * 32, accelerator="tcg"
         )
         assert spawning.accept(site, journal, offer, manifest=False, memory_base="")[0] == "accepted"
         assert not psutil.pid_exists(late.pid)
-    assert cleared == ["h1"] and journal.guest("web1").state == "receiving"
-    assert (journal.handoff("h1").state, journal.handoff("h1").outcome) == ("ended", "done")
+    assert cleared == [(clearing, "h1")] and journal.guest("web1").state == "receiving"
+    ended = "done" if state == "away" else "failed"
+    assert (journal.handoff("h1").state, journal.handoff("h1").outcome) == ("ended", ended)
     # With nobody left there is nothing to be done about it.
-    journal.advance("web1", "receiving", "away")
+    journal.advance("web1", "receiving", state)
     assert spawning.accept(
         site, journal, msgspec.structs.replace(offer, handoff="h3", epoch=6), manifest=False, memory_base=""
     )
-    assert cleared == ["h1"]
+    assert len(cleared) == 1
 
 
 def test_workers_in_waiting_that_have_died_are_passed_over(site: Site, journal: Journal, standby: Standby) -> None:

@@ -29,7 +29,7 @@ from haulier.images import common
 
 LISTEN_S = 20.0
 LEAVE_S = 3.0
-"""For a worker whose guest has left, and comes back already."""
+"""For a worker that has nothing to do any more but to clear away, of a guest that comes again already."""
 WARM_S = 2.0
 KEPT = 2
 """One for a handoff that follows another at once, as the way back or the next guest of a site that is emptied may."""
@@ -204,11 +204,15 @@ def accept(
     earlier = journal.find_handoff(before.handoff) if before is not None and before.handoff else None
     if happened.actions:
         _end_worker(earlier)
-    elif happened.before.state is State.AWAY and earlier is not None and worker_alive(earlier):
+    elif earlier is not None and worker_alive(earlier):
         # It keeps its picture, or clears away: were it to do that later, it would clear away this guest.
         _end_worker(earlier, LEAVE_S)
-        retire(site, name, earlier.id)
-        journal.end_handoff(earlier.id, "done")
+        if happened.before.state is State.AWAY:
+            retire(site, name, earlier.id)
+            journal.end_handoff(earlier.id, "done")
+        else:
+            discard_copy(site, name, earlier.id)
+            journal.end_handoff(earlier.id, "failed")
     for action in happened.actions:
         if action is Action.DISCARD_COPY:
             discard_copy(site, name, before.handoff if before else "")
