@@ -19,7 +19,7 @@ from haulier.agent.guests import RunRequest, default_gateway
 from haulier.agent.server import Agent
 from haulier.chunks.manifest import Manifest
 from haulier.containers import lxc
-from haulier.containers.network import RUN
+from haulier.containers.network import RUN, namespace_name
 from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.guests import launch
 from haulier.handoff import recovery, residence
@@ -332,7 +332,8 @@ def fill_up(*_: Any, **__: Any) -> None:
 def test_a_container_goes_on_whatever_its_taking_over_dies_of(
     fleet: Fleet, ours: OfLxc, monkeypatch: pytest.MonkeyPatch, where: str, killed: bool
 ) -> None:
-    agent, pid, namespaces = fleet.at_oslo, ours.pid(), set(RUN.glob("hc-*"))
+    agent, pid, paths = fleet.at_oslo, ours.pid(), residence.container_paths(fleet.oslo, "web1")
+    namespace = RUN / namespace_name(paths.root, "adopted")
     with monkeypatch.context() as broken:
         if where == "manifest":
             broken.setattr(agent.store, "save_manifest", fill_up)
@@ -349,12 +350,12 @@ def test_a_container_goes_on_whatever_its_taking_over_dies_of(
     if killed:
         agent.guests.adopt()
     assert fleet.client.guests() == [] and agent.store.manifest_names("guest/") == []
-    assert not fleet.oslo.guest_root("web1").exists() and set(RUN.glob("hc-*")) == namespaces
+    assert not paths.root.exists() and not namespace.exists()
     assert ours.pid() == pid and ours.config.exists(), "LXC has it as before"
     shown = adopt(fleet, ours)
-    assert (shown["status"], shown["pid"], shown["epoch"]) == ("running", pid, 2)
+    assert (shown["status"], shown["pid"], shown["epoch"]) == ("running", pid, 2) and namespace.exists()
     fleet.client.delete("/v1/guests/web1?force=1")
-    assert ours.pid() == 0 and set(RUN.glob("hc-*")) == namespaces
+    assert ours.pid() == 0 and not namespace.exists()
 
 
 @pytest.mark.root
