@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,14 +20,15 @@ from typing import Any, Final
 import msgspec
 import psutil
 
-from haulier.containers import bundle, connections, network, restoring, sockets
+from haulier import tools
+from haulier.containers import bundle, connections, dumping, network, restoring, sockets
 from haulier.containers.criu import last_error
 from haulier.containers.dumping import Dumping, DumpRequest
 from haulier.containers.freezer import freezer_of
 from haulier.containers.restoring import Restoring
 from haulier.containers.runc import Runc, words_of
 from haulier.durable import write_atomically
-from haulier.errors import UNDECODABLE, Conflict, GuestError, UnknownThing
+from haulier.errors import UNDECODABLE, Conflict, GuestError, HaulierError, UnknownThing, Unsupported
 from haulier.guests.model import GuestSpec
 from haulier.guests.process import ProcessId
 from haulier.guests.tap import tap_name
@@ -417,45 +418,72 @@ def is_container(paths: ContainerPaths) -> bool:
 def clear_runtime(paths: ContainerPaths) -> None:
     """Ends its processes and removes namespace, cable, mounts and control group; what it wrote stays.
 
-    The cable goes first, so that no client hears of the end of processes that live on at another site. May be repeated.
+    The cable goes first, so that no client hears of the end of processes that live on at another site. What fails keeps
+    nothing else from going: the first such error is raised at the end. May be repeated.
     """
     try:
         record = json.loads(paths.record.read_bytes())
     except (OSError, ValueError):
         record = {}
     name, cable = str(record.get("netns", "")), str(record.get("cable", ""))
-    if cable:
+    failed: list[Exception] = []
+
+    @contextlib.contextmanager
+    def step() -> Iterator[None]:
+        try:
+            yield
+        except (HaulierError, OSError) as error:
+            failed.append(error)
+
+    with step():
         network.delete("", cable)
-    runc = Runc(paths.states)
-    with contextlib.suppress(KeyError, TypeError, ValueError):
+    with step(), contextlib.suppress(KeyError, TypeError, ValueError):
         restoring.end_helper(ProcessId.from_dict(record["helper"]), Path(record["helper"]["pipe"]))
     found = running(paths)
     if found is not None:
-        keeper: ProcessId | None = None
-        with contextlib.suppress(psutil.Error):
-            first = psutil.Process(int(found["pid"]))
-            # LXC has one beside each container, which clears away when that has ended.
-            parent = first.parent()
-            if parent is not None and parent.cmdline()[:2] == ["[lxc", "monitor]"]:
-                keeper = ProcessId.of(parent.pid)
-            for process in [*first.children(recursive=True), first]:
-                process.kill()
-        # Frozen ones die when they are thawed, before they do anything else.
-        with contextlib.suppress(GuestError):
-            freezer_of(int(found["pid"])).thaw()
-        ProcessId.from_dict(found).wait_gone(10)
-        if keeper is not None:
-            keeper.wait_gone(10)
+        with step():
+            _end_processes(int(found["pid"]))
+    with step():
+        dumping.end_left(paths.log_dir)
     if record:
         from haulier.containers import lxc
 
-        with contextlib.suppress(GuestError):
-            runc.delete(paths.id)
-        lxc.end(paths, record)
-    unmount(paths)
-    network.delete(name, cable)
+        with contextlib.suppress(GuestError, Unsupported):
+            Runc(paths.states).delete(paths.id)
+        with step():
+            lxc.end(paths, record)
+    if found is not None and running(paths) is not None:
+        failed.append(
+            GuestError(f"process {found['pid']} of {paths.root.name} does not end: see whether the host hangs")
+        )
+    with step():
+        unmount(paths)
+    with step():
+        network.delete(name, cable)
+    if failed:
+        raise failed[0]
     paths.record.unlink(missing_ok=True)
     paths.pid_file.unlink(missing_ok=True)
+
+
+def _end_processes(pid: int) -> None:
+    """Ends all processes of a container, of which `pid` is the first, frozen or not."""
+    process, keeper = ProcessId.of(pid), None
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(pid)
+        # LXC has one beside each container, which clears away when that has ended.
+        parent = first.parent()
+        if parent is not None and parent.cmdline()[:2] == ["[lxc", "monitor]"]:
+            keeper = ProcessId.of(parent.pid)
+        for each in [*first.children(recursive=True), first]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    # Frozen ones die when they are thawed, before they do anything else.
+    with contextlib.suppress(GuestError):
+        freezer_of(pid).thaw()
+    for one in (process, keeper):
+        if one is not None:
+            one.wait_gone(10)
 
 
 def mount(paths: ContainerPaths, lower: list[Path]) -> None:
@@ -464,7 +492,7 @@ def mount(paths: ContainerPaths, lower: list[Path]) -> None:
     options = f"lowerdir={':'.join(str(path) for path in reversed(lower))}"
     options += f",upperdir={paths.upper},workdir={paths.overlay_work}"
     command = ["mount", "-t", "overlay", "overlay", "-o", options, str(paths.rootfs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = tools.run(command)
     if done.returncode:
         raise GuestError(f"the files of container {paths.root.name} cannot be mounted: {done.stderr.strip()[-300:]}")
 
@@ -472,8 +500,7 @@ def mount(paths: ContainerPaths, lower: list[Path]) -> None:
 def unmount(paths: ContainerPaths) -> None:
     """Takes the overlay away; no error if it is not there."""
     while os.path.ismount(paths.rootfs):
-        done = subprocess.run(["umount", "--lazy", str(paths.rootfs)], capture_output=True, timeout=30, check=False)
-        if done.returncode:
+        if tools.run(["umount", "--lazy", str(paths.rootfs)]).returncode:
             return
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from haulier.errors import GuestError, UnknownThing
+from haulier import tools
+from haulier.errors import GuestError, HaulierError, UnknownThing
 from haulier.guests.tap import BRIDGE, exists
 
 log = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def create(name: str, cable: str, *, mac: str, addresses: Sequence[tuple[str, st
             ]
             _run(["ip", "-batch", "-"], "\n".join(out_here))
             # Unplugged it is nobody's neighbour, not this host's either, which would pass its packets on.
-            Path(f"/proc/sys/net/ipv4/conf/{cable}/arp_ignore").write_text("8")
+            _set(Path(f"/proc/sys/net/ipv4/conf/{cable}/arp_ignore"), "8")
             lines.append(f"link set dev {inner} name eth0")
             # Not looked for on a cable that is not plugged in yet, in vain.
             lines += [f"addr add {own} dev eth0" + (" nodad" if ":" in own else "") for own, _ in addresses]
@@ -100,7 +99,7 @@ def hush(name: str, gateways: Sequence[str]) -> bool:
     try:
         _run(inside(name, ["tc", "qdisc", "replace", "dev", "eth0", "root", "pfifo", "limit", "0"]))
         _run(inside(name, ["ip", "-batch", "-"]), "\n".join(lines))
-    except GuestError as error:
+    except HaulierError as error:
         log.info("connections may take a second longer after this restore: %s", error)
         speak(name, gateways)
         return False
@@ -143,11 +142,14 @@ def unplug(cable: str) -> None:
 
 
 def delete(name: str, cable: str) -> None:
-    """Removes both; no error if they are not there. The namespace lives on while processes are in it."""
+    """Removes both; no error if they are not there. The namespace lives on while processes are in it.
+
+    GuestError if `ip` does not end.
+    """
     if cable and exists(cable):
-        _quietly(["ip", "link", "del", "dev", cable])
+        tools.run(["ip", "link", "del", "dev", cable])
     if name and (RUN / name).exists():
-        _quietly(["ip", "netns", "delete", name])
+        tools.run(["ip", "netns", "delete", name])
 
 
 def inside(name: str, command: list[str]) -> list[str]:
@@ -156,14 +158,20 @@ def inside(name: str, command: list[str]) -> list[str]:
 
 
 def _run(command: list[str], given: str | None = None) -> None:
-    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=30, check=False, env=_plain())
+    done = tools.run(command, given)
     if done.returncode:
         raise GuestError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
 
 
 def _quietly(command: list[str], given: str = "") -> None:
-    subprocess.run(command, input=given, capture_output=True, text=True, timeout=30, check=False, env=_plain())
+    try:
+        tools.run(command, given)
+    except HaulierError as error:
+        log.info("%s", error)
 
 
-def _plain() -> dict[str, str]:
-    return {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+def _set(setting: Path, value: str) -> None:
+    try:
+        setting.write_text(value)
+    except OSError as error:
+        raise GuestError(f"{setting} cannot be set to {value}: {error}") from error

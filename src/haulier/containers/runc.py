@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
+from haulier import tools
 from haulier.containers.criu import find_criu
 from haulier.errors import GuestError, Unsupported
 
@@ -25,7 +27,7 @@ def runc_binary() -> str:
 
 
 def runc_version() -> str:
-    done = subprocess.run([runc_binary(), "--version"], capture_output=True, text=True, timeout=STEP_S, check=False)
+    done = tools.run([runc_binary(), "--version"], timeout_s=STEP_S)
     match = re.search(r"version (\S+)", done.stdout)
     return match[1] if match else ""
 
@@ -50,41 +52,19 @@ class Runc:
 
     def delete(self, name: str) -> None:
         """Ends it by force and forgets it; no error if there is none."""
-        self._call(["delete", "--force", name])
+        tools.run(self._command(["delete", "--force", name]), timeout_s=STEP_S, env=_environment())
 
     def _begin(self, words: list[str], pid_file: Path) -> int:
         pid_file.unlink(missing_ok=True)
         # Not through a pipe: what it starts would hold the other end.
         with tempfile.TemporaryFile() as said:
-            done = subprocess.run(
-                self._command(words),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=said,
-                timeout=STEP_S,
-                check=False,
-                env=_environment(),
-            )
+            command, env = self._command(words), _environment()
+            done = tools.run(command, timeout_s=STEP_S, env=env, stdout=subprocess.DEVNULL, stderr=said)
             said.seek(0)
             text = said.read().decode(errors="replace")
         if done.returncode:
             raise GuestError(f"runc {words[0]} failed: {words_of(text)}")
         return int(pid_file.read_text())
-
-    def _call(self, words: list[str]) -> subprocess.CompletedProcess[str]:
-        try:
-            return subprocess.run(
-                self._command(words),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=STEP_S,
-                check=False,
-                env=_environment(),
-            )
-        except subprocess.TimeoutExpired:
-            raise GuestError(f"runc {words[0]} did not end within {STEP_S:g} s") from None
 
     def _command(self, words: list[str]) -> list[str]:
         return [runc_binary(), "--root", str(self.root), *words]
@@ -97,9 +77,7 @@ def words_of(text: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    try:
-        path = f"{find_criu().path.parent}:{path}"
-    except Unsupported:
-        pass  # containers can be run without
-    return {**os.environ, "PATH": path}
+    found = tools.environment()
+    with contextlib.suppress(Unsupported):  # containers can be run without
+        found["PATH"] = f"{find_criu().path.parent}:{found['PATH']}"
+    return found

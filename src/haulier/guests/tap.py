@@ -19,6 +19,7 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
+from haulier import tools
 from haulier.errors import GuestError, UnknownThing, UsageError
 from haulier.guests.model import check_name
 
@@ -98,4 +99,4 @@ def _ip(netns: str | None, *words: str) -> None:
 def _run(netns: str | None, *words: str) -> subprocess.CompletedProcess[str]:
     # Not `ip -n`: it makes a mount namespace too, which fails where / is no mount point (a chroot).
     where = [] if netns is None else ["nsenter", f"--net=/run/netns/{netns}", "--"]
-    return subprocess.run([*where, "ip", *words], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return tools.run([*where, "ip", *words])

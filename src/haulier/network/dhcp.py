@@ -12,13 +12,13 @@ import contextlib
 import ipaddress
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from haulier import tools
 from haulier.errors import HaulierError, Unsupported
 from haulier.guests.process import ProcessId, started_as
 from haulier.network import iproute
@@ -94,14 +94,7 @@ class Dhcp:
         ]
         if not networks:
             raise Unsupported(f"the bridge {self.bridge} has no IPv4 address, from which guests' DHCP could be served")
-        done = subprocess.run(
-            command(program, self.directory, self.bridge, networks),
-            check=False,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=START_S,
-        )
+        done = tools.run(command(program, self.directory, self.bridge, networks), timeout_s=START_S)
         if done.returncode:
             raise HaulierError(f"dnsmasq did not start on {self.bridge}: {(done.stderr or done.stdout).strip()[-300:]}")
         deadline = time.monotonic() + START_S
