@@ -137,11 +137,13 @@ def test_settings_are_kept(fleet: Fleet) -> None:
 def test_an_image_is_pinned_until_it_is_let_go(fleet: Fleet, cache: Cache) -> None:
     store = cache.store
     fps = fill(store, "image/deb", 6)
-    with pytest.raises(Conflict, match="no other site has all of image 'deb'"):
-        cache.pin("deb", PinRequest(pinned=False))
+    lisbon = fleet.at_lisbon
     for fp in fps:
-        fleet.at_lisbon.store.put(store.get(fp))
-    fleet.at_lisbon.store.commit()
+        lisbon.store.put(store.get(fp))
+    lisbon.store.commit()
+    with pytest.raises(Conflict, match="no other site has all of image 'deb' pinned"):
+        cache.pin("deb", PinRequest(pinned=False))  # there it is cache, which may go
+    lisbon.store.save_manifest("image/deb", store.load_manifest("image/deb"))
     assert cache.pin("deb", PinRequest(pinned=False)) == {"name": "deb", "pinned": False, "chunks": 6, "here": 6}
     cache.change(Change(policy="lru", budget=4 * ROOM))
     assert cache.facts()["images"] == [{"name": "deb", "pinned": False, "chunks": 6, "here": 3}]
@@ -151,6 +153,24 @@ def test_an_image_is_pinned_until_it_is_let_go(fleet: Fleet, cache: Cache) -> No
     with pytest.raises(UnknownThing):
         cache.pin("none", PinRequest(pinned=True))
     assert cache.pin("deb", PinRequest(pinned=False, force=True))["here"] == 3
+
+
+def test_two_sites_that_let_go_of_an_image_at_once_both_keep_it(
+    fleet: Fleet, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(cache.store, "image/deb", 6)
+    elsewhere = cache._check_elsewhere
+    answers = iter([None, elsewhere])  # the other has let go of it when it is asked again
+
+    def asked(*words: Any) -> None:
+        ask = next(answers)
+        if ask is not None:
+            ask(*words)
+
+    monkeypatch.setattr(cache, "_check_elsewhere", asked)
+    with pytest.raises(Conflict, match="no other site has all of image 'deb' pinned"):
+        cache.pin("deb", PinRequest(pinned=False))
+    assert cache.store.is_pinned("image/deb")
 
 
 def collect(fleet: Fleet, **request: bool) -> dict[str, Any]:
@@ -223,6 +243,7 @@ def test_an_evicted_image_is_fetched_again_for_a_guest(fleet: Fleet, cache: Cach
     for fp in fps:
         fleet.at_lisbon.store.put(store.get(fp))
     fleet.at_lisbon.store.commit()
+    fleet.at_lisbon.store.save_manifest("image/deb", image)
     cache.pin("deb", PinRequest(pinned=False))
     cache.change(Change(budget=2 * ROOM))
     assert left(store, fps) <= 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
@@ -121,6 +123,27 @@ def test_a_handoff_is_shown_by_id_and_by_guest(fleet: Fleet, begun: dict[str, An
         fleet.client.start_handoff("web1", "lisbon")
     with pytest.raises(UnknownThing, match="no handoff and no guest"):
         fleet.client.handoff("h-none")
+
+
+def test_a_guest_goes_on_as_soon_as_the_handoff_by_which_it_came_has_ended(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it came from is told that it has come before everything is cleared away here."""
+    journal = fleet.at_oslo.journal
+    begun: list[str] = []
+    monkeypatch.setattr(spawning, "start_source", lambda site, journal, job: begun.append(journal.handoff("h0").state))
+    monkeypatch.setattr(module, "ARRIVED_S", 30.0)
+    waited = threading.Event()
+    sleep = time.sleep
+    monkeypatch.setattr(module.time, "sleep", lambda s: (waited.set(), sleep(s)))
+    own(fleet.at_oslo, handoff="h0")
+    journal.add_handoff(HandoffRow("h0", "web1", "target", "lisbon"))
+    ends = threading.Thread(target=lambda: (waited.wait(30), journal.end_handoff("h0", "done")))
+    ends.start()
+    with contextlib.suppress(UnknownThing):  # of a handoff that is not really begun
+        fleet.client.start_handoff("web1", "lisbon")
+    ends.join()
+    assert begun == ["ended"]
 
 
 def test_a_status_file_that_is_not_whole_is_no_error(fleet: Fleet, begun: dict[str, Any]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
-from haulier.agent import offers
+from haulier.agent import core, offers
 from haulier.chunks.manifest import Manifest
 from haulier.errors import Conflict, HaulierError, NoRoom, NotTrusted, Unsupported, UsageError
 from haulier.guests.accel import Accelerator, QemuInfo
@@ -20,6 +22,7 @@ from haulier.handoff import spawning
 from haulier.handoff.journal import HandoffRow
 from haulier.handoff.messages import Accept, Offer
 from tests.agent.conftest import Fleet
+from tests.support.waiting import wait_for
 
 CHUNK = 65536
 INFO = QemuInfo((10, 0, 2), frozenset({DEFAULT_MACHINE}), {DEFAULT_CPU: ()}, "tcg")
@@ -68,6 +71,35 @@ def test_a_handoff_of_that_guest_is_under_way_there(fleet: Fleet) -> None:
     facts = {"epoch": 3, "pending": 4, "last_epoch": 4, "handoff": "h9", "spec": spec}
     fleet.at_lisbon.journal.advance("web1", "absent", "granted", **facts)
     refused(fleet, Conflict, "under way there", spec={"uuid": spec["uuid"]})
+
+
+def test_while_a_copy_is_thrown_away_there_its_guest_is_not_taken_in(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core, "SETTLING_S", 0.05)
+    monkeypatch.setattr(offers.spawning, "accept", lambda *_, **__: pytest.fail("it was begun"))
+    with (
+        fleet.at_lisbon.core.alone(core.ownership_of("web1"), "settling who owns it"),
+        pytest.raises(Conflict, match="settling who owns it"),
+    ):
+        fleet.to_lisbon().offer(make_offer())
+    # What is as good as done is waited for.
+    monkeypatch.setattr(core, "SETTLING_S", 30.0)
+    with (
+        contextlib.ExitStack() as settling,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        settling.enter_context(fleet.at_lisbon.core.alone(core.ownership_of("web1"), "settling who owns it"))
+        entered = pool.submit(taken_in, fleet)
+        wait_for(lambda: fleet.at_lisbon.core.is_busy("web1"))
+        assert not entered.done()
+        settling.close()
+        assert entered.result(30)
+
+
+def taken_in(fleet: Fleet) -> bool:
+    with fleet.at_lisbon.core.taken_in("web1", "being offered"):
+        return fleet.at_lisbon.core.is_busy(core.ownership_of("web1"))
 
 
 def test_another_guest_of_that_name_does_not_stand_for_the_answer_to_a_token(fleet: Fleet) -> None:

@@ -118,17 +118,20 @@ class Cache:
     def pin(self, image: str, request: PinRequest) -> dict[str, Any]:
         """Keeps all of an image, or lets the policy rule over it.
 
-        Conflict if no other site is known to have all of it, unless forced: evicted here it would be gone.
+        Conflict if no other site is known to keep all of it, unless forced: evicted here it would be gone.
         """
         check_name(image, "image")
         name = IMAGE_PREFIX + image
         if name not in self.store.manifest_names(name):
             raise UnknownThing(f"no image {image!r} at this site: 'haulier image list' shows those there are")
         with self.core.alone(f"image {image}", "being pinned"):
-            if not request.pinned and not request.force and self.store.is_pinned(name):
+            asked = not request.pinned and not request.force and self.store.is_pinned(name)
+            if asked:
                 self._check_elsewhere(image, self.store.load_manifest(name).unique())
             for each in (name, *self._goldens(image)):
                 self.store.pin_manifest(each, request.pinned)
+            if asked:
+                self._check_still(image, name)
         return next(found for found in self._images() if found["name"] == image)
 
     def _goldens(self, image: str) -> list[str]:
@@ -143,14 +146,23 @@ class Cache:
             if row.name == self.core.site.name:
                 continue
             try:
-                if not self.core.peer(row.name).lacking(fps):
+                if not self.core.peer(row.name).lacking(fps, kept=True):
                     return
             except HaulierError:
                 continue
         raise Conflict(
-            f"no other site has all of image {image!r}: what the cache evicts of it would be gone; "
-            "let another site have it first, or use --force"
+            f"no other site has all of image {image!r} pinned: what the cache evicts of it would be gone; "
+            "push it to another site and pin it there first, or use --force"
         )
+
+    def _check_still(self, image: str, name: str) -> None:
+        """Two sites that let go of an image at once both saw that the other has it: then neither lets go."""
+        try:
+            self._check_elsewhere(image, self.store.load_manifest(name).unique())
+        except Conflict:
+            for each in (name, *self._goldens(image)):
+                self.store.pin_manifest(each, True)
+            raise
 
     # -- evicting
 

@@ -318,12 +318,13 @@ class Client:
         """Like `offer`, but nothing is begun: what stands against it (`reasons`), and what is there already."""
         return self.post("/v1/peer/look", dict(offer))
 
-    def lacking(self, fingerprints: Sequence[bytes]) -> list[int]:
-        """Positions of those chunks that the other site lacks."""
+    def lacking(self, fingerprints: Sequence[bytes], *, kept: bool = False) -> list[int]:
+        """Positions of those chunks that the other site lacks; with `kept`, or that its cache may evict."""
         found: list[int] = []
         for start in range(0, len(fingerprints), _LACKING_BATCH):
             batch = fingerprints[start : start + _LACKING_BATCH]
-            answer = self.post("/v1/peer/lacking", {"fingerprints": base64.b64encode(b"".join(batch)).decode()})
+            packed = base64.b64encode(b"".join(batch)).decode()
+            answer = self.post("/v1/peer/lacking", {"fingerprints": packed, "kept": kept})
             for position in answer.get("lacking", ()):
                 if not isinstance(position, int) or not 0 <= position < len(batch):
                     raise PeerError(f"{self.where} answered wrongly which chunks it lacks: run the same haulier there")

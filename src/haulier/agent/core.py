@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from haulier.agent import joining
 from haulier.agent.client import Client
@@ -16,6 +17,14 @@ from haulier.errors import Conflict, HaulierError, NotTrusted, UnknownThing
 from haulier.handoff.journal import Journal, SiteRow
 
 _REFRESH_EVERY_S = 5.0
+
+SETTLING_S: Final = 5.0
+_POLL_S: Final = 0.02
+
+
+def ownership_of(guest: str) -> str:
+    """What `alone` knows messages about a guest's ownership by, which come while other things are done with it."""
+    return f"ownership of {guest}"
 
 
 class Core:
@@ -92,6 +101,19 @@ class Core:
         finally:
             with self._busy_lock:
                 del self._busy[guest]
+
+    @contextmanager
+    def taken_in(self, guest: str, doing: str) -> Iterator[None]:
+        """`alone`, while no word about who owns it is carried out: an earlier copy may still be thrown away for it.
+
+        That is waited for, for SETTLING_S at most. Conflict if something else is under way.
+        """
+        deadline = time.monotonic() + SETTLING_S
+        with self.alone(guest, doing):
+            while self.is_busy(ownership_of(guest)) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            with self.alone(ownership_of(guest), doing):
+                yield
 
     def is_busy(self, guest: str) -> bool:
         with self._busy_lock:

@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.agent import layers, prefetching
-from haulier.agent.core import Core
+from haulier.agent.core import Core, ownership_of
 from haulier.agent.site import check_name, check_transport
 from haulier.errors import Conflict, HaulierError, PeerError, UnknownThing, UsageError
 from haulier.handoff import recovery, spawning, worker
@@ -35,6 +35,8 @@ MOST_WAYPOINTS: Final = 4
 _MAX_FILE: Final = 16 << 20
 _PATIENCE_S: Final = 3.0
 """A worker that was just begun, or has just ended, is left alone for so long before its handoff is taken up."""
+ARRIVED_S: Final = 5.0
+_POLL_S: Final = 0.02
 _RETRY_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -108,6 +110,15 @@ class Handoffs:
             facts["status"] = {**status, "phase": "recovering", "eta_s": -1.0}
         return facts
 
+    def _wait_arrived(self, guest: str) -> None:
+        """Lets the handoff end by which a guest came that is to go on at once: where it came from is told first."""
+        deadline = time.monotonic() + ARRIVED_S
+        while time.monotonic() < deadline and any(
+            row.role == "target" and record_of(self.journal.guest(guest)).state is State.OWNER
+            for row in self.journal.handoffs(guest=guest, live=True)
+        ):
+            time.sleep(_POLL_S)
+
     # -- begun and cancelled ---------------------------------------------------------------------------------------
 
     def start(self, request: StartRequest) -> dict[str, Any]:
@@ -119,6 +130,7 @@ class Handoffs:
         self.check_waypoints(request)
         row = self.journal.guest(request.guest)
         prefetching.end_here(self.core, row.name)
+        self._wait_arrived(row.name)
         with self.core.alone(row.name, "beginning a handoff"):
             record = record_of(self.journal.guest(row.name))
             if record.state is State.AWAY:
@@ -191,7 +203,7 @@ class Handoffs:
         if not self._party(message.guest, caller):
             log.warning("site %s sent %s about guest %s, in which it has no part", caller, event, message.guest)
             return {"messages": []}
-        with self.core.alone(f"ownership of {message.guest}", "settling who owns it"):
+        with self.core.alone(ownership_of(message.guest), "settling who owns it"):
             answers = recovery.handle(self.site, self.journal, message.guest, event, message.epoch, caller)
         return {"messages": [list(answer) for answer in answers]}
 

@@ -41,9 +41,10 @@ _SLACK: Final = 256 * MIB
 
 
 class Lacking(msgspec.Struct, forbid_unknown_fields=True):
-    """Fingerprints, 32 bytes each, in base64."""
+    """Fingerprints, 32 bytes each, in base64; `kept`: what no pinned image has may be evicted, and so is lacking."""
 
     fingerprints: str
+    kept: bool = False
 
 
 def read_offer(body: Any, caller: str) -> tuple[Offer, GuestSpec]:
@@ -121,7 +122,7 @@ def take(core: Core, store: ChunkStore, cache: Cache, body: Any, caller: str) ->
     """Takes an offer, or raises all that stands against it. An offer that is repeated is answered as before."""
     offer, spec = read_offer(body, caller)
     prefetching.end_here(core, spec.name)
-    with core.alone(spec.name, f"being offered by site {caller!r}"):
+    with core.taken_in(spec.name, f"being offered by site {caller!r}"):
         again = _answered(core, offer, caller)
         if again is not None:
             return again
@@ -164,7 +165,7 @@ def take_prefetch(core: Core, store: ChunkStore, cache: Cache, body: Any, caller
     if spec.container is not None:
         raise Unsupported(f"guest {spec.name!r} is a container, which cannot be prefetched: hand it over")
     prefetching.end_here(core, spec.name)
-    with core.alone(spec.name, f"being prefetched by site {caller!r}"):
+    with core.taken_in(spec.name, f"being prefetched by site {caller!r}"):
         row = core.journal.find_guest(spec.name)
         if row is not None and record_of(row).state in (*MAY_RUN, *UNDER_WAY):
             raise Conflict(f"site {core.site.name!r} has a guest {spec.name!r} already, or takes it just now")
@@ -195,6 +196,9 @@ def lacking(store: ChunkStore, request: Lacking) -> dict[str, Any]:
         raise UsageError(f"a fingerprint has {FINGERPRINT} bytes")
     fps = [packed[i : i + FINGERPRINT] for i in range(0, len(packed), FINGERPRINT)]
     missing = set(store.missing(fps))
+    if request.kept:
+        pinned = [name for name in store.manifest_names(IMAGE_PREFIX) if store.is_pinned(name)]
+        missing |= set(fps).difference(*(store.load_manifest(name).unique() for name in pinned))
     return {"lacking": [i for i, fp in enumerate(fps) if fp in missing]}
 
 
