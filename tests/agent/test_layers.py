@@ -95,6 +95,11 @@ def test_commits_that_are_refused(stack: Fleet) -> None:
         ask("orphan")
     with pytest.raises(HaulierError):
         ask("web1")  # it has no overlay
+    guest(stack, "late", "web", "owner", "stopped")
+    there = Manifest(CHUNK, fingerprint(b"of another site"))
+    stack.at_oslo.store.save_manifest(residence.manifest_name("late"), there, partial=True)
+    with pytest.raises(Conflict, match="'haulier fill late'"):
+        ask("late")
     # Its worker has not begun yet: the guest is this site's as before, and may be frozen for the handoff at any moment.
     stack.at_oslo.journal.add_handoff(HandoffRow(id="h1", guest="web1", role="source", peer="lisbon"))
     with pytest.raises(Conflict, match=r"handed over \(handoff h1\)"):

@@ -251,11 +251,16 @@ class Layers:
             return self.show(name) | {"still_ms": round(still_s * 1000, 1)}
         paths = residence.guest_paths(self.site, row.name)
         below = self.store.load_manifest(row.manifest)
+        if not self.store.is_complete(row.manifest) and self.store.missing(below.unique()):
+            raise Conflict(
+                f"some of the disk of guest {row.name!r} is at another site still: "
+                f"'haulier fill {row.name}' brings it here, commit it then"
+            )
         # Of its own, so that a commit that fails holds on to nothing.
         with self.store.sibling() as own:
             qemu = residence.adopt(self.site, row.name, worker=True)
             if qemu is None:
-                overlay = commit.read_stopped(paths.overlay, own, progress)
+                overlay = commit.read_stopped(paths.overlay, below, own, progress)
             else:
                 try:
                     overlay = commit.read_running(qemu, own, progress)

@@ -8,12 +8,13 @@ the layer is what the disk would be after a power cut.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -139,30 +140,53 @@ def _take(
             progress(number / total)
 
 
-def read_stopped(overlay: Path, store: ChunkStore, progress: Progress) -> Overlay:
-    """Reads the overlay file of a guest that does not run. Raises Corrupt for one that cannot be read."""
+def read_stopped(overlay: Path, below: Manifest, store: ChunkStore, progress: Progress) -> Overlay:
+    """Reads the overlay file of a guest that does not run and whose disk lies on `below`.
+
+    Raises Corrupt for a file that cannot be read, UnknownThing where `store` lacks a chunk that it holds a part of.
+    """
     alone = "json:" + json.dumps(
         {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(overlay)}}
     )
     ranges = json.loads(_tool(["qemu-img", "map", "--output=json", alone]))
-    held = [(int(r["start"]), int(r["length"])) for r in ranges if r["present"]]
+    held = [(int(r["start"]), int(r["start"]) + int(r["length"])) for r in ranges if r["present"]]
     found = Overlay(quiesced=True)
-    total = max(1, sum(length for _, length in held))
+    total = max(1, sum(end - start for start, end in held))
     done = 0
     try:
         with tempfile.NamedTemporaryFile(dir=overlay.parent) as flat:
             _tool(["qemu-img", "convert", "-O", "raw", alone, flat.name])
             with open(flat.name, "rb") as file:
-                for start, length in held:
-                    for index in range(start // CHUNK, -(-(start + length) // CHUNK)):
-                        if index not in found.changes:
-                            data = os.pread(file.fileno(), CHUNK, index * CHUNK)
-                            found.changes[index] = store.put(data.ljust(CHUNK, b"\0"))
-                    done += length
+                for index, pieces in itertools.groupby(_pieces(held), lambda piece: piece[0] // CHUNK):
+                    at, parts = index * CHUNK, list(pieces)
+                    data = os.pread(file.fileno(), CHUNK, at).ljust(CHUNK, b"\0")
+                    size = sum(end - start for start, end in parts)
+                    if size < min(CHUNK, below.size - at):
+                        # An overlay holds 2 KiB where the guest wrote so little: around it the disk is what lies below.
+                        data = _over(store.get(below[index]), data, [(start - at, end - at) for start, end in parts])
+                    found.changes[index] = store.put(data)
+                    done += size
                     progress(0.1 + 0.8 * done / total, "reading what the guest wrote")
     except OSError as error:
         raise disk_error(error, overlay) from error
     return found
+
+
+def _pieces(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges (start, end), cut where chunks begin."""
+    for start, end in ranges:
+        while start < end:
+            cut = min(end, (start // CHUNK + 1) * CHUNK)
+            yield start, cut
+            start = cut
+
+
+def _over(below: bytes, above: bytes, parts: Iterable[tuple[int, int]]) -> bytes:
+    """A chunk that is `above` in these ranges and `below` elsewhere."""
+    out = bytearray(below)
+    for start, end in parts:
+        out[start:end] = above[start:end]
+    return bytes(out)
 
 
 def _tool(command: list[str]) -> str:
