@@ -42,6 +42,8 @@ def test_a_guest_is_able_by_kernel_and_tool_and_its_listeners_are_told_apart() -
     assert "ports 22" in found.remarks()[0]
     bare = addressing.ability("enabled absent\n")
     assert len(bare.problems()) == 2 and bare.remarks() == []
+    odd = addressing.ability(f"listen LISTEN 0 1 *:² *:*\nlisten LISTEN 0 1 *:{'1' * 5000} *:*\n")
+    assert (odd.mptcp_ports, odd.plain_ports) == ((), ()), "a guest may print anything"
     assert "mptcpize" in addressing.ability("enabled 1\ntool\nlisten LISTEN 0 1 *:80 *:*\n").remarks()[0]
 
 
@@ -71,6 +73,7 @@ def test_lines_for_both_families() -> None:
     assert once[:2] == ["mptcp endpoint delete id 5", "mptcp endpoint add 10.78.2.21 id 67 dev eth0 signal"]
     assert addressing.again_lines("eth0", "10.78.2.21", [67], 4)[1].endswith("id 5 dev eth0 signal")
     shown = "10.78.1.10 id 3 signal dev eth0 \nadd_addr_accepted 0 subflows 8 \nfd78::1 id 4 signal backup\n"
+    shown += "fd79::1 id ² signal\n"
     assert addressing.endpoints(shown) == {"10.78.1.10": [3], "fd78::1": [4]}
 
 
@@ -91,7 +94,13 @@ class Agent:
 def test_the_nic_is_found_by_its_mac_and_its_name_is_not_trusted() -> None:
     mine = {"name": "eth0", "hardware-address": "52:54:00:12:34:56"}
     assert addressing.nic_of(Agent(interfaces=[{"name": "lo"}, mine]), "52:54:00:12:34:56") == "eth0"  # type: ignore[arg-type]
-    for wrong in (None, [], [mine | {"name": "eth0\naddr flush dev eth0"}], [mine | {"hardware-address": "x"}]):
+    for wrong in (
+        None,
+        [],
+        [1, None, mine | {"name": 1}],
+        [mine | {"name": "eth0\naddr flush dev eth0"}],
+        [mine | {"hardware-address": "x"}],
+    ):
         with pytest.raises(GuestError, match="no network interface"):
             addressing.nic_of(Agent(interfaces=wrong), "52:54:00:12:34:56")  # type: ignore[arg-type]
 

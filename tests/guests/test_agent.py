@@ -92,7 +92,7 @@ def exited(code: int = 0, out: bytes = b"", err: bytes = b"") -> dict[str, Any]:
 
 
 def test_leftovers_of_an_earlier_caller_are_skipped(make: Any) -> None:
-    stale = b'{"return": {"pid": 99}}\n\xff{"return": 12345}\n{"ret'
+    stale = b'{"return": {"pid": 99}}\n\xff{"return": 12345}\n\xff[1]\n\xff' + b"[" * 200_000 + b'\n{"ret'
     fake = make({"guest-ping": {"return": {}}}, stale=stale)
     with GuestAgent(fake.path) as agent:
         agent.ping()
@@ -132,7 +132,19 @@ def test_a_killed_program_has_a_code_like_in_a_shell(make: Any) -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    [b"nonsense\n", {"return": 5}, {"return": {}}, {"return": {"exited": True, "exitcode": "x"}}, [1], b"[]\n"],
+    [
+        b"nonsense\n",
+        {"return": 5},
+        {"return": {}},
+        {"return": {"exited": True, "exitcode": "x"}},
+        b'{"return": {"exited": true, "exitcode": 1e999}}\n',
+        b'{"return": {"exited": true, "signal": 1e999}}\n',
+        b'{"return": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n",
+        {"error": 5},
+        {"error": {"desc": [1]}},
+        [1],
+        b"[]\n",
+    ],
 )
 def test_nonsense_is_an_error_that_names_the_agent(make: Any, reply: Any) -> None:
     answer = json.dumps(reply).encode() + b"\n" if not isinstance(reply, bytes) else reply
@@ -140,6 +152,21 @@ def test_nonsense_is_an_error_that_names_the_agent(make: Any, reply: Any) -> Non
     with GuestAgent(fake.path, name="web1") as agent:
         with pytest.raises(GuestError, match="guest agent of web1"):
             agent.run(["/bin/x"])
+
+
+@pytest.mark.parametrize("reply", [{"return": {}}, {"return": {"pid": [1]}}, {"return": [1]}])
+def test_a_program_without_a_number_is_an_error(make: Any, reply: Any) -> None:
+    with GuestAgent(make({"guest-exec": reply}).path, name="web1") as agent, pytest.raises(GuestError, match="web1"):
+        agent.run(["/bin/x"])
+
+
+@pytest.mark.parametrize("reply", [{"return": {"paths": []}}, {"return": None}, {"return": 1e999}])
+def test_a_number_of_file_systems_is_a_number(make: Any, reply: Any) -> None:
+    fake = make({"guest-fsfreeze-freeze": reply, "guest-fsfreeze-thaw": reply})
+    with GuestAgent(fake.path, name="web1") as agent:
+        for ask in (agent.fsfreeze, agent.fsthaw):
+            with pytest.raises(GuestError, match=r"web1 answered guest-fsfreeze-.* with no number"):
+                ask()
 
 
 def test_a_refusal_is_passed_on(make: Any) -> None:

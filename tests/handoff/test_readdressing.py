@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import msgspec
 import pytest
 
-from haulier.errors import GuestError, HaulierError, UsageError
+from haulier.chunks.store import ChunkStore
+from haulier.errors import Cancelled, GuestError, HaulierError, UsageError
 from haulier.guests.agent import Finished
 from haulier.guests.model import GuestSpec
 from haulier.handoff import clients, readdressing
-from haulier.handoff.messages import Stretch
+from haulier.handoff.messages import Job, Stretch
+from haulier.handoff.ownership import State
 from haulier.handoff.residence import spec_of
+from haulier.handoff.source import SourceHandoff
 from haulier.network import announce, iproute, tunnel
-from tests.handoff.hosts import GUEST, SPEC, Host, Hosts
+from tests.handoff.hosts import GUEST, HANDOFF, SPEC, Host, Hosts
 from tests.handoff.test_clients import FakeKernel
 
 OLD, NEW = "10.78.1.21", "10.78.2.21"
@@ -263,3 +267,25 @@ def test_only_vms_with_an_address_can_have_the_policy() -> None:
         with pytest.raises(UsageError):
             GuestSpec(**{**msgspec.structs.asdict(MOBILE), **changes})
     assert tunnel.link_local(GATEWAY_MAC) == "fe80::68:61ff:fe75:6c01"
+
+
+def test_a_handoff_is_called_off_whatever_the_guest_says_of_its_addresses(hosts: Hosts) -> None:
+    oslo, done = hosts.oslo, []
+    oslo.record(State.OWNER, 3, role="source")
+    left = {name: lambda self, *of: None for name in SourceHandoff.__abstractmethods__}
+
+    class Odd:
+        def call_off(self) -> None:
+            raise RecursionError("of the guest's answer")
+
+    def fails(self: Any) -> None:
+        self._joining = Odd()
+        raise Cancelled("the operator cancelled")
+
+    left |= {"_hand_over": fails, "_drop_memory": lambda self: done.append("memory")}
+    kind = type("Ends", (SourceHandoff,), left)
+    job = Job(handoff=HANDOFF, role="source", guest=GUEST, peer="lisbon")
+    with pytest.raises(Cancelled):
+        kind(oslo.site, oslo.journal, job, oslo, threading.Event()).run()
+    with ChunkStore(oslo.site.store) as store:
+        assert done == ["memory"] and store.leases() == []

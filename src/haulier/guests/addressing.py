@@ -64,6 +64,7 @@ ss -HltniO 2>/dev/null | while read -r line; do echo "listen $line"; done
 exit 0"""
 )
 _TOKEN = re.compile(r"tcp-ulp-mptcp\b.*?token:[0-9a-f]+\(id:\d+\)/([0-9a-f]+)\(id:")
+_NUMBER = re.compile(r"[0-9]{1,5}")
 _STEP_S: Final = 15.0
 
 
@@ -119,7 +120,7 @@ def ability(shown: str) -> Ability:
             tool = True
         elif word == "listen" and len(columns := rest.split()) >= 4:
             host, _, port = columns[3].rpartition(":")
-            if port.isdigit() and not _inside(host):
+            if _NUMBER.fullmatch(port) and not _inside(host):
                 ports["tcp-ulp-mptcp" in rest].add(int(port))
     return Ability(kernel, tool, tuple(sorted(ports[True])), tuple(sorted(ports[False] - ports[True])))
 
@@ -216,7 +217,7 @@ def endpoints(shown: str) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for line in shown.splitlines():
         columns = line.split()
-        if len(columns) >= 3 and columns[1] == "id" and columns[2].isdigit():
+        if len(columns) >= 3 and columns[1] == "id" and _NUMBER.fullmatch(columns[2]):
             found.setdefault(columns[0], []).append(int(columns[2]))
     return found
 
@@ -228,8 +229,10 @@ def nic_of(agent: GuestAgent, mac: str) -> str:
     """The name of the interface with `mac` inside the guest. GuestError if there is none."""
     found: Any = agent.execute("guest-network-get-interfaces")
     for entry in found if isinstance(found, list) else ():
-        name = str(entry.get("name", "")) if isinstance(entry, dict) else ""
-        if entry.get("hardware-address") == mac and re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", name):
+        if not isinstance(entry, dict) or entry.get("hardware-address") != mac:
+            continue
+        name = entry.get("name")
+        if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", name):
             return name
     raise GuestError(f"the guest shows no network interface with the MAC {mac}: is its NIC unplugged, or renamed?")
 

@@ -8,6 +8,7 @@ fresh number), and every wait has a deadline. What comes back is the guest's wor
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import secrets
 import socket
@@ -77,7 +78,7 @@ class GuestAgent:
             args["input-data"] = base64.b64encode(input).decode()
         deadline = time.monotonic() + timeout
         wait = _POLL_S
-        pid = self._field("guest-exec", self.execute("guest-exec", args), "pid")
+        pid = self._number("guest-exec", self._field("guest-exec", self.execute("guest-exec", args), "pid"))
         while True:
             state = self.execute("guest-exec-status", {"pid": pid})
             if self._field("guest-exec-status", state, "exited"):
@@ -88,11 +89,11 @@ class GuestAgent:
             wait = min(_POLL_MAX_S, wait * 1.5)
         try:
             out, err = (base64.b64decode(state.get(k, ""), validate=True) for k in ("out-data", "err-data"))
-            # Killed by a signal: like a shell, 128 + its number.
-            code = int(state["exitcode"]) if "exitcode" in state else 128 + int(state.get("signal", 0))
         except (ValueError, TypeError) as err_:
             raise GuestError(f"{self._who} answered guest-exec-status with nonsense: {err_}") from err_
-        return Finished(code, out, err)
+        code = self._number("guest-exec-status", state.get("exitcode", state.get("signal", 0)))
+        # Killed by a signal: like a shell, 128 + its number.
+        return Finished(code if "exitcode" in state else 128 + code, out, err)
 
     def check(self, command: list[str], input: bytes = b"", timeout: float = 60) -> bytes:
         """Like `run`, and gives the output; raises `GuestError` with what it said if it failed."""
@@ -108,10 +109,10 @@ class GuestAgent:
 
     def fsfreeze(self, timeout: float = 30) -> int:
         """Freeze all file systems; the number of those frozen. Thaw soon: the guest's writers wait."""
-        return int(self.execute("guest-fsfreeze-freeze", timeout=timeout))
+        return self._number("guest-fsfreeze-freeze", self.execute("guest-fsfreeze-freeze", timeout=timeout))
 
     def fsthaw(self, timeout: float = 30) -> int:
-        return int(self.execute("guest-fsfreeze-thaw", timeout=timeout))
+        return self._number("guest-fsfreeze-thaw", self.execute("guest-fsfreeze-thaw", timeout=timeout))
 
     def set_time(self, timeout: float = 10) -> None:
         """Set the guest's clock to this host's."""
@@ -142,11 +143,10 @@ class GuestAgent:
         while True:
             self._until(_SENTINEL, deadline)
             line = self._line(deadline)
-            try:
-                if json.loads(line).get("return") == number:
+            with contextlib.suppress(ValueError, RecursionError):
+                answer = json.loads(line)
+                if isinstance(answer, dict) and answer.get("return") == number:
                     return
-            except (ValueError, AttributeError):
-                continue
 
     def _send(self, command: str, args: dict[str, Any] | None, timeout: float) -> None:
         message: dict[str, Any] = {"execute": command}
@@ -189,18 +189,23 @@ class GuestAgent:
     def _result(self, command: str, line: bytes) -> Any:
         try:
             message = json.loads(line)
-        except ValueError as err:
+        except (ValueError, RecursionError) as err:
             raise GuestError(f"{self._who} answered {command} with nonsense: {line[:80]!r}") from err
         if isinstance(message, dict) and "return" in message:
             return message["return"]
-        error = message.get("error", {}) if isinstance(message, dict) else {}
-        said = error.get("desc", line[:80]) if isinstance(error, dict) else error
-        raise GuestError(f"{self._who} refused {command}: {said}")
+        error = message.get("error") if isinstance(message, dict) else None
+        said = error.get("desc") if isinstance(error, dict) else None
+        raise GuestError(f"{self._who} refused {command}: {said[:300] if isinstance(said, str) else repr(line[:80])}")
 
     def _field(self, command: str, reply: Any, key: str) -> Any:
         if not isinstance(reply, dict) or key not in reply:
             raise GuestError(f"{self._who} answered {command} without {key!r}")
         return reply[key]
+
+    def _number(self, command: str, reply: Any) -> int:
+        if not isinstance(reply, int):
+            raise GuestError(f"{self._who} answered {command} with no number")
+        return reply
 
 
 def wait_for_agent(

@@ -560,7 +560,8 @@ class SourceHandoff(ABC):
             text = f"{error}; and guest {self.job.guest!r} does not run on yet ({why}): the agent goes on trying"
             raise HandoffFailed(text) from error
         if self._joining is not None:
-            self._joining.call_off()
+            with _anyhow("have the guest give up the address that it was to have"):
+                self._joining.call_off()
         if isinstance(error, Cancelled):
             self._drain()
         if self._token.epoch and not self._token.refused:
