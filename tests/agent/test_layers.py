@@ -9,11 +9,21 @@ import msgspec
 import pytest
 
 from haulier.agent import containers
+from haulier.agent import layers as agent_layers
 from haulier.agent.cache import Change
 from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, HandoffFailed, HaulierError, NoRoom, NotTrusted, UnknownThing, UsageError
+from haulier.errors import (
+    Conflict,
+    GuestError,
+    HandoffFailed,
+    HaulierError,
+    NoRoom,
+    NotTrusted,
+    UnknownThing,
+    UsageError,
+)
 from haulier.guests.model import new_spec
 from haulier.handoff import residence, spawning
 from haulier.handoff.journal import HandoffRow
@@ -251,6 +261,30 @@ def test_a_guest_that_stands_still_for_a_commit_is_let_go(stack: Fleet, monkeypa
     (paths.root / "still").touch()
     stack.at_oslo.layers.adopt()
     assert done[-2:] == ["cont", "close"] and not (paths.root / "still").exists()
+
+
+def test_a_guest_that_a_commit_could_not_let_run_on_is_let_later(stack: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = commit.still_mark(stack.oslo.guest_root("web1"))
+    mark.parent.mkdir(parents=True)
+    mark.write_bytes(commit.FREEZE)
+    own, asked = stack.at_oslo.layers, []
+
+    def release(paths: Any) -> None:
+        asked.append(stack.at_oslo.core.is_busy("web1"))
+        if len(asked) == 1:
+            raise GuestError("it does not thaw")
+        mark.unlink()
+
+    monkeypatch.setattr(commit, "release", release)
+    monkeypatch.setattr(agent_layers, "RELEASE_AGAIN_S", 0.0)
+    with stack.at_oslo.core.alone("web1", "being committed"):
+        own.supervise()
+    assert asked == [], "a commit may be under way"
+    own.supervise()
+    assert mark.exists()
+    own.supervise()
+    own.supervise()
+    assert asked == [True, True] and not mark.exists()
 
 
 @pytest.mark.root

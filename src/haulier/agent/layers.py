@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 PUSH_OFFER_S: Final = 120.0
 FETCH_STALL_S: Final = 20.0
 LEARN_AGAIN_S: Final = 300.0
+RELEASE_AGAIN_S: Final = 60.0
 MAX_LEARNT: Final = 16 * MIB
 
 
@@ -73,7 +74,7 @@ class _PushPeer:
 
 
 def release(site: Site, row: GuestRow) -> None:
-    """Lets a guest of this site run on that stood still for a commit when the agent was killed. GuestError if not.
+    """Lets a guest of this site run on that still stands still for a commit that is over. GuestError if not.
 
     Nothing else may be under way with it.
     """
@@ -96,19 +97,37 @@ class Layers:
         self.images = images
         self.cache = cache
         self._ask_again: dict[str, float] = {}
+        self._release_again: dict[str, float] = {}
 
     def adopt(self) -> None:
         """At the agent's start: lets guests run on that stood still for a commit when the agent was killed."""
         for lease in self.store.leases():
             if lease.startswith(arrival.LEASE):
                 self.store.drop_lease(lease)
+        self._let_run_on()
+
+    def supervise(self) -> None:
+        """Lets guests run on that a commit could not let, and asks what images consist of (`learn`)."""
+        self._let_run_on()
+        self.learn()
+
+    def _let_run_on(self) -> None:
         for row in self.core.journal.guests():
-            # What is being handed over began that running; if it stands still now, then for the handoff.
-            if row.state == State.OWNER and not self.core.journal.handoffs(guest=row.name, live=True):
-                try:
-                    release(self.site, row)
-                except HaulierError as error:
-                    log.error("guest %s may still stand still for a commit: %s", row.name, error)
+            mark = commit.still_mark(self.site.guest_root(row.name))
+            if row.state != State.OWNER or self.core.is_busy(row.name) or not mark.exists():
+                continue
+            if self._release_again.get(row.name, 0.0) > time.monotonic():
+                continue
+            try:
+                with self.core.alone(row.name, "being let run on after a commit"):
+                    state = self.core.journal.guest(row.name).state
+                    # What is being handed over began that running; if it stands still now, then for the handoff.
+                    if state == State.OWNER and not self.core.journal.handoffs(guest=row.name, live=True):
+                        release(self.site, row)
+            except (HaulierError, OSError) as error:
+                log.error("guest %s may still stand still for a commit: %s", row.name, error)
+                # It is busy meanwhile, and somebody may want to restart it.
+                self._release_again[row.name] = time.monotonic() + RELEASE_AGAIN_S
 
     # -- seen ----------------------------------------------------------------------------------------------------
 
@@ -256,6 +275,7 @@ class Layers:
                 f"some of the disk of guest {row.name!r} is at another site still: "
                 f"'haulier fill {row.name}' brings it here, commit it then"
             )
+        release(self.site, row)
         # Of its own, so that a commit that fails holds on to nothing.
         with self.store.sibling() as own:
             qemu = residence.adopt(self.site, row.name, worker=True)

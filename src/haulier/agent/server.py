@@ -166,7 +166,7 @@ class Agent:
         for name, every_s, watch in (
             ("guests", GUESTS_EVERY_S, self.guests.supervise),
             ("handoffs", HANDOFFS_EVERY_S, self.handoffs.supervise),
-            ("layers", LAYERS_EVERY_S, self.layers.learn),
+            ("layers", LAYERS_EVERY_S, self.layers.supervise),
             ("data left behind", GUESTS_EVERY_S, self.residuals.supervise),
             ("tunnels", GUESTS_EVERY_S, self.tunnels.supervise),
             ("guests' addresses", GUESTS_EVERY_S, self.addresses.supervise),

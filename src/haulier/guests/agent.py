@@ -27,6 +27,10 @@ _POLL_MAX_S: Final = 0.2
 """Each question costs the guest some of the CPU that the program needs."""
 
 
+class AgentRefused(GuestError):
+    """The agent inside answered that it does not do what it was asked for."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a command inside the guest left: its exit code and output."""
@@ -64,7 +68,10 @@ class GuestAgent:
         self._socket.close()
 
     def execute(self, command: str, args: dict[str, Any] | None = None, timeout: float = 30) -> Any:
-        """The agent's answer to one command. Raises `GuestError` with its own words."""
+        """The agent's answer to one command. Raises `AgentRefused` with its own words.
+
+        After any other `GuestError` the answer may still come: go on with a conversation of its own.
+        """
         self._send(command, args, timeout)
         return self._result(command, self._line(time.monotonic() + timeout))
 
@@ -194,8 +201,10 @@ class GuestAgent:
         if isinstance(message, dict) and "return" in message:
             return message["return"]
         error = message.get("error") if isinstance(message, dict) else None
-        said = error.get("desc") if isinstance(error, dict) else None
-        raise GuestError(f"{self._who} refused {command}: {said[:300] if isinstance(said, str) else repr(line[:80])}")
+        if not isinstance(error, dict):
+            raise GuestError(f"{self._who} answered {command} with nonsense: {line[:80]!r}")
+        said = error.get("desc")
+        raise AgentRefused(f"{self._who} refused {command}: {said[:300] if isinstance(said, str) else repr(line[:80])}")
 
     def _field(self, command: str, reply: Any, key: str) -> Any:
         if not isinstance(reply, dict) or key not in reply:

@@ -26,13 +26,20 @@ from haulier.chunks.packs import disk_error
 from haulier.chunks.store import ChunkStore
 from haulier.disks.rounds import ZEROS, DiskRounds, Round, clean_up
 from haulier.errors import Corrupt, GuestError, HaulierError, UnknownThing
-from haulier.guests.agent import GuestAgent
+from haulier.guests.agent import AgentRefused
 from haulier.guests.qemu import GuestPaths, Qemu
 from haulier.units import CHUNK
 
 Progress = Callable[[float, str], None]
 
 AGENT_S: Final = 5.0
+TRIM_S: Final = 120.0
+FREEZE_S: Final = 30.0
+THAW_S: Final = 120.0
+"""A freeze that writes much first goes on for so long after nobody waits for it any more; the agent answers then."""
+THAW_TRY_S: Final = 15.0
+AGAIN_S: Final = 0.5
+FREEZE: Final = b"freeze"
 TOOL_S: Final = 3600.0
 
 
@@ -59,75 +66,98 @@ def read_running(qemu: Qemu, store: ChunkStore, progress: Progress) -> Overlay:
     """Reads a running guest's overlay. Raises GuestError if it does not run on afterwards, or QEMU refuses."""
     found = Overlay()
     rounds = DiskRounds(qemu.qmp, "disk0", qemu.paths.rounds_sock)
-    agent = _agent(qemu)
+    has_agent = False
     try:
-        if agent is not None:
+        with contextlib.suppress(GuestError), qemu.guest_agent(AGENT_S) as agent:
+            has_agent = True
             progress(0.02, "giving free blocks back")
-            with contextlib.suppress(GuestError):
-                agent.fstrim()
+            agent.fstrim(timeout=TRIM_S)
         with rounds.begin() as current:
             _take(found, current, store, lambda share: progress(0.05 + 0.8 * share, "reading what the guest wrote"))
         # A second round while it runs makes the one that it has to wait for short.
         with rounds.next(hold_back=False) as current:
             _take(found, current, store)
         progress(0.9, "reading what changed meanwhile")
-        with _still(qemu, agent, found), rounds.next(hold_back=False) as current:
+        with _still(qemu, has_agent, found), rounds.next(hold_back=False) as current:
             _take(found, current, store)
     finally:
-        if agent is not None:
-            agent.close()
         with contextlib.suppress(HaulierError):
             rounds.abort()
     return found
 
 
 def release(paths: GuestPaths) -> None:
-    """Lets a guest run on that stood still for a commit when its process was killed: see `still_mark`."""
+    """Lets a guest run on that still stands still for a commit that is over: see `still_mark`. GuestError if not."""
+    mark = still_mark(paths.root)
     with contextlib.suppress(UnknownThing):
         qemu = Qemu.adopt(paths, worker=True)
         try:
             clean_up(qemu.qmp)
             if qemu.status() == "paused":
                 qemu.cont()
-            with contextlib.suppress(GuestError), qemu.guest_agent(AGENT_S) as agent:
-                agent.fsthaw()
+            _thaw(qemu, mark, 0.0)
         finally:
             qemu.close()
-    still_mark(paths.root).unlink(missing_ok=True)
+    mark.unlink(missing_ok=True)
 
 
 def still_mark(root: Path) -> Path:
-    """There while the guest whose directory is `root` is made to stand still for a commit."""
+    """There while the guest whose directory is `root` is made to stand still for a commit.
+
+    It says `FREEZE` from before its agent is told to freeze file systems until that has said that they are thawed.
+    """
     return root / "still"
 
 
-def _agent(qemu: Qemu) -> GuestAgent | None:
-    try:
-        return qemu.guest_agent(AGENT_S)
-    except GuestError:
-        return None
-
-
 @contextlib.contextmanager
-def _still(qemu: Qemu, agent: GuestAgent | None, found: Overlay) -> Iterator[None]:
+def _still(qemu: Qemu, has_agent: bool, found: Overlay) -> Iterator[None]:
     """The guest's file systems stand still meanwhile; where its agent cannot do that, all of it does."""
+    mark = still_mark(qemu.paths.root)
+    mark.touch()
     began = time.monotonic()
-    marker = still_mark(qemu.paths.root)
-    marker.touch()
     try:
-        if agent is not None:
-            with contextlib.suppress(GuestError):
-                found.quiesced = agent.fsfreeze() > 0
+        found.quiesced = has_agent and _freeze(qemu, mark)
         if not found.quiesced:
             qemu.stop()
         yield
     finally:
-        if found.quiesced and agent is not None:
-            agent.fsthaw()
-        else:
+        if not found.quiesced:
             qemu.cont()
+        _thaw(qemu, mark, THAW_S)
         found.still_s = time.monotonic() - began
-        marker.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
+
+
+def _freeze(qemu: Qemu, mark: Path) -> bool:
+    """Whether the agent says that file systems are frozen. If it says nothing, they may be, or may come to be."""
+    with contextlib.suppress(GuestError, OSError), qemu.guest_agent(AGENT_S) as agent:
+        mark.write_bytes(FREEZE)
+        try:
+            frozen = agent.fsfreeze(FREEZE_S) > 0
+        except AgentRefused:
+            frozen = False
+        if not frozen:
+            mark.write_bytes(b"")
+        return frozen
+    return False
+
+
+def _thaw(qemu: Qemu, mark: Path, patience_s: float) -> None:
+    """Thaws what the guest's agent was told to freeze, whatever it said to that. GuestError if it does not say so."""
+    deadline = time.monotonic() + patience_s
+    while mark.read_bytes() == FREEZE:
+        try:
+            # In a conversation of its own: in the last one the answer to the freeze may be still to come.
+            with qemu.guest_agent(THAW_TRY_S) as agent:
+                agent.fsthaw()
+            mark.write_bytes(b"")
+        except GuestError as error:
+            if time.monotonic() >= deadline or not qemu.alive():
+                raise GuestError(
+                    f"guest {qemu.spec.name!r} does not say that its file systems are thawed after a commit ({error}): "
+                    "it is asked again and again; if it stands still for long, restart it"
+                ) from error
+            time.sleep(AGAIN_S)
 
 
 def _take(
