@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
 from haulier.disks.nbd import NbdReader
-from haulier.errors import Conflict, NotTrusted, UnknownThing
+from haulier.errors import Conflict, GuestError, NotTrusted, UnknownThing
 from haulier.handoff.journal import HandoffRow
 from haulier.handoff.residence import guest_paths, manifest_name, pin_name
 from haulier.units import CHUNK
@@ -118,6 +119,30 @@ def test_an_export_fetches_what_is_read_first_and_then_the_rest(two: Two) -> Non
         assert counts is not None and counts[30] == 2
         wait_for(lambda: two.left() == 0, 30)
         two.new.residuals.tell()
+        assert not two.pinned()
+    finally:
+        export.stop()
+
+
+def test_an_export_goes_on_once_there_is_room_again(two: Two) -> None:
+    """Its files may not grow for a while: what comes cannot be kept."""
+    paths = guest_paths(two.new.site, "web1")
+    paths.prepare()
+    name, where = manifest_name("web1"), (paths.nbd_sock, paths.nbd_ctl, paths.nbd_log)
+    export = DiskExport.start(two.new.site.store, name, *where, patience_s=0.5, mode="off")
+    try:
+        usual = resource.prlimit(export.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(export.pid, resource.RLIMIT_FSIZE, (4096, usual[1]))
+        with NbdReader(paths.nbd_sock, "disk0", []) as reader, pytest.raises(GuestError, match="error 5"):
+            reader.read(30 * CHUNK, CHUNK)
+        job = two.new.residuals.fill("web1", "full")
+        wait_for(lambda: "no room left" in two.new.core.jobs.get(job.id).message, 30)
+        assert export.stats()["fill"]["unserved"] == 1
+        resource.prlimit(export.pid, resource.RLIMIT_FSIZE, usual)
+        # The agent lets the guest go on only then.
+        wait_for(lambda: export.stats()["fill"]["unserved"] == 0, 30)
+        wait_for(lambda: two.new.core.jobs.get(job.id).state != "running", 30)
+        assert two.new.core.jobs.get(job.id).state == "done" and two.left() == 0
         assert not two.pinned()
     finally:
         export.stop()

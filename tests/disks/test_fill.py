@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from haulier.chunks.store import ChunkStore
 from haulier.disks import fill
 from haulier.disks.fill import Filler, Mode
 from haulier.disks.heat import Heat
-from haulier.errors import UsageError
+from haulier.errors import Conflict, NoRoom, UsageError
 from haulier.fetch import wire
 from haulier.fetch.source import Events, Source
 from haulier.units import CHUNK
@@ -64,18 +65,26 @@ class Searching:
         return [Shelf()]
 
 
-async def until_whole(filler: Filler) -> None:
+async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(20):
-        while filler.facts()["missing"] or filler.fetched < COUNT:
+        while not condition():
             await asyncio.sleep(0.01)
+
+
+async def until_whole(filler: Filler) -> None:
+    await until(lambda: not filler.facts()["missing"] and filler.fetched >= COUNT)
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("COMMIT_S", 0.02), ("AGAIN_S", 0.05), ("SOURCES_S", 0.05)):
+        monkeypatch.setattr(fill, name, value)
 
 
 @pytest.mark.parametrize("mode", [Mode.OFF, Mode.BACKGROUND])
 def test_that_nobody_could_be_asked_is_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
 ) -> None:
-    monkeypatch.setattr(fill, "COMMIT_S", 0.02)
-    monkeypatch.setattr(fill, "SOURCES_S", 0.05)
+    hurry(monkeypatch)
     searching = Searching()
 
     async def reads(store: ChunkStore) -> None:
@@ -88,9 +97,7 @@ def test_that_nobody_could_be_asked_is_not_for_ever(
             assert filler.facts()["unserved"] == 1
             searching.mended = True
             if mode is Mode.OFF:
-                async with asyncio.timeout(20):
-                    while filler.facts()["unserved"]:
-                        await asyncio.sleep(0.01)
+                await until(lambda: not filler.facts()["unserved"])
                 assert filler.fetched == 1, "nothing but what was read"
                 filler.set_mode(Mode.FULL)
             await until_whole(filler)
@@ -124,3 +131,80 @@ def test_a_chunk_of_no_place_is_no_obstacle_to_the_others(tmp_path: Path) -> Non
     with ChunkStore(tmp_path / "store") as store:
         store.save_manifest("guest/web1", MANIFEST, partial=True)
         asyncio.run(reads(store))
+
+
+class Failing(ChunkStore):
+    """Has no room for the first so many chunks; commits fail so often, with what was put thrown away or not."""
+
+    puts = 0
+    commits = 0
+    throws_away = False
+
+    def put(self, data: Any, fp: bytes | None = None, lease: str = "") -> bytes:
+        if self.puts:
+            self.puts -= 1
+            raise NoRoom("no room left")
+        return super().put(data, fp, lease)
+
+    def commit(self) -> None:
+        if self.commits:
+            self.commits -= 1
+            if self.throws_away:
+                self._forget()
+                raise NoRoom("fdatasync failed")
+            raise Conflict("the index stayed locked")
+        super().commit()
+
+
+@pytest.mark.parametrize("mode", [Mode.OFF, Mode.BACKGROUND])
+def test_a_chunk_that_could_not_be_kept_is_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Mode
+) -> None:
+    hurry(monkeypatch)
+    searching = Searching()
+    searching.mended = True
+
+    async def reads(store: Failing) -> None:
+        filler = Filler(store, Heat(COUNT), searching, mode)
+        try:
+            store.puts = COUNT
+            await filler.follow("guest/web1", MANIFEST)
+            # One that is not read again: its guest has stopped.
+            with pytest.raises(NoRoom):
+                await filler.get(MANIFEST[0])
+            assert filler.facts()["unserved"] == 1
+            await until(lambda: not filler.facts()["unserved"])
+            filler.set_mode(Mode.FULL)
+            await until(lambda: filler._tidying is None)
+            assert "error" not in filler.facts()
+        finally:
+            await filler.close()
+
+    with Failing(tmp_path / "store") as store:
+        store.save_manifest("guest/web1", MANIFEST, partial=True)
+        asyncio.run(reads(store))
+        assert [store.get(fp) for fp in MANIFEST.chunks()] == CHUNKS
+
+
+@pytest.mark.parametrize("throws_away", [False, True])
+def test_what_could_not_be_committed_is_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, throws_away: bool
+) -> None:
+    hurry(monkeypatch)
+    searching = Searching()
+    searching.mended = True
+
+    async def fills(store: Failing) -> None:
+        filler = Filler(store, Heat(COUNT), searching, Mode.FULL)
+        try:
+            store.commits, store.throws_away = 2, throws_away
+            await filler.follow("guest/web1", MANIFEST)
+            await until(lambda: not store.commits and filler._tidying is None)
+            with store.sibling() as agent:
+                assert agent.missing(MANIFEST.unique()) == []
+        finally:
+            await filler.close()
+
+    with Failing(tmp_path / "store") as store:
+        store.save_manifest("guest/web1", MANIFEST, partial=True)
+        asyncio.run(fills(store))

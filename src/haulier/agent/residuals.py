@@ -172,7 +172,8 @@ class Residuals:
             )
             return
         while left := self.missing(guest):
-            progress(1 - left / max(1, before), f"{left / 1e6:.1f} MB to go")
+            why = self._fill_facts(guest.name).get("error", "")
+            progress(1 - left / max(1, before), f"{left / 1e6:.1f} MB to go" + (f" ({why})" if why else ""))
             if not export.alive():
                 raise PeerError(f"the disk export of guest {guest.name!r} ended: the agent starts it again, ask again")
             time.sleep(POLL_S)

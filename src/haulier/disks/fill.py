@@ -14,7 +14,8 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 NEIGHBOURS: Final = 8
 EASE_S: Final = 0.3
 COMMIT_S: Final = 1.0
+AGAIN_S: Final = 5.0
+"""After so long it is tried again to keep what could not be kept."""
 SOURCES_S: Final = 30.0
 
 
@@ -63,6 +66,7 @@ class Filler:
         self._heat = heat
         self._make_sources = sources
         self._manifest: Manifest | None = None
+        self._arriving = False
         self._name = ""
         self._places: dict[bytes, int] = {}
         self._missing: set[bytes] = set()
@@ -70,6 +74,11 @@ class Filler:
         self._starting: asyncio.Future[Fetcher] | None = None
         self._tidying: asyncio.Task[None] | None = None
         self._uncommitted = False
+        self._looked = 0.0
+        self._again_at: float | None = None
+        self._error = ""
+        self._awaited: Counter[bytes] = Counter()
+        """What somebody waits for now, and how many."""
         self.mode = mode
         self.fetched = 0
         """Chunks fetched since the start, and ..."""
@@ -83,24 +92,35 @@ class Filler:
     async def follow(self, name: str, manifest: Manifest) -> None:
         """This is the disk from now on. What it lacks is fetched as the mode says."""
         loop = asyncio.get_running_loop()
-        whole = await loop.run_in_executor(None, self._store.is_complete, name)
+        self._name, self._manifest, self._arriving, self._places = name, manifest, False, {}
         missing: list[bytes] = []
-        if not whole:
+        if not await loop.run_in_executor(None, self._store.is_complete, name):
             missing = await loop.run_in_executor(None, self._store.missing, manifest.unique())
-        self._name, self._manifest = name, manifest
-        self._missing = set(missing)
-        if missing:
-            # Where each is first used.
-            self._places = {}
-            for index, fp in enumerate(manifest.chunks()):
-                if fp in self._missing:
-                    self._places.setdefault(fp, index)
-            self._arrange()
-            self.set_mode(self.mode)
+        if self._manifest is manifest:  # and no other has taken its place meanwhile
+            self._lacks(missing)
 
     def arriving(self, name: str, manifest: Manifest) -> None:
         """This is the disk from now on, and still arriving: only what is read before it has come is fetched."""
-        self._name, self._manifest, self._missing = name, manifest, set()
+        self._name, self._manifest, self._arriving, self._places = name, manifest, True, {}
+        self._missing = self._asked()
+
+    def _lacks(self, missing: Iterable[bytes]) -> None:
+        self._missing = self._asked().union(missing)
+        if not self._missing or self._manifest is None:
+            return
+        # Where each is first used.
+        self._places = {}
+        for index, fp in enumerate(self._manifest.chunks()):
+            if fp in self._missing:
+                self._places.setdefault(fp, index)
+        self._arrange()
+        self.set_mode(self.mode)
+
+    def _asked(self) -> set[bytes]:
+        return self.unserved.union(self._awaited)
+
+    def _busy(self) -> bool:
+        return bool(self._missing or self.unserved or self._awaited or self._uncommitted)
 
     def _arrange(self) -> None:
         if self._tidying is None:
@@ -133,14 +153,21 @@ class Filler:
     # -- chunks
 
     async def get(self, fp: bytes) -> None:
-        """Fetch a chunk that somebody waits for; returns when it can be read from the store."""
+        """Fetch a chunk that somebody waits for; returns when it can be read from the store, or is of no disk that is
+        served any more."""
         self.demanded += 1
         self._missing.add(fp)
         self._arrange()
         self._ease()
         self.unserved.add(fp)
-        fetcher = await self._fetching()
-        await fetcher.get(fp)
+        self._awaited[fp] += 1
+        try:
+            fetcher = await self._fetching()
+            await fetcher.get(fp)
+        finally:
+            self._awaited[fp] -= 1
+            if not self._awaited[fp]:
+                del self._awaited[fp]
         self.unserved.discard(fp)
         self._ease()
 
@@ -171,7 +198,7 @@ class Filler:
         return await asyncio.shield(starting)
 
     async def _again(self) -> None:
-        """Begins once more where there was nobody to ask; first what was read meanwhile and could not be had."""
+        """Begins once more where there was nobody to ask, or no room; first what was read and could not be had."""
         from haulier.fetch.scheduler import Urgency
 
         fetcher = await self._fetching()
@@ -185,7 +212,7 @@ class Filler:
         loop = asyncio.get_running_loop()
         sources = await loop.run_in_executor(None, self._make_sources)
         fetcher = Fetcher(sources, self._keep)
-        fetcher.on_kept = self._kept
+        fetcher.on_kept, fetcher.on_not_kept = self._kept, self._not_kept
         fetcher.start()
         self._fetcher = fetcher
         return fetcher
@@ -199,33 +226,84 @@ class Filler:
         self._missing.discard(fp)
         self.unserved.discard(fp)
 
+    def _not_kept(self, fp: bytes, error: HaulierError) -> None:
+        """It came and could not be kept. The rest would cross the link only to be thrown away: it waits a while."""
+        self._error = str(error)
+        self._again_at = time.monotonic() + AGAIN_S
+        if self._fetcher is not None:
+            self._fetcher.forget_background()
+
     async def _tidy(self) -> None:
         """Makes what came durable, now and then; notes when all is here; looks for new sources."""
-        loop = asyncio.get_running_loop()
-        looked = time.monotonic()
+        self._looked = time.monotonic()
+        pause = COMMIT_S
         while True:
-            await asyncio.sleep(COMMIT_S)
+            await asyncio.sleep(pause)
+            pause = COMMIT_S
             try:
-                if self._uncommitted:
-                    self._uncommitted = False
-                    await loop.run_in_executor(None, self._store.commit)
-                if time.monotonic() - looked > SOURCES_S:
-                    looked = time.monotonic()
-                    if self._fetcher is not None:
-                        for source in await loop.run_in_executor(None, self._make_sources):
-                            self._fetcher.add_source(source)
-                    elif self.unserved or (self._missing and self.mode is not Mode.OFF):
-                        await self._again()
-                if not self._missing and not self._uncommitted:
-                    await self._whole()
-                    if not self._missing:
-                        self._tidying = None
-                        return
+                if await self._turn():
+                    self._tidying = None
+                    return
             except HaulierError as error:
                 log.error("filling %s: %s", self._name, error)
+                self._error, pause = str(error), AGAIN_S
             except Exception:
                 # Whatever it was: a disk whose chunks are no longer made durable is never whole.
                 log.exception("filling %s failed inside", self._name)
+
+    async def _turn(self) -> bool:
+        """True when all is here and durable, and nobody waits."""
+        loop = asyncio.get_running_loop()
+        if asked := self._asked():
+            await self._look(asked)
+        await self._seek()
+        if self._uncommitted:
+            self._uncommitted = False  # before: more is put meanwhile
+            try:
+                await loop.run_in_executor(None, self._store.commit)
+            except BaseException:
+                self._uncommitted = True
+                raise
+        if self._again_at is None:
+            self._error = ""
+        manifest = self._manifest
+        if not self._busy() and manifest is not None and not self._arriving:
+            # A commit that failed may have thrown away what had come.
+            missing = await loop.run_in_executor(None, self._store.missing, manifest.unique())
+            if missing and self._manifest is manifest:
+                self._lacks(missing)
+        if not self._busy():
+            await self._whole()
+        return not self._busy()
+
+    async def _look(self, asked: set[bytes]) -> None:
+        """What is read may come by another way, with a handoff under way say; or be of a disk that is not served any
+        more: then who waits for it starts again on the new one."""
+        manifest = self._manifest
+
+        def lacking() -> set[bytes]:
+            missing = set(self._store.missing(asked))
+            return missing if manifest is None else missing & manifest.unique()
+
+        settled = asked - await asyncio.get_running_loop().run_in_executor(None, lacking)
+        self._missing -= settled
+        self.unserved -= settled
+        if self._fetcher is not None:
+            self._fetcher.settle(settled)
+
+    async def _seek(self) -> None:
+        now = time.monotonic()
+        if self._again_at is not None and now >= self._again_at:
+            self._again_at = None
+            await self._again()
+        if now - self._looked <= SOURCES_S:
+            return
+        self._looked = now
+        if self._fetcher is not None:
+            for source in await asyncio.get_running_loop().run_in_executor(None, self._make_sources):
+                self._fetcher.add_source(source)
+        elif self.unserved or (self._missing and self.mode is not Mode.OFF):
+            await self._again()
 
     async def _whole(self) -> None:
         fetcher, self._fetcher, self._starting = self._fetcher, None, None
@@ -252,6 +330,8 @@ class Filler:
             "demanded": self.demanded,
             "unserved": len(self.unserved),
         }
+        if self._error:
+            found["error"] = self._error
         if self._fetcher is not None:
             sources = self._fetcher.facts()
             found["fetched_bytes"] = sum(source.bytes for source in sources)

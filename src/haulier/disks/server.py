@@ -52,7 +52,7 @@ class Elsewhere(Protocol):
     """Where chunks that the store lacks come from."""
 
     async def get(self, fp: bytes) -> None:
-        """Return when the store has it. May take as long as a link is down."""
+        """Return when the store has it, or it is of no disk that is served. May take as long as a link is down."""
         ...
 
     def touched(self, first: int, last: int) -> None: ...

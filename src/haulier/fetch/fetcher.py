@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -45,6 +45,8 @@ class Fetcher:
         self.why: dict[str, str] = {}
         """Why a source is not up."""
         self.on_kept: Callable[[bytes], None] = lambda fp: None
+        self.on_not_kept: Callable[[bytes, HaulierError], None] = lambda fp, error: None
+        """Told of a chunk that came and could not be kept: it is not wanted any more."""
         self.changed = asyncio.Event()
         for source in sources:
             self.scheduler.add_source(source.name, cost=source.cost, tells=source.tells)
@@ -100,6 +102,14 @@ class Fetcher:
                 left.remove(future)
                 if not left:
                     del self._waiting[fp]
+
+    def settle(self, fingerprints: Collection[bytes]) -> None:
+        """These need not come any more: who waits for one is to look for it again."""
+        self.scheduler.forget(fingerprints)
+        for fp in fingerprints:
+            for future in self._waiting.pop(fp, []):
+                if not future.done():
+                    future.set_result(None)
 
     def forget_background(self) -> None:
         """Fetch only what somebody waits for."""
@@ -172,6 +182,7 @@ class Fetcher:
         if error is not None:
             self.error = error if isinstance(error, HaulierError) else HaulierError(f"a chunk cannot be kept: {error}")
             log.error("chunk %s cannot be kept: %s", fp[:6].hex(), error)
+            self.on_not_kept(fp, self.error)
         else:
             self.on_kept(fp)
         for future in self._waiting.pop(fp, []):
