@@ -208,3 +208,48 @@ def test_what_could_not_be_committed_is_in_the_end(
     with Failing(tmp_path / "store") as store:
         store.save_manifest("guest/web1", MANIFEST, partial=True)
         asyncio.run(fills(store))
+
+
+class Away(Shelf):
+    """A source that cannot be reached."""
+
+    async def run(self, events: Events) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("how", ["comes with the handoff", "is of the new disk no more"])
+def test_who_waits_goes_on_when_a_copy_begins_to_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """QEMU reads the first sector as it starts, and nobody can be asked for it yet."""
+    hurry(monkeypatch)
+
+    async def waits(store: ChunkStore) -> None:
+        filler = Filler(store, Heat(COUNT), lambda: [Away()], Mode.OFF)
+        try:
+            filler.arriving("guest/web1", MANIFEST)
+            read = asyncio.create_task(filler.get(MANIFEST[0]))
+            await until(lambda: filler._fetcher)
+            if how == "comes with the handoff":
+                turns, look = [], filler._look
+
+                async def counted(asked: set[bytes]) -> None:
+                    turns.append(asked)
+                    await look(asked)
+
+                monkeypatch.setattr(filler, "_look", counted)
+                filler.arriving("incoming/h1", MANIFEST)
+                await until(lambda: len(turns) > 3)
+                assert not read.done() and filler.facts()["missing"] == 1
+                store.put(CHUNKS[0])
+            else:
+                filler.arriving("incoming/h1", MANIFEST.replace({0: MANIFEST[1]}))
+            async with asyncio.timeout(20):
+                await read
+            await until(lambda: filler._tidying is None)
+            assert (filler.facts()["missing"], filler.facts()["unserved"]) == (0, 0)
+        finally:
+            await filler.close()
+
+    with ChunkStore(tmp_path / "store") as store:
+        asyncio.run(waits(store))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import struct
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,6 +125,30 @@ def test_a_chunk_that_never_comes_is_an_error_in_the_end(tmp_path: Path) -> None
         with NbdReader(tmp_path / "s", "disk0") as reader:
             assert reader.read(4 * CHUNK, CHUNK) == store[disk[4]]
         assert running.server.counters.errors == 1
+
+
+class Closing:
+    """Is closed while somebody waits for a chunk, which has come all the same."""
+
+    def __init__(self, arrive: Callable[[], None]) -> None:
+        self.arrive = arrive
+
+    async def get(self, fp: bytes) -> None:
+        self.arrive()
+        raise asyncio.CancelledError
+
+    def touched(self, first: int, last: int) -> None: ...
+
+
+def test_a_read_is_answered_when_the_fetching_of_its_chunk_is_ended(tmp_path: Path) -> None:
+    store = DictStore()
+    disk = store.disk({3: noise(3)}, SIZE)
+    lost = store.pop(disk[3])
+    with serving(store, disk, tmp_path / "s") as running:
+        running.server.elsewhere = Closing(lambda: store.update({disk[3]: lost}))
+        with NbdReader(tmp_path / "s", "disk0", timeout_s=20) as reader:
+            assert reader.read(3 * CHUNK, CHUNK) == lost
+        assert running.server.counters.errors == 0
 
 
 def test_unknown_exports_and_contexts(tmp_path: Path) -> None:

@@ -216,7 +216,10 @@ class ExportServer:
                     for fp, within, length in spans(manifest, request)
                 ]
                 return self.answer(core, request, pieces)
-            except (HaulierError, OSError, LookupError, TimeoutError) as error:
+            except (HaulierError, OSError, LookupError, TimeoutError, asyncio.CancelledError) as error:
+                task = asyncio.current_task()
+                if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                    raise  # not the fetching of a chunk was ended, but this server
                 if self.counters.retries % 100 == 0:
                     log.warning("chunk for %d bytes at %d: %s; trying on", request.length, request.offset, error)
                 self.counters.retries += 1
