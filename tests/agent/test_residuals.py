@@ -180,6 +180,20 @@ def test_only_the_new_site_may_speak_of_it(two: Two) -> None:
     assert two.old.residuals.told(message, "new") == {"kept": False}
 
 
+@pytest.mark.parametrize("state", ["granted", "serving", "receiving", "ready", "poised"])
+def test_nothing_is_let_go_of_on_the_word_of_a_site_that_the_guest_is_leaving(two: Two, state: str) -> None:
+    """It may own the guest again: the token is refused where its copy is lost."""
+    two.new.journal.advance("web1", "owner", state)
+    with pytest.raises(Conflict, match="under way"):
+        two.old.residuals.release("web1", force=False)
+    two.new.journal.advance("web1", state, "owner", manifest="")
+    with pytest.raises(Conflict, match="under way"):
+        two.old.residuals.release("web1", force=False)
+    assert two.pinned()
+    two.new.journal.advance("web1", "owner", "away")
+    assert two.old.residuals.release("web1", force=False)["released"] == ["h1"]
+
+
 def test_a_manifest_that_is_lost_lets_nothing_go(two: Two) -> None:
     two.new.store.drop_manifest(manifest_name("web1"))
     two.new.residuals.tell()

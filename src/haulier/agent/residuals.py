@@ -38,6 +38,10 @@ RELEASED: Final = "released"
 POLL_S: Final = 0.5
 TELL_EVERY_S: Final = 10.0
 PINS: Final = "residual/"
+NOT_HERE: Final = frozenset({State.AWAY, State.ABSENT, State.REFUSED})
+"""States in which a guest lacks nothing here."""
+UNKNOWN: Final = 1
+"""Bytes that are said to be missing where nobody can tell: no chunk is so short."""
 
 
 class ResidualMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -243,7 +247,7 @@ class Residuals:
                 except UnknownThing as error:
                     log.error("what guest %s lacks cannot be told: %s", row.guest, error)
                     return
-            elif guest.state not in (State.AWAY, State.ABSENT, State.REFUSED):
+            elif guest.state not in NOT_HERE:
                 return  # under way: this is told when it is over
         said, at = self._said.get(row.id, (-1, 0.0))
         if said == left and time.monotonic() - at < TELL_EVERY_S:
@@ -341,6 +345,11 @@ class Residuals:
                 f"site {target!r}, where guest {guest!r} went, does not say whether it has everything ({error}); "
                 "--force lets go of it all the same, and what is missing there is then lost"
             ) from None
+        if left == UNKNOWN:
+            raise Conflict(
+                f"guest {guest!r} is under way, and site {target!r} cannot say what it lacks: "
+                "try again when the handoff is over"
+            )
         if left:
             raise Conflict(
                 f"guest {guest!r} at site {target!r} still lacks {left / 1e6:.1f} MB that are kept here: "
@@ -353,6 +362,10 @@ class Residuals:
         if row is None or row.peer != caller or row.guest != message.guest:
             raise NotTrusted(f"site {caller!r} has no part in handoff {message.handoff!r}")
         if row.state != "ended":
-            return {"left": 1}
+            return {"left": UNKNOWN}
         guest = self.journal.find_guest(message.guest)
-        return {"left": self.missing(guest) if guest is not None else 0}
+        if guest is None or guest.state in NOT_HERE:
+            return {"left": 0}
+        if guest.state not in MAY_RUN or not guest.manifest:
+            return {"left": UNKNOWN}  # it leaves, comes, or has just come: nothing is settled yet
+        return {"left": self.missing(guest)}
