@@ -4,6 +4,7 @@ No QEMU runs here."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ from haulier.agent.server import Agent
 from haulier.chunks.manifest import Manifest
 from haulier.containers import lxc
 from haulier.containers.network import RUN, namespace_name
+from haulier.disks.export import DiskExport
+from haulier.disks.nbd import NbdReader
 from haulier.errors import Conflict, GuestError, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.guests import launch
 from haulier.handoff import recovery, residence
@@ -125,6 +128,46 @@ def test_a_guest_that_stopped_at_an_io_error_goes_on(
     assert shown["status"] == "running" and booted == []
     with pytest.raises(Conflict, match="runs already"):
         fleet.client.wait(fleet.client.post("/v1/guests/web1/start", {}))
+
+
+def test_a_guest_goes_on_that_stops_only_after_its_export_was_started_again(
+    fleet: Fleet, image: Manifest, booted: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read waits while QEMU connects again, and may fail in the end; that QEMU does not answer is not the end."""
+    run(fleet.client)
+    ours = module.Guests(copy.copy(fleet.at_oslo.core), fleet.at_oslo.store, fleet.at_oslo.guests.addresses)
+    monkeypatch.setattr(fleet.at_oslo.core, "is_busy", lambda _: True)  # its own watch stays away
+    status = ["running"]
+    tried: list[float] = []
+
+    def says() -> str:
+        if status[0] == "hangs":
+            raise GuestError("no answer")
+        return status[0]
+
+    def recover_io(timeout: float) -> None:
+        tried.append(timeout)
+        if len(tried) == 1:
+            raise GuestError("stops again")
+        status[0] = "running"
+
+    qemu = SimpleNamespace(status=says, recover_io=recover_io, close=lambda: None)
+    monkeypatch.setattr(residence, "adopt", lambda *_, **__: qemu)
+    paths = residence.guest_paths(fleet.oslo, "web1")
+    try:
+        ours.supervise()  # starts the export
+        DiskExport.attach(paths.nbd_ctl)
+        for status[0], times in (("hangs", 0), ("io-error", 1), ("io-error", 2)):
+            ours.supervise()
+            assert len(tried) == times
+        with NbdReader(paths.nbd_sock, "disk0"):
+            ours.supervise()
+            # From now on what stops it is not that its export had died.
+            status[0] = "io-error"
+            ours.supervise()
+            assert len(tried) == 2
+    finally:
+        DiskExport.attach(paths.nbd_ctl).stop()
 
 
 def test_a_duplicate(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:

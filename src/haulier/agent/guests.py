@@ -41,9 +41,11 @@ from haulier.handoff.ownership import MAY_RUN, UNDER_WAY, State
 log = logging.getLogger(__name__)
 
 RUN_LEASE: Final = "run/"
+"""What a guest begins with is kept under it until the guest has a manifest of its own and runs."""
 GO_ON_S: Final = 10.0
 """For a guest that stopped at an I/O error, until it is said to stop there again."""
-"""What a guest begins with is kept under it until the guest has a manifest of its own and runs."""
+RUN_ON_S: Final = 5.0
+"""The same where it is tried again before long."""
 HIDDEN: Final = frozenset({State.ABSENT, State.REFUSED})
 """Records that only keep an epoch from being used twice."""
 
@@ -97,6 +99,8 @@ class Guests:
         self.site = core.site
         self.journal = core.journal
         self.store = store
+        self._cut_off: set[str] = set()
+        """Guests whose disk export died, until they are seen to run with the next one."""
 
     # -- seen ----------------------------------------------------------------------------------------------------
 
@@ -509,26 +513,40 @@ class Guests:
         if spec_kind(row) == "container":
             return
         paths = residence.guest_paths(self.site, row.name)
+        export: DiskExport | None = None
         with contextlib.suppress(UnknownThing):
-            DiskExport.attach(paths.nbd_ctl)
-            return
-        if not row.manifest:
-            return  # its arrival is still to be settled: which disk it is stands there
-        log.warning("the disk export of guest %s died: starting it again", row.name)
-        try:
+            export = DiskExport.attach(paths.nbd_ctl)
+        if export is None:
+            if not row.manifest:
+                return  # its arrival is still to be settled: which disk it is stands there
+            log.warning("the disk export of guest %s died: starting it again", row.name)
+            self._cut_off.add(row.name)
             mode = ""
             with contextlib.suppress(UnknownThing, Corrupt):
                 mode = ExportState.load(paths.nbd_ctl).mode
-            DiskExport.start(self.site.store, row.manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log, mode=mode)
-        except Conflict:
-            return  # somebody was faster
+            with contextlib.suppress(Conflict):  # somebody was faster
+                DiskExport.start(self.site.store, row.manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log, mode=mode)
+            export = DiskExport.attach(paths.nbd_ctl)
+        if row.name in self._cut_off:
+            self._run_on(row.name, export)
+
+    def _run_on(self, name: str, export: DiskExport) -> None:
+        """Lets a guest go on that stopped, or may still stop, because nobody served its disk for a while."""
+        row = self.journal.guest(name)  # an export takes its time to start
         if row.state not in MAY_RUN:
             return
-        qemu = residence.adopt(self.site, row.name)
-        if qemu is not None:
+        with self.core.asking:
+            qemu = residence.adopt(self.site, name)
+            if qemu is None:
+                return
             try:
-                if qemu.status() == "io-error":
-                    qemu.recover_io()
+                # In this order: a read that QEMU gave up before it was connected again has stopped the guest by now.
+                connected = export.stats()["connections"]
+                status = qemu.status()
+                if status == "io-error":
+                    qemu.recover_io(RUN_ON_S)
+                elif status == "running" and connected:
+                    self._cut_off.discard(name)
             finally:
                 qemu.close()
 
