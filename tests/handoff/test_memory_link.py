@@ -363,6 +363,30 @@ def test_delivered_never_goes_back(link: Callable[..., Link]) -> None:
         one.left.callbacks[Channel.DELIVERED](struct.pack(">Q", 4999))
 
 
+def test_a_target_that_takes_nothing_though_the_link_carries_is_seen_to_stand_still(link: Callable[..., Link]) -> None:
+    """QEMU there does not read; all that the session can carry is acknowledged."""
+    one = link(Window(64 * MIB, 4 * MIB), run=False)
+    # Part of a record at the end: QEMU goes on with it when it likes, and nobody waits for the target.
+    data = begin(4000) + part(enumerate(noise(1000))) + part(enumerate(noise(1)))[:-1000]
+    give(one.source_qemu, data)
+    wait_for(lambda: one.pump.raw > 3 * MIB and one.left.unacked(Channel.MEMORY) > 3 * MIB)
+    assert one.pump.still_s(1000.0, True) == 0.0
+    assert one.pump.still_s(1003.0, True) == 3.0
+    # A batch that arrives is progress of the link, though QEMU has taken none of it yet.
+    assert one.right.step() and one.pump.delivered == 0
+    assert one.pump.still_s(1006.0, True) == 0.0
+    assert one.pump.still_s(1009.0, True) == 3.0
+    # A link that is down is the session's matter, and what it has come to counts from when it is up again.
+    assert one.pump.still_s(1012.0, False) == 0.0
+    assert one.pump.still_s(1015.0, True) == 3.0
+    one.left.run()
+    one.right.run()
+    wait_for(lambda: one.pump.raw == len(data) and one.pump.delivered == one.pump.sent, what="the word of all of it")
+    one.pump.still_s(1016.0, True)
+    assert one.pump.raw > one.pump.sent
+    assert one.pump.still_s(1019.0, True) == 0.0, "nothing is waited for"
+
+
 def test_a_lost_session_ends_the_pump_with_its_error(link: Callable[..., Link]) -> None:
     one = link()
     one.left.broken = PeerError("no path for 120 s")

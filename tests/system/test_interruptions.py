@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from haulier.errors import Cancelled, Conflict
+from haulier.errors import Cancelled, Conflict, HandoffFailed
 from haulier.lab.scenario import Template, wan
 from tests.support.waiting import wait_for
 from tests.system.stage import Handoff, Stage, stage
@@ -178,6 +178,17 @@ def test_a_worker_killed_leaves_the_guest_at_its_source(standing: Stage, side: s
     handoff.kill_worker(getattr(handoff, side))
     code, _, err = handoff.result()
     assert code not in (0, None) and err
+    after(standing, handoff, home=handoff.source)
+
+
+@pytest.mark.full
+def test_a_copy_whose_qemu_stands_still_does_not_hold_the_handoff_up_for_ever(standing: Stage) -> None:
+    handoff = standing.begin()
+    handoff.wait_phase(handoff.source, {"memory"})
+    for pid in standing.qemus(handoff.target, "web1"):
+        os.kill(pid, signal.SIGSTOP)
+    code, _, err = handoff.result()
+    assert code == HandoffFailed.exit_code and "has taken nothing of the memory" in err, err
     after(standing, handoff, home=handoff.source)
 
 

@@ -24,6 +24,7 @@ from haulier.handoff.adapting import Adapting
 from haulier.handoff.convergence import Window
 from haulier.handoff.messages import Channel
 from haulier.handoff.page_requests import PostCopyPump, Waits
+from haulier.handoff.standstill import Standstill
 from haulier.handoff.urgent import UrgentPump, UrgentSink
 from haulier.memory.ahead import AheadReader
 from haulier.memory.proxy import AHEAD_PAGES, SourceProxy, WireBatch
@@ -72,6 +73,8 @@ class MemoryPump:
         self._adapting = adapting
         self.raw = 0
         self.wire = 0
+        self.sent = 0
+        """Of `raw`, what went in batches: up to a record stays here until QEMU goes on."""
         self.delivered = 0
         self.stalled_s = 0.0
         self.device_state_at = 0.0
@@ -81,6 +84,7 @@ class MemoryPump:
         self._carrier = carrier
         self._window = window
         self._progress = threading.Condition()
+        self._standstill = Standstill()
         self._closing = False
         self.first_pass = True
         """QEMU has not come to the end of its first pass yet, nor near it."""
@@ -151,6 +155,14 @@ class MemoryPump:
                 raise Corrupt(f"the other site reports {total} delivered bytes of {self.raw}: same haulier there?")
             self.delivered = total
             self._progress.notify_all()
+
+    def still_s(self, now: float, connected: bool) -> float:
+        """Seconds for which the target's QEMU has taken nothing of what was sent, and not for want of a link.
+
+        As long as bytes are acknowledged it is the link that takes its time, however long a batch is under way.
+        """
+        acked = self.wire - self._carrier.unacked(Channel.MEMORY)
+        return self._standstill.note(now, connected and self.delivered < self.sent, (self.delivered, acked))
 
     def _wait_for_room(self) -> Window:
         began = time.monotonic()
@@ -240,6 +252,7 @@ class MemoryPump:
 
     def _send(self, batch: WireBatch) -> None:
         self.wire += len(batch.data)
+        self.sent += batch.raw_bytes
         self._carrier.send(Channel.MEMORY, batch.data)
 
     def _run(self) -> None:

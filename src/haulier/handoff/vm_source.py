@@ -78,6 +78,8 @@ SWITCHOVER_MARKS = (
     "running",
 )
 """What the report tells of the switchover, in the order in which it mostly happens."""
+STOPPED_STALL_S = 15.0
+"""As the options' `stall_s`, while the guest stands still: longer than the session needs to see that a path is dead."""
 QUIET_DISK = 256 * 1024
 """Wire bytes of a disk round below which memory may start."""
 
@@ -100,6 +102,8 @@ class VmSource(SourceHandoff):
         self._goes_first = False
         """The guest runs at the target before its memory is whole."""
         self._filled: Filled | None = None
+        self._taking = False
+        """The target's QEMU is there: what is sent to it is to be taken."""
         self._lost = False
 
     def run(self) -> dict[str, Any]:
@@ -127,10 +131,26 @@ class VmSource(SourceHandoff):
             if isinstance(error, HaulierError):
                 raise error
             raise GuestError(f"the memory of guest {self.job.guest!r} broke off ({error}): see its qemu.log") from error
+        self._check_taken()
         sends_after_it = self._token.serving or (self._goes_first and self._token.granted)
         if sends_after_it and self._pump is not None and self._pump.ended.is_set():
             # QEMU closes its stream when all is sent and the target has said so; what else it may be, it says.
             served.check_whole(self.qemu, self._mark)
+
+    def _check_taken(self) -> None:
+        """HandoffFailed, before the token, if the target's QEMU stands still. A dead link the session judges."""
+        pump, session = self._pump, self._session
+        if not self._taking or self._token.granted or pump is None or session is None:
+            return
+        still_s, limit = pump.still_s(time.monotonic(), session.connected), self.job.options.stall_s
+        if self._stop_event is not None:
+            limit = min(limit, STOPPED_STALL_S)
+        if still_s > limit:
+            raise HandoffFailed(
+                f"QEMU at site {self.job.peer!r} has taken nothing of the memory of {self.job.guest!r} for "
+                f"{still_s:.0f} s, although the link is up; the guest runs on at {self.site.name!r}: see what holds it "
+                "up there (its qemu.log and disk export, a host that is overloaded or out of memory), then try again"
+            )
 
     def _observe(self) -> None:
         super()._observe()
@@ -322,6 +342,7 @@ class VmSource(SourceHandoff):
 
     def _converge(self) -> None:
         """Memory and disk rounds until the guest has stopped for the switchover."""
+        self._taking = True
         gate = Gate(self.job.options.downtime_ms)
         gate.start(time.monotonic())
         measures = self._measures = self._make_measures()
