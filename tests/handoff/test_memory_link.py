@@ -16,10 +16,12 @@ import pytest
 from blake3 import blake3
 
 from haulier.errors import Corrupt, HaulierError, PeerError
+from haulier.handoff import memory_link
 from haulier.handoff.convergence import Window
 from haulier.handoff.memory_link import READ, MemoryPump, MemorySink
 from haulier.handoff.messages import Channel
 from haulier.memory.ahead import AheadReader
+from haulier.memory.loading import GuestRam
 from haulier.memory.proxy import SourceProxy
 from haulier.memory.target_proxy import TargetProxy
 from haulier.units import MIB, PAGE
@@ -317,6 +319,20 @@ def test_after_the_first_pass_nothing_goes_ahead_and_qemus_end_is_seen_to_close(
     assert one.pump.ended.wait(20), "an end that is held open is never seen to close"
 
 
+def test_nothing_goes_ahead_behind_device_state(link: Callable[..., Link], tmp_path: Path) -> None:
+    """A guest may stop at the end of its very first pass; the target may have voted by then."""
+    one = link(Window(64 * MIB, 64 * MIB, 0), ahead=ram(tmp_path, noise(1024)))
+    data = begin(1024) + part(enumerate(noise(10))) + end([])
+    give(one.source_qemu, data)
+    wait_for(lambda: one.pump.delivered == len(data))
+    one.window = Window(64 * MIB, 64 * MIB, 64 * MIB)
+    give(one.source_qemu, b"the end of the device state")
+    wait_for(lambda: one.pump.raw > len(data))
+    one.source_qemu.shutdown(socket.SHUT_WR)
+    assert one.pump.ended.wait(20)
+    assert one.pump.proxy.counters.ahead == 0 and one.pump.error is None
+
+
 def test_a_broken_batch_is_told_and_gives_qemu_nothing_of_it(link: Callable[..., Link]) -> None:
     one = link(run=False)
     data = stream(500)
@@ -343,6 +359,47 @@ def test_a_target_qemu_that_dies_is_told(link: Callable[..., Link]) -> None:
     give(one.source_qemu, stream())
     wait_for(lambda: one.failures)
     assert isinstance(one.failures[0], OSError)
+
+
+def test_after_the_seal_nothing_of_the_stream_gets_into_the_guest(link: Callable[..., Link], tmp_path: Path) -> None:
+    one = link(run=False)
+    path = tmp_path / "ram"
+    path.write_bytes(bytes(64 * PAGE))
+    ram = one.sink.proxy.ram = GuestRam(path, "ram0")
+    first, later = noise(2)
+    data = begin(64) + part([(3, first)])
+    give(one.source_qemu, data).join()
+    wait_for(lambda: one.pump.sent == len(data))
+    while one.right.step():
+        pass
+    one.sink.seal()
+    # What had come is in it, not still on its way.
+    assert path.read_bytes() == bytes(3 * PAGE) + first + bytes(60 * PAGE)
+    digest, given = one.sink.proxy.digest(), one.sink.proxy.raw_bytes
+    more = part([(3, later), (4, later)]) + end([])
+    give(one.source_qemu, more).join()
+    wait_for(lambda: one.pump.raw == len(data) + len(more))
+    one.source_qemu.shutdown(socket.SHUT_WR)
+    assert one.pump.ended.wait(20)
+    while one.right.step():
+        pass
+    assert [type(error) for error in one.failures] == [Corrupt] and "more memory came" in str(one.failures[0])
+    one.sink.close()
+    assert path.read_bytes() == bytes(3 * PAGE) + first + bytes(60 * PAGE)
+    assert (one.sink.proxy.digest(), one.sink.proxy.raw_bytes) == (digest, given)
+    mirror = one.sink.proxy.mirror
+    assert mirror is not None and mirror.get(np.array([3])).tobytes() == first
+    ram.close()
+
+
+def test_a_stream_that_qemu_does_not_take_to_its_end_is_not_sealed(
+    link: Callable[..., Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_link, "SEAL_S", 0.05)
+    one = link(run=False)
+    monkeypatch.setattr(one.sink.proxy, "raw_bytes", 7)
+    with pytest.raises(Corrupt, match="has taken 0 of 7 bytes"):
+        one.sink.seal()
 
 
 @pytest.mark.parametrize("data", [b"", b"1234567", b"123456789", struct.pack(">Q", 1 << 62)])

@@ -60,6 +60,23 @@ def voted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Voted]:
         yield Voted(site, journal, JOB, threading.Event())
 
 
+def test_memory_is_sealed_before_the_vote_that_says_what_it_is(voted: Voted) -> None:
+    voted.journal.advance(GUEST, State.READY.value, State.RECEIVING.value)
+    voted._voted, voted._loaded_at, voted.copy.status = False, 1.0, lambda: "paused"
+    voted._receiver = SimpleNamespace(final=True, manifest=SimpleNamespace(digest=b"disk"))  # type: ignore[assignment]
+    sealed: list[int] = []
+
+    def digest() -> bytes:
+        assert sealed, "later batches would be in it, and in the guest"
+        return b"memory"
+
+    proxy = SimpleNamespace(raw_bytes=7, digest=digest)
+    voted._sink = SimpleNamespace(seal=lambda: sealed.append(len(voted.said)), proxy=proxy)  # type: ignore[assignment]
+    voted._maybe_arrived()
+    assert sealed == [0] and [word for word, _ in voted.said] == ["Arrived", "ready"]
+    assert state_of(voted) == State.READY
+
+
 def state_of(found: Voted) -> str:
     return found.journal.guest(GUEST).state
 

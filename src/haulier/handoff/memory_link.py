@@ -41,6 +41,8 @@ PIECES = 8
 """Decoded batches that may wait for the target's QEMU."""
 QUIET_S = 0.005
 """If the decoder has nothing for QEMU for so long, there is time for other things."""
+SEAL_S = 5.0
+"""How long QEMU may take for what came last, once it has said that its memory is whole."""
 IDLE_S = 0.002
 """How long the pump waits for more before it closes a batch."""
 _U64 = struct.Struct(">Q")
@@ -190,7 +192,9 @@ class MemoryPump:
     def _feed_ahead(self, window: Window) -> bool:
         """Gives a hungry link pages that the stream has not come to yet; False if there is nothing to do."""
         ahead, mirror = self._ahead, self.proxy.mirror
-        if ahead is not None and (self._ahead_over or (ahead.done and self._kept is None)):
+        # Behind device state the target takes nothing: it may have voted.
+        over = self._ahead_over or self.proxy.device_state
+        if ahead is not None and (over or (ahead.done and self._kept is None)):
             ahead.close()
             self._ahead = ahead = self._kept = None
         if ahead is None or mirror is None or self._carrier.unacked(Channel.MEMORY) >= window.hungry:
@@ -324,6 +328,9 @@ class MemorySink:
         self._closing = False
         self._pieces: queue.Queue[Piece | None] = queue.Queue(PIECES)
         self._given = 0
+        self._moved = threading.Condition()
+        self._taking = threading.Lock()
+        self._sealed = False
         self.waits = Waits()
         """What the guest waited for, once it runs before its memory is whole."""
         self._threads = [
@@ -346,6 +353,20 @@ class MemorySink:
         if not self._closing:
             self._fail(error)
 
+    def seal(self) -> None:
+        """The stream is over: what came is in QEMU and its memory when this returns, and nothing more gets there.
+
+        Whatever comes later fails the sink as Corrupt. Corrupt if QEMU does not take what came, though it was whole.
+        """
+        with self._taking:
+            self._sealed = True
+        with self._moved:
+            if not self._moved.wait_for(lambda: self._given == self.proxy.raw_bytes, SEAL_S):
+                raise Corrupt(
+                    f"QEMU says that its memory is whole, and has taken {self._given} of {self.proxy.raw_bytes} bytes "
+                    "of the stream: run the same haulier at both sites"
+                )
+
     def close(self) -> None:
         self._closing = True
         try:
@@ -364,7 +385,10 @@ class MemorySink:
         if self.error is not None or self._closing:
             return
         try:
-            piece = self.proxy.take(data)
+            with self._taking:
+                if self._sealed:
+                    raise Corrupt("more memory came after all of it was there: run the same haulier at both sites")
+                piece = self.proxy.take(data)
             while piece is not None and not self._closing:
                 try:
                     self._pieces.put(piece, timeout=0.2)
@@ -395,7 +419,9 @@ class MemorySink:
                 self._stream.sendall(piece.data)
                 if not piece.raw_bytes:
                     continue
-                self._given += piece.raw_bytes
+                with self._moved:
+                    self._given += piece.raw_bytes
+                    self._moved.notify_all()
                 self.waits.came(time.monotonic(), piece.gidx)
                 self._carrier.send(Channel.DELIVERED, _U64.pack(self._given), urgent=True)
         except (OSError, HaulierError) as error:

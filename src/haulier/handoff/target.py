@@ -444,6 +444,8 @@ class TargetHandoff:
         assert self._qemu is not None and self._sink is not None
         if self._qemu.status() != "paused":
             self._qemu.wait_status({"paused"}, 10)
+        # What the digests below are of is what the guest will have, whatever else the source sends.
+        self._sink.seal()
         memory, check_s = b"", 0.0
         if self.offer.options.check:
             began = time.monotonic()
