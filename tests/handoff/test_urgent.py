@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from haulier.compress import zstd
 from haulier.errors import Corrupt, GuestError
 from haulier.handoff import urgent
+from haulier.handoff.memory_link import MemoryPump
 from haulier.handoff.messages import Channel
 from haulier.handoff.urgent import READ, UrgentPump, UrgentSink, pack, unpack
 from haulier.memory.proxy import SourceProxy
 from haulier.memory.references import Referring
 from haulier.memory.target_proxy import TargetProxy
-from tests.handoff.test_memory_link import Carrier
+from tests.handoff.test_memory_link import WIDE, Carrier
 from tests.support.qemustream import PAGE, Writer, changed
 from tests.support.waiting import wait_for
 
@@ -84,6 +86,65 @@ def test_from_one_qemu_to_the_other(tmp_path: Path) -> None:
             right.stop()
     connections[0].close()
     assert not (tmp_path / "out").exists()
+
+
+class Unsure:
+    """What pages would be referred to with, were there no trouble with it."""
+
+    begun, pages = True, 3
+
+    def refer(self, data: bytes) -> tuple[bytes, bytes]:
+        raise IndexError("no such block")
+
+
+def test_pages_that_cannot_be_referred_go_as_they_are(tmp_path: Path) -> None:
+    carrier, other = Carrier(), Carrier()
+    carrier.peer, other.peer = other, carrier
+    came = bytearray()
+    other.on(Channel.URGENT, lambda message: came.extend(unpack(message)))
+    other.run()
+    failures: list[Exception] = []
+    pump = UrgentPump(tmp_path / "out", carrier)
+    pump.on_failure(failures.append)
+    with socket.socket(socket.AF_UNIX) as main, socket.socket(socket.AF_UNIX) as second:
+        main.connect(str(tmp_path / "out"))
+        with pump.stream():
+            pump.refer(Unsure(), 7)  # type: ignore[arg-type]
+            second.connect(str(tmp_path / "out"))
+            for part in (b"page", b"another"):
+                had = bytes(came)
+                second.sendall(part)
+                wait_for(lambda had=had, part=part: came == had + part, what="the page")  # type: ignore[misc]
+            assert failures == [] and pump.referred == 3
+            pump.close()
+    other.stop()
+
+
+def test_when_no_more_urgent_pages_can_go_qemu_is_not_left_writing_them(tmp_path: Path) -> None:
+    carrier, other = Carrier(), Carrier()
+    carrier.peer, other.peer = other, carrier
+    pump = UrgentPump(tmp_path / "out", carrier)
+    with socket.socket(socket.AF_UNIX) as main, socket.socket(socket.AF_UNIX) as second:
+        main.connect(str(tmp_path / "out"))
+        with contextlib.closing(SourceProxy(tmp_path / "mirror")) as proxy:
+            memory = MemoryPump(pump.stream(), proxy, carrier, lambda: WIDE)
+            memory.serve("ram0", pump)
+            memory.start()
+            second.connect(str(tmp_path / "out"))
+            wait_for(lambda: other.inbox, what="the word that QEMU has connected")
+            trouble = ZeroDivisionError("of no kind that is expected")
+
+            def send(channel: int, payload: bytes, *, urgent: bool = False) -> None:
+                raise trouble
+
+            carrier.send = send  # type: ignore[method-assign]
+            second.sendall(b"page")
+            for end in (second, main):
+                end.settimeout(20)
+                assert end.recv(1) == b"", "QEMU sees it closed, pauses its post-copy, and goes on with new workers"
+            wait_for(lambda: memory.error is trouble, what="the error")
+            assert memory.ended.wait(20)
+            memory.close()
 
 
 def test_what_overtook_the_batches_it_refers_to_waits_for_them_in_its_order(tmp_path: Path) -> None:

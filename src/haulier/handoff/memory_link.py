@@ -132,16 +132,21 @@ class MemoryPump:
         `urgent` carries those, and is closed with the pump.
         """
         self.urgent = urgent
+        urgent.on_failure(self._lost)
         self.proxy.count()
         self.post_copy = PostCopyPump(self.proxy, self._stream, block)
+
+    def _lost(self, error: Exception) -> None:
+        """QEMU pauses its post-copy when it sees its stream closed, and whoever looks at `error` has it go on."""
+        self.error = self.error or error
+        self.hang_up()
 
     def _returned(self, data: bytes) -> None:
         if self.post_copy is not None:
             try:
                 self.post_copy.returned(data)
             except Corrupt as error:
-                self.error = error
-                self.hang_up()
+                self._lost(error)
             return
         try:
             self._stream.sendall(data)

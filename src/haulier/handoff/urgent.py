@@ -97,6 +97,9 @@ class UrgentPump:
         self._listener.listen(2)
         self._connection: socket.socket | None = None
         self._closing = False
+        self._plain = False
+        """Nothing is referred to any more."""
+        self._failed: Callable[[Exception], None] = lambda _: None
         self._thread = threading.Thread(target=self._run, name="urgent-pages", daemon=True)
 
     def stream(self) -> socket.socket:
@@ -114,6 +117,10 @@ class UrgentPump:
         """Pre-copy is over: from now on pages may be differences to what `needs` batches of the stream brought."""
         self._needs, self._referring = needs, referring
 
+    def on_failure(self, failed: Callable[[Exception], None]) -> None:
+        """Have it told, on a thread of its own, that no more urgent pages go; QEMU has seen its connection closed."""
+        self._failed = failed
+
     @property
     def referred(self) -> int:
         """Pages that went as differences."""
@@ -122,10 +129,7 @@ class UrgentPump:
     def close(self) -> None:
         """QEMU sees its second connection closed. Waits for the thread."""
         self._closing = True
-        for end in (self._listener, self._connection):
-            if end is not None:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
         if self._thread.is_alive():
             self._thread.join(10)
         self._listener.close()
@@ -133,23 +137,42 @@ class UrgentPump:
             self._connection.close()
         self._path.unlink(missing_ok=True)
 
+    def _hang_up(self) -> None:
+        for end in (self._listener, self._connection):
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def _message(self, data: bytes) -> bytes:
+        referring = self._referring
+        # Once some went without, it does not know where a record begins.
+        if self._plain or referring is None or not (self.raw == 0 or referring.begun):
+            return pack(data)
+        try:
+            differences, table = referring.refer(data)
+        except Exception as error:
+            # The guest waits for these pages, and they need no help: the store, for one, may be of none.
+            log.warning("urgent pages go as they are from now on: %r", error)
+            self._plain = True
+            return pack(data)
+        return pack(data, self._needs if table else 0, differences, table)
+
     def _run(self) -> None:
         try:
             self._connection, _ = self._listener.accept()
             self._carrier.send(Channel.URGENT, pack(b""), urgent=True)
             while data := self._connection.recv(READ):
-                # Once some went without, it does not know where a record begins.
-                if self._referring is not None and (self.raw == 0 or self._referring.begun):
-                    differences, table = self._referring.refer(data)
-                    message = pack(data, self._needs if table else 0, differences, table)
-                else:
-                    message = pack(data)
+                message = self._message(data)
                 self.raw += len(data)
                 self.wire += len(message)
                 self._carrier.send(Channel.URGENT, message, urgent=True)
-        except (OSError, HaulierError) as error:
-            if not self._closing:
-                log.warning("urgent pages: %s", error)
+        except Exception as error:
+            if self._closing:
+                return
+            log.warning("urgent pages: %r", error)
+            # Left open, QEMU would write into it until it is full, and the guest wait for pages that never go.
+            self._hang_up()
+            self._failed(error)
 
 
 class UrgentSink:
