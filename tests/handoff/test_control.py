@@ -167,6 +167,45 @@ def test_nonsense_on_the_channel_is_an_error_here(pair: Pair) -> None:
         pair.b.poll()
 
 
+@pytest.mark.parametrize(("most", "what"), [("MOST_WAITING", 5), ("MOST_WAITING_BYTES", 5 * len(encode(BaseReady())))])
+@pytest.mark.parametrize("data", [encode(BaseReady()), b"\xc1nonsense!!"], ids=["right", "nonsense"])
+def test_what_nobody_reads_is_bounded(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, most: str, what: int, data: bytes
+) -> None:
+    monkeypatch.setattr(module, most, what)
+    receive = pair.right.callbacks[Channel.CONTROL]
+    for _ in range(20):
+        receive(data)
+        pair.b.tell("news of this side count for nothing")
+        assert pair.b.next(0) is not None
+        assert pair.b.next(0) is not None
+    # An exception that leaves the callback ends the session, and with it what the peer can send.
+    with pytest.raises(Corrupt, match=r"'oslo' sent .* that nobody waits for"):
+        for _ in range(6):
+            receive(data)
+
+
+@pytest.mark.parametrize(("most", "what"), [("MOST_WAITING", 5), ("MOST_WAITING_BYTES", 5 * len(encode(BaseReady())))])
+def test_what_is_kept_while_something_else_is_waited_for_is_bounded(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, most: str, what: int
+) -> None:
+    monkeypatch.setattr(module, most, what)
+
+    def wait_after(count: int) -> None:
+        for _ in range(count):
+            pair.a.send(BaseReady())
+        pair.b.tell(Cancelled("all of them are kept"))
+        with pytest.raises(Cancelled):
+            pair.b.wait(MemoryReady, 5)
+
+    for _ in range(3):
+        wait_after(5)
+        assert len(pair.b.poll()) == 5
+    wait_after(5)
+    with pytest.raises(Corrupt, match="nobody waits for"):
+        wait_after(1)
+
+
 def test_clocks_are_compared_by_the_fastest_answer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     # The peer's clock is 100 s ahead; the way there takes as long as the way back, sometimes longer.
     now = [1000.0]

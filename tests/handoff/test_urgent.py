@@ -176,6 +176,37 @@ def test_what_overtook_the_batches_it_refers_to_waits_for_them_in_its_order(tmp_
     out.close(), into.close()
 
 
+@pytest.mark.parametrize(
+    ("most", "what"), [("MOST_WAITING", 5), ("MOST_WAITING_BYTES", 5 * len(pack(b"page", 7))), ("MOST_AHEAD", 6)]
+)
+def test_what_waits_for_batches_is_bounded_and_after_that_qemu_gets_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: str, what: int
+) -> None:
+    ours, theirs = socket.socketpair()
+    carrier, failures = Carrier(), list[Exception]()
+    into = TargetProxy(tmp_path / "target")
+    sink = UrgentSink(lambda: ours, carrier, lambda data: None, into)
+    sink.on_failure(failures.append)
+    take = carrier.callbacks[Channel.URGENT]
+    for _ in range(20):
+        take(pack(b"page"))
+    monkeypatch.setattr(urgent, most, what)
+    for _ in range(6):
+        take(pack(b"page", 7))
+    assert [type(error) for error in failures] == [Corrupt] and "too much" in str(failures[0])
+    assert len(theirs.recv(1 << 16)) == 20 * len(b"page")
+    # What came between is gone: QEMU would take this for a part of it.
+    take(pack(b"page"))
+    sink.go_on()
+    assert len(failures) == 1
+    theirs.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        theirs.recv(1)
+    sink.close()
+    theirs.close()
+    into.close()
+
+
 def test_a_qemu_that_does_not_connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urgent, "ACCEPT_S", 0.05)
     pump = UrgentPump(tmp_path / "out", Carrier())

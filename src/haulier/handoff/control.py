@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from haulier.errors import HandoffFailed, HaulierError, PeerError, by_code
-from haulier.handoff.messages import AnyMessage, Channel, Clock, Failed, Own, decode, encode
+from haulier.errors import Corrupt, HandoffFailed, HaulierError, PeerError, by_code
+from haulier.handoff.messages import MAX_CONTROL, AnyMessage, Channel, Clock, Failed, Own, decode, encode
 from haulier.handoff.ownership import Event
 from haulier.session import Session
 
+MOST_WAITING = 4096
+"""Messages of the peer that may wait to be read: an hour of its asking again every second, and ..."""
+MOST_WAITING_BYTES = 4 * MAX_CONTROL
+"""... bytes of them."""
 M = TypeVar("M")
 News = AnyMessage | Exception | str
 
@@ -27,8 +32,12 @@ class Control:
         self.clock_offset = 0.0
         """The peer's clock minus ours, in seconds."""
         self._check = check
-        self._news: queue.Queue[News] = queue.Queue()
+        self._news: queue.Queue[tuple[News, int]] = queue.Queue()
+        """With the bytes that count as waiting: of what the peer sent, its size."""
+        self._lock = threading.Lock()
+        self._waiting = self._waiting_bytes = 0
         self._kept: list[AnyMessage] = []
+        self._kept_bytes = 0
         self._best_rtt = float("inf")
         session.on(Channel.CONTROL, self._receive)
 
@@ -53,7 +62,7 @@ class Control:
 
     def tell(self, news: News) -> None:
         """Puts something of this side into the queue."""
-        self._news.put(news)
+        self._news.put((news, 0))
 
     def next(self, timeout: float) -> News | None:
         """The next piece of news, or None after `timeout` seconds. Raises what the check or the session says."""
@@ -62,16 +71,21 @@ class Control:
             raise self.session.error
         over = self.session.over
         try:
-            return self._news.get(timeout=timeout) if timeout > 0 else self._news.get_nowait()
+            news, size = self._news.get(timeout=timeout) if timeout > 0 else self._news.get_nowait()
         except queue.Empty:
             if over:
                 raise PeerError(f"site {self.peer!r} ended the session: look at the log of its worker") from None
             return None
+        if size:
+            with self._lock:
+                self._waiting -= 1
+                self._waiting_bytes -= size
+        return news
 
     def poll(self) -> list[AnyMessage]:
         """All messages that are there; raises the first failure among the news."""
         found = self._kept
-        self._kept = []
+        self._kept, self._kept_bytes = [], 0
         while (news := self.next(0)) is not None:
             if (sifted := self._sift(news)) is not None:
                 found.append(sifted)
@@ -85,7 +99,7 @@ class Control:
             if news != message:
                 others.append(news)
         for news in others:
-            self._news.put(news)
+            self._news.put((news, 0))
 
     def wait(self, kind: type[M], timeout: float) -> M:
         """The next message of `kind`; others are kept for `poll`. PeerError when none comes in time."""
@@ -103,6 +117,8 @@ class Control:
                 return sifted
             if sifted is not None:
                 self._kept.append(sifted)
+                self._kept_bytes += len(encode(sifted))
+                self._bound(len(self._kept), self._kept_bytes)
         raise PeerError(
             f"site {self.peer!r} did not answer within {timeout:g} s (waiting for {kind.__name__}): "
             "look at the log of its worker"
@@ -129,11 +145,18 @@ class Control:
             raise self._error(news)
         return news
 
+    def _bound(self, count: int, size: int) -> None:
+        if count > MOST_WAITING or size > MOST_WAITING_BYTES:
+            raise Corrupt(
+                f"site {self.peer!r} sent {count} control messages of {size} bytes that nobody waits for: "
+                "run the same haulier at both sites"
+            )
+
     def _receive(self, data: bytes) -> None:
         try:
             message = decode(data)
         except HaulierError as error:
-            self._news.put(error)
+            self._queue(error, len(data))
             return
         if isinstance(message, Clock):
             if message.seen:
@@ -143,7 +166,17 @@ class Control:
             return
         if isinstance(message, Failed):
             self.failed = self._error(message)
-        self._news.put(message)
+        self._queue(message, len(data))
+
+    def _queue(self, news: News, size: int) -> None:
+        """Of the peer. Raises Corrupt, which ends the session: it lets the peer send on as soon as this returns."""
+        size = max(size, 1)
+        with self._lock:
+            self._waiting += 1
+            self._waiting_bytes += size
+            count, total = self._waiting, self._waiting_bytes
+        self._bound(count, total)
+        self._news.put((news, size))
 
     def _error(self, message: Failed) -> HaulierError:
         return by_code(message.code)(f"site {self.peer!r}: {message.text[:2000]}")

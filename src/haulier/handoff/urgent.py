@@ -35,6 +35,12 @@ log = logging.getLogger(__name__)
 READ: Final = 64 << 10
 LEVEL: Final = 1
 ACCEPT_S: Final = 30.0
+MOST_WAITING: Final = 4096
+"""Messages that may wait at the target for what they refer to: many times what a guest's processors ask for, and ..."""
+MOST_WAITING_BYTES: Final = 16 << 20
+"""... bytes."""
+MOST_AHEAD: Final = 1 << 16
+"""Batches that a message may be ahead of the main stream: far more than its window holds."""
 _HEAD: Final = struct.Struct("<QIIH")
 
 
@@ -188,6 +194,9 @@ class UrgentSink:
         """`came` takes the bytes that QEMU was given; `proxy` has what pages may refer to, see `go_on`."""
         self._connect, self._came, self._proxy = connect, came, proxy
         self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
+        self._broken = False
+        """After what went wrong QEMU gets nothing: it would take what follows for something else."""
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._failed: Callable[[Exception], None] = lambda _: None
@@ -205,20 +214,42 @@ class UrgentSink:
     def go_on(self) -> None:
         """The proxy has taken a batch: what overtook what it refers to is given to QEMU now."""
         with self._lock:
-            while self._waiting:
+            while self._waiting and not self._broken:
                 try:
-                    if self._proxy is not None and needs(self._waiting[0]) > self._proxy.batches:
+                    if self._proxy is not None and self._ahead(self._waiting[0], self._proxy) > 0:
                         return
-                    data = unpack(self._waiting.popleft(), self._proxy)
+                    message = self._waiting.popleft()
+                    self._waiting_bytes -= len(message)
+                    data = unpack(message, self._proxy)
                     if self._socket is None:
                         self._socket = self._connect()
                     self._socket.sendall(data)
                 except (OSError, HaulierError) as error:
-                    self._waiting.clear()
-                    self._failed(error)
+                    self._break(error)
                     return
                 self._came(data)
 
+    def _ahead(self, message: bytes, proxy: TargetProxy) -> int:
+        """How many batches have to come before it. Corrupt for more than can be on their way."""
+        ahead = needs(message) - proxy.batches
+        if ahead > MOST_AHEAD:
+            raise Corrupt(f"urgent pages wait for {ahead} batches of memory to come, which is too much")
+        return ahead
+
     def _take(self, message: bytes) -> None:
-        self._waiting.append(message)
+        # The session lets the peer send on as soon as this returns: what waits here is bounded here.
+        with self._lock:
+            if self._broken:
+                return
+            self._waiting.append(message)
+            self._waiting_bytes += len(message)
+            if len(self._waiting) > MOST_WAITING or self._waiting_bytes > MOST_WAITING_BYTES:
+                count, size = len(self._waiting), self._waiting_bytes
+                self._break(Corrupt(f"{count} messages with urgent pages, of {size} bytes, wait, which is too much"))
+                return
         self.go_on()
+
+    def _break(self, error: Exception) -> None:
+        self._broken = True
+        self._waiting.clear()
+        self._failed(error)
