@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,10 +14,15 @@ import psutil
 import pytest
 
 from haulier.agent.site import Site
+from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
+from haulier.guests.golden import MANIFEST_PREFIX
 from haulier.handoff import spawning
 from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.messages import Job, Offer
+from haulier.handoff.residence import discard_copy
 from haulier.handoff.spawning import KEPT, Standby
+from haulier.units import CHUNK
 from tests.handoff.hosts import SPEC
 from tests.support.agents import make_site
 from tests.support.waiting import gone, wait_for
@@ -113,3 +119,31 @@ def test_workers_in_waiting_that_have_died_are_passed_over(site: Site, journal: 
     # It was told: it finds no such guest, and says so where a handoff's worker says all.
     assert process.wait(30) != 0
     assert "web1" in (site.handoff_root(JOB.handoff) / "worker.log").read_text()
+
+
+def test_a_snapshot_of_which_the_cache_gave_up_chunks_is_not_there_and_one_that_is_there_stays(
+    site: Site, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source may refer to all of it at once: what is gone, or goes meanwhile, would break the memory's stream."""
+    monkeypatch.setattr(spawning, "spawn", lambda *_: None)
+    monkeypatch.setattr(spawning, "_await_port", lambda *_: 7)
+    golden, dice = "ab" * 32, random.Random(3)
+    spec = msgspec.to_builtins(msgspec.structs.replace(SPEC, golden=golden))
+    offer = Offer(handoff="h2", source="lisbon", spec=spec, epoch=5, secret="ab" * 32, manifest="cd" * 32, golden=True)
+
+    def taken() -> bool:
+        return spawning._start_target(site, journal, offer, "target", manifest=False, memory_base="")[0].golden
+
+    assert not taken()
+    with ChunkStore(site.store) as store:
+        disk = b"".join(store.put(dice.randbytes(CHUNK)) for _ in range(3))
+        name = MANIFEST_PREFIX + golden
+        store.save_manifest(name, Manifest(len(disk) // 32 * CHUNK, disk))
+        assert taken() and store.leases() == []
+        store.pin_manifest(name, False)
+        assert taken()
+        store.gc()
+        assert not store.missing([disk[:32], disk[32:64], disk[64:]]), "the handoff needs them"
+        discard_copy(site, SPEC.name, offer.handoff)
+        store.gc()
+        assert not taken()

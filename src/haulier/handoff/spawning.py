@@ -17,13 +17,14 @@ from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
 from haulier.durable import write_atomically
 from haulier.errors import UNDECODABLE, Conflict, Corrupt, HandoffFailed
+from haulier.guests.golden import MANIFEST_PREFIX
 from haulier.handoff.attempts import picture_id
 from haulier.handoff.custody import happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.messages import Accept, Job, Offer, Status
 from haulier.handoff.ownership import Action, Event, State
 from haulier.handoff.recovery import worker_alive
-from haulier.handoff.residence import discard_copy, retire
+from haulier.handoff.residence import discard_copy, lease_of, retire
 from haulier.handoff.shared import golden_manifest, grown, held
 from haulier.images import common
 
@@ -237,7 +238,7 @@ def _start_target(
         options=offer.options,
         offer=offer,
         manifest=_manifest_name(site, offer) if manifest else "",
-        golden=offer.golden and _has_golden(site, str(offer.spec.get("golden", ""))),
+        golden=offer.golden and _has_golden(site, offer.handoff, str(offer.spec.get("golden", ""))),
         images=() if manifest else _common_images(site, offer.images),
         memory_base=memory_base,
     )
@@ -337,6 +338,15 @@ def _common_images(site: Site, offered: Sequence[str]) -> tuple[str, ...]:
         return common.choose(held(store), offered, offered)
 
 
-def _has_golden(site: Site, golden: str) -> bool:
+def _has_golden(site: Site, handoff: str, golden: str) -> bool:
+    """Whether all of the snapshot's disk is here, which it then is until the handoff is over.
+
+    The source may refer to any block of it before it has heard what is missing here, and of an image that is not
+    pinned the cache gives up chunks.
+    """
     with ChunkStore(site.store) as store:
-        return golden_manifest(store, golden) is not None
+        manifest = golden_manifest(store, golden)
+        if manifest is None:
+            return False
+        lease = "" if store.is_pinned(MANIFEST_PREFIX + golden) else lease_of(handoff)
+        return not store.missing(manifest.unique(), lease)
