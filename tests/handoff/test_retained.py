@@ -76,6 +76,22 @@ def test_the_last_stay_is_better_than_the_golden_snapshot(site: Site) -> None:
     assert retained.open_base(site, "web1", UUID, "") is None
 
 
+@pytest.mark.parametrize("name", ["../retained/web1", "..", "", "cd" * 32])
+def test_a_golden_snapshot_is_named_by_its_id_alone(site: Site, name: str) -> None:
+    leave(site, 2, 7)
+    with pytest.raises(Corrupt, match="is not at 'oslo'"):
+        retained.open_base(site, "web1", UUID, GOLDEN + name)
+
+
+def test_a_peer_names_no_picture_that_was_not_offered() -> None:
+    mine, anothers = GOLDEN + "ab" * 32, GOLDEN + "cd" * 32
+    retained.check_named(mine, (mine, "x"), "lisbon")
+    retained.check_named("", (mine,), "lisbon")
+    for known in ((mine,), ()):
+        with pytest.raises(Corrupt, match="'lisbon' wants to begin"):
+            retained.check_named(anothers, known, "lisbon")
+
+
 @pytest.mark.parametrize("damage", ["no meta", "no memory", "nonsense"])
 def test_a_damaged_picture_is_no_picture(site: Site, damage: str) -> None:
     leave(site, 2, 7)

@@ -11,11 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from haulier.errors import GuestError
+from haulier.errors import Corrupt, GuestError
 from haulier.handoff import target
 from haulier.handoff.journal import HandoffRow, Journal
-from haulier.handoff.messages import Job, Offer, Own
+from haulier.handoff.messages import Accept, Job, Offer, Own, PrepareMemory
 from haulier.handoff.ownership import Event, State
+from haulier.handoff.source import SourceHandoff
 from haulier.handoff.target import TargetHandoff
 from tests.handoff.hosts import GUEST, HANDOFF, SPEC
 from tests.support.agents import make_site
@@ -136,3 +137,22 @@ def test_what_has_failed_before_the_token_keeps_its_notes(voted: Voted) -> None:
     voted._fail(GuestError("boom"))
     assert state_of(voted) == State.REFUSED
     assert voted.journal.handoff(HANDOFF).detail == {"residual": "held", "error": "boom"}
+
+
+def test_the_source_names_the_picture_that_was_agreed_on_or_none(voted: Voted) -> None:
+    """Any other may be of another guest, or no picture at all."""
+    made: list[str] = []
+    said = [PrepareMemory(""), PrepareMemory("golden:" + "cd" * 32)]
+    voted.control.next = lambda timeout: said.pop(0)  # type: ignore[method-assign]
+    voted._prepare_memory = lambda news: made.append(news.memory_base)  # type: ignore[method-assign]
+    session: Any = SimpleNamespace(wire_bytes=lambda: (0, 0), rate_bps=lambda: 0.0, rtt_s=lambda: 0.0)
+    with pytest.raises(Corrupt, match="was not offered"):
+        voted._work(session)
+    assert made == [""]
+
+
+def test_the_target_names_a_picture_that_was_offered_or_none() -> None:
+    accept = Accept(port=1, bulk=(), manifest=False, golden=False, memory_base="golden:" + "cd" * 32)
+    source: Any = SimpleNamespace(job=JOB)
+    with pytest.raises(Corrupt, match="was not offered"):
+        SourceHandoff._connect(source, OFFER, accept)

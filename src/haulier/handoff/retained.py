@@ -7,8 +7,9 @@ the id names guest, epoch and stream, so that two sites never take different pic
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,6 +23,7 @@ from haulier.memory.base import MemoryBase
 from haulier.memory.mirror import Mirror
 
 GOLDEN = "golden:"
+_GOLDEN_ID = re.compile("[0-9a-f]{64}")
 PLACES = "places"
 """Beside the picture of a container: where each page lies in it, and ..."""
 DUMP = "dump"
@@ -105,12 +107,25 @@ def candidates(site: Site, guest: str, uuid: str, golden: str) -> list[str]:
     return found
 
 
+def check_named(picture: str, known: Collection[str], peer: str) -> None:
+    """Corrupt if `peer` names a picture that is not one of those `known` to be meant; it may name none ("")."""
+    if picture and picture not in known:
+        raise Corrupt(
+            f"site {peer!r} wants to begin with the picture of memory {picture[:100]!r}, which was not offered for "
+            "this guest: run the same haulier at both sites"
+        )
+
+
 def open_base(site: Site, guest: str, uuid: str, picture: str) -> MemoryBase | None:
     """The picture with that id; None for "". Raises Corrupt when it is not (any more) here."""
     if not picture:
         return None
     if picture.startswith(GOLDEN):
-        return MemoryBase.from_mapped_ram(site.golden / picture.removeprefix(GOLDEN) / "memory")
+        golden = picture.removeprefix(GOLDEN)
+        path = site.golden / golden / "memory"
+        if not _GOLDEN_ID.fullmatch(golden) or not path.exists():
+            raise Corrupt(f"golden snapshot {golden[:80]!r}, that was agreed on, is not at {site.name!r}: try again")
+        return MemoryBase.from_mapped_ram(path)
     if attempts.is_attempt(picture):
         return attempts.open_base(site, guest, picture)
     kept = find(site, guest, uuid)

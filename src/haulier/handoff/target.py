@@ -231,6 +231,7 @@ class TargetHandoff:
             elif isinstance(news, Heat):
                 self._heat = unpack(news.counts, chunks_of(self.spec.disk_size))
             elif isinstance(news, PrepareMemory):
+                retained.check_named(news.memory_base, (self.job.memory_base,), self.job.peer)
                 self._prepare_memory(news)
             elif isinstance(news, Compare):
                 self.control.send(self._compare_with().compare(news))
