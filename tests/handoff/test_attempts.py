@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -16,10 +17,11 @@ from haulier.chunks.store import ChunkStore
 from haulier.errors import Corrupt
 from haulier.handoff import agreeing, attempts, retained
 from haulier.handoff.attempts import Attempt, Kept, over
-from haulier.handoff.messages import Compare, GivenUp, GiveUp, Unlike
+from haulier.handoff.messages import Compare, GivenUp, GiveUp, Unlike, encode
 from haulier.memory import salvage
 from haulier.memory.base import MemoryBase
 from haulier.memory.mirror import Mirror
+from haulier.session import Settings
 from haulier.units import CHUNK, PAGE
 
 UUID = "8b7c5ad4-6d9e-4c43-9a1a-0f3c5d2b1a00"
@@ -161,6 +163,45 @@ def test_two_sites_end_with_the_same_picture(site: Site) -> None:
     assert salvage.regions(mine) == salvage.regions(theirs)
     assert mine.view("ram0")[40][0] == 1 and mine.view("ram0")[3][0] == 7
     assert agreeing.at_source(mine, "attempt:h1", cast(Any, line)) == 0
+
+
+def test_pictures_that_are_too_unlike_are_given_up_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(site, "h1", {3: 7, 40: 1, 41: 2})
+    cut(site, "h2", {3: 8, 40: 2, 41: 2}, peer="porto")
+    mine, theirs = (attempts.open_base(site, "web1", f"attempt:{name}") for name in ("h1", "h2"))
+    monkeypatch.setattr(salvage, "MOST_UNLIKE", 1)
+    assert agreeing.at_source(mine, "attempt:h1", cast(Any, Line(agreeing.TargetComparison(theirs)))) == 64
+    assert salvage.regions(mine) == salvage.regions(theirs) == bytes(16)
+    mirror = Mirror.create(None, {"ram0": 64 * PAGE}, mine)
+    assert not mirror.view.any()
+    mirror.close()
+
+
+def test_the_largest_messages_of_a_comparison_go_through_a_session() -> None:
+    most, pages = salvage.MOST_UNLIKE, salvage.MOST_UNLIKE * salvage.REGION
+    largest = [
+        Compare(bytes(salvage.MAX_PAGES // salvage.REGION * 8)),
+        Unlike(bytes(4 * most), bytes(8 * pages)),
+        GiveUp(bytes(pages // 8)),
+    ]
+    assert all(len(encode(message)) <= Settings().max_message for message in largest)
+
+
+def test_what_two_sites_could_not_compare_is_not_kept(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(salvage, "MAX_PAGES", 63)
+    assert not cut(site, "h1", {3: 7})
+    assert not list(site.attempts.glob("*/*"))
+    monkeypatch.setattr(salvage, "MAX_PAGES", 64)
+    assert cut(site, "h1", {3: 7})
+
+
+@pytest.mark.parametrize("regions", [b"\0" * 3, b"\1\0\0\0" * 2, b"\1\0\0\0\0\0\0\0"], ids=["cut", "twice", "back"])
+def test_a_list_of_regions_that_makes_no_sense_is_refused(site: Site, regions: bytes) -> None:
+    mine = pictures(site)[0]
+    count = len(regions) // 4 * salvage.REGION * 8
+    line = SimpleNamespace(send=lambda message: None, wait=lambda kind, timeout: Unlike(regions, bytes(count)))
+    with pytest.raises(Corrupt, match="makes no sense"):
+        agreeing.at_source(mine, "attempt:h1", cast(Any, line))
 
 
 def test_other_pictures_are_not_compared(site: Site) -> None:

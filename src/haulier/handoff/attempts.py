@@ -25,8 +25,8 @@ from haulier.errors import UNDECODABLE, Corrupt, HaulierError
 from haulier.guests.model import GuestSpec
 from haulier.handoff import sparsefile
 from haulier.handoff.messages import Job
+from haulier.memory import salvage
 from haulier.memory.base import MemoryBase
-from haulier.memory.salvage import salvage
 from haulier.units import PAGE
 
 log = logging.getLogger(__name__)
@@ -90,13 +90,14 @@ def keep(site: Site, meta: Attempt, mirror: Path, base: MemoryBase | None) -> bo
             return False
         if not site.keep_bytes or not site.keep_s:
             return False
+        salvage.check_size(mirror)
         directory = _directory(site, meta.guest, meta.peer)
         fresh = directory.with_name(directory.name + _PART)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(mode=0o700, parents=True)
         # Copied before the base's pages are added: the mirror lies in memory.
         sparsefile.copy(mirror, fresh / "memory")
-        salvage(fresh / "memory", base)
+        salvage.salvage(fresh / "memory", base)
         meta = msgspec.structs.replace(meta, at=time.time())
         write_atomically(fresh / "meta.json", msgspec.json.encode(meta))
         shutil.rmtree(directory, ignore_errors=True)

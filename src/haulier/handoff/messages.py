@@ -220,7 +220,10 @@ class Compare(Message, frozen=True, tag="compare"):
 
 
 class Unlike(Message, frozen=True, tag="unlike"):
-    """T>S: numbers of the regions that differ (u32, little-endian), and a digest for each page of them."""
+    """T>S: numbers of the regions that differ (u32, little-endian, ascending), and a digest for each page of them.
+
+    No digests where there are more regions than can be told of: then the whole picture is given up.
+    """
 
     regions: bytes
     pages: bytes

@@ -47,6 +47,7 @@ class MemoryBase:
         self.blocks = {name: area.length for name, area in areas.items()}
         self._areas = areas
         self._digest: bytes | None = None
+        self._blank = False
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             size = os.fstat(self._fd).st_size
@@ -95,9 +96,19 @@ class MemoryBase:
         view[pages] = 0
         view.flags.writeable = False
 
+    def clear_all(self) -> None:
+        """As `clear` of all pages of all blocks, which takes no memory for them."""
+        self._blank = True
+        for name, length in self.blocks.items():
+            view = np.zeros((length // PAGE, PAGE), np.uint8)
+            view.flags.writeable = False
+            self._views[name] = view
+
     def nonzero_runs(self, idstr: str) -> Iterator[tuple[int, int]]:
         """Maximal runs (page, count) of the block's pages that are not zero; holes of the file are never read."""
         view, area = self.view(idstr), self._areas[idstr]
+        if self._blank:
+            return
         open_at = open_count = 0
         last = 0
         for start, end in sparse.data_extents(self._fd, area.offset, area.offset + area.length):

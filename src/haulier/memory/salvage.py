@@ -26,16 +26,19 @@ REGION: Final = 32
 _DIGEST: Final = 8
 """Bytes of a digest: enough against chance, and what chance or malice gets past it, batch checksums find."""
 _COPY: Final = 2048
-MAX_PAGES: Final = (8 << 20) * REGION
-"""Beyond this, digests would not go into one message."""
+MAX_PAGES: Final = (15 << 20) // _DIGEST * REGION
+"""Beyond this (240 GiB), the digests of regions would not go into one message, which holds 16 MiB."""
+MOST_UNLIKE: Final = 1 << 15
+"""Of more regions the digests of pages would not go into one message, and a picture so unlike is of little use."""
 
 
 def salvage(path: Path, base: MemoryBase | None) -> None:
     """Makes the file of a mirror that was never completed a picture of its own, in place.
 
-    Corrupt if the file is none, NoRoom if there is no room for what the base has to lend. Nobody may use the file.
+    Corrupt if the file is none, NoRoom if there is no room for what the base has to lend, or if two sites could not
+    compare a picture of that size. Nobody may use the file.
     """
-    header = read_header(path, PART)
+    header = check_size(path)
     offset = header.data_offset
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -50,6 +53,14 @@ def salvage(path: Path, base: MemoryBase | None) -> None:
         raise NoRoom(f"no room to keep the memory in {path}: {error.strerror}") from error
     finally:
         os.close(fd)
+
+
+def check_size(path: Path) -> MirrorHeader:
+    """The header of a mirror that was never completed; Corrupt if it has none, NoRoom if it has over `MAX_PAGES`."""
+    header = read_header(path, PART)
+    if sum(header.blocks.values()) > MAX_PAGES * PAGE:
+        raise NoRoom(f"the memory in {path} is larger than what two sites compare: it will be sent anew")
+    return header
 
 
 def _unpack(fd: int, header: MirrorHeader) -> None:
