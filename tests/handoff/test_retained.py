@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from haulier.agent.site import Site
 from haulier.errors import Corrupt
-from haulier.handoff import retained
+from haulier.handoff import attempts, retained
 from haulier.handoff.retained import GOLDEN, Retained
 from haulier.memory.mirror import Mirror
 from haulier.units import PAGE
@@ -22,6 +23,20 @@ def site(tmp_path: Path) -> Site:
     site = Site(tmp_path / "site", "oslo", "127.0.0.1:7440")
     site.make_directories()
     return site
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were made durable, in that order."""
+    names: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return names
 
 
 def leave(site: Site, epoch: int, fill: int, uuid: str = UUID) -> Retained:
@@ -45,6 +60,34 @@ def test_what_is_kept_is_found_and_is_the_memory(site: Site) -> None:
     assert base.blocks == {"ram0": 4 * PAGE}
     assert base.view("ram0")[2].tolist() == [7] * PAGE
     assert not base.view("ram0")[1].any()
+
+
+def named(synced: list[str]) -> list[str]:
+    return [name for name in synced if name == "memory" or name.startswith(".meta.json.")]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_the_pages_are_durable_before_the_note_that_makes_them_a_picture(
+    site: Site, synced: list[str], closed: bool
+) -> None:
+    """After a power cut there is no picture, or a whole one."""
+    if closed:
+        leave(site, 2, 7)
+    else:
+        mirror = Mirror.create(site.mirror("h2"), {"ram0": 4 * PAGE}, None)
+        mirror.set(np.array([2]), np.full((1, PAGE), 7, np.uint8))
+        retained.keep(site, Retained(id="x", guest="web1", uuid=UUID, epoch=2), mirror)
+        mirror.close()
+    assert [name.split(".")[0] or "meta" for name in named(synced)] == ["memory", "meta"]
+
+
+def test_so_are_those_of_an_attempt(site: Site, synced: list[str]) -> None:
+    mirror = Mirror.create(site.mirror("h2"), {"ram0": 4 * PAGE}, None)
+    mirror.set(np.array([2]), np.full((1, PAGE), 7, np.uint8))
+    mirror.close()
+    meta = attempts.Attempt(handoff="h2", guest="web1", uuid=UUID, peer="lisbon")
+    assert attempts.keep(site, meta, site.mirror("h2"), None)
+    assert [name.split(".")[0] or "meta" for name in named(synced)] == ["memory", "meta"]
 
 
 def test_the_later_picture_replaces_the_earlier(site: Site) -> None:

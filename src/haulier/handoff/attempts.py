@@ -20,7 +20,7 @@ import msgspec
 
 from haulier.agent.site import Site, check_name
 from haulier.chunks.store import ChunkStore
-from haulier.durable import write_atomically
+from haulier.durable import sync, write_atomically
 from haulier.errors import UNDECODABLE, Corrupt, HaulierError
 from haulier.guests.model import GuestSpec
 from haulier.handoff import sparsefile
@@ -98,6 +98,8 @@ def keep(site: Site, meta: Attempt, mirror: Path, base: MemoryBase | None) -> bo
         # Copied before the base's pages are added: the mirror lies in memory.
         sparsefile.copy(mirror, fresh / "memory")
         salvage.salvage(fresh / "memory", base)
+        # Or a power cut leaves a picture that says it is whole, with pages missing.
+        sync(fresh / "memory")
         meta = msgspec.structs.replace(meta, at=time.time())
         write_atomically(fresh / "meta.json", msgspec.json.encode(meta))
         shutil.rmtree(directory, ignore_errors=True)

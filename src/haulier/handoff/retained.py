@@ -16,7 +16,7 @@ from types import MappingProxyType
 import msgspec
 
 from haulier.agent.site import Site
-from haulier.durable import write_atomically
+from haulier.durable import sync, write_atomically
 from haulier.errors import UNDECODABLE, Corrupt
 from haulier.handoff import attempts, sparsefile
 from haulier.memory.base import MemoryBase
@@ -67,6 +67,8 @@ def keep(site: Site, meta: Retained, mirror: Mirror | Path, beside: Mapping[str,
     else:
         sparsefile.copy(mirror, directory / "memory")
         mirror.unlink()
+    # Or a power cut leaves a picture that says it is whole, with pages missing.
+    sync(directory / "memory")
     for name, data in beside.items():
         write_atomically(directory / name, data)
     # Last: without it there is no picture, so one that was cut short is never taken for whole.
