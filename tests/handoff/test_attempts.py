@@ -14,7 +14,7 @@ import pytest
 from haulier.agent.site import Site
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Corrupt
+from haulier.errors import Corrupt, NoRoom
 from haulier.handoff import agreeing, attempts, retained
 from haulier.handoff.attempts import Attempt, Kept, over
 from haulier.handoff.messages import Compare, GivenUp, GiveUp, Unlike, encode
@@ -81,6 +81,15 @@ def test_nothing_is_kept_of_nothing_or_where_nothing_may_be(site: Site) -> None:
     assert not site.mirror("h1").exists()
     assert not cut(replace(site, keep_bytes=0), "h2", {1: 1})
     assert attempts.candidates(site, "web1", UUID) == []
+
+
+def test_what_could_not_be_kept_takes_no_room(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, base: MemoryBase | None) -> None:
+        raise NoRoom("no room")
+
+    monkeypatch.setattr(salvage, "salvage", full)
+    assert not cut(site, "h1", {3: 7})
+    assert not list(site.attempts.glob("*/*"))
 
 
 def test_an_attempt_that_sent_nothing_does_not_replace_one_that_did(site: Site) -> None:

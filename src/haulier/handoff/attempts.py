@@ -84,6 +84,7 @@ def keep(site: Site, meta: Attempt, mirror: Path, base: MemoryBase | None) -> bo
 
     Never raises: what cannot be kept has only to be sent again. `mirror` is gone in any case.
     """
+    fresh: Path | None = None
     try:
         # One that holds nothing but its header would take the place of an earlier one for nothing.
         if sparsefile.size(mirror) <= PAGE:
@@ -108,6 +109,9 @@ def keep(site: Site, meta: Attempt, mirror: Path, base: MemoryBase | None) -> bo
         return directory.exists()
     except (OSError, HaulierError) as error:
         log.warning("what handoff %s sent of %s is not kept: %s", meta.handoff, meta.guest, error)
+        if fresh is not None:
+            # No budget counts it, and there may be no room left but for it.
+            shutil.rmtree(fresh, ignore_errors=True)
         return False
     finally:
         mirror.unlink(missing_ok=True)
