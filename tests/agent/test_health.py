@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -15,6 +16,7 @@ from haulier.errors import Conflict, PeerError, UsageError
 from haulier.units import CHUNK
 from tests.agent.conftest import Fleet
 from tests.chunks.samples import flip, place
+from tests.support.goldens import decay, snapshot
 
 
 @pytest.fixture
@@ -151,3 +153,14 @@ def test_two_passes_at_once_are_refused_and_so_are_odd_rates(fleet: Fleet, healt
     with pytest.raises(UsageError):
         fleet.client.post("/v1/scrub", {"rate": -1})
     assert not list(health.store.packs.iterdir())
+
+
+def test_the_agent_reads_golden_snapshots_again(health: Health) -> None:
+    root = health.core.site.golden
+    golden = snapshot(root)
+    decay(golden)
+    health.tick()
+    assert golden.path.exists(), "it was read when it was made"
+    os.utime(golden.path / "memory.digest", (0, 0))
+    health.tick()
+    assert not golden.path.exists() and list(root.glob(".damaged-*"))

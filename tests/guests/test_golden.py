@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -9,41 +12,18 @@ import pytest
 
 from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.manifest import Manifest
+from haulier.chunks.store import ChunkStore
 from haulier.errors import Corrupt, UnknownThing
-from haulier.guests.golden import Golden, GoldenMeta, block_fingerprints, find_golden, golden_id, list_goldens
+from haulier.guests import golden_scrub
+from haulier.guests.golden import (
+    Golden,
+    block_fingerprints,
+    clear_unfinished,
+    find_golden,
+    list_goldens,
+)
 from haulier.units import CHUNK
-
-
-def meta(**changes: object) -> GoldenMeta:
-    made = GoldenMeta(
-        format=1,
-        id="",
-        image="debian",
-        image_manifest="11" * 32,
-        manifest="22" * 32,
-        memory="33" * 32,
-        memory_size=1000,
-        memory_mib=256,
-        vcpus=1,
-        disk_size=4 << 30,
-        machine="pc-q35-8.2",
-        cpu="Nehalem-v1",
-        free_page_hint=False,
-        accel="tcg",
-        qemu="10.0.2",
-        created=1000.0,
-    )
-    made = msgspec.structs.replace(made, **changes)
-    return msgspec.structs.replace(made, id=golden_id(made))
-
-
-def put(root: Path, made: GoldenMeta) -> Path:
-    path = root / made.id
-    path.mkdir(parents=True)
-    (path / "meta.json").write_bytes(msgspec.json.encode(made))
-    for name in ("memory", "blocks.idx"):
-        (path / name).write_bytes(b"x")
-    return path
+from tests.support.goldens import decay, meta, put, snapshot
 
 
 def test_the_id_is_of_contents_and_machine_alone() -> None:
@@ -101,6 +81,52 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     (path / "memory").unlink()
     with pytest.raises(Corrupt, match="has no memory"):
         Golden.load(path)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ChunkStore]:
+    with ChunkStore(tmp_path / "store") as store:
+        yield store
+
+
+def test_a_sound_snapshot_stays(tmp_path: Path, store: ChunkStore) -> None:
+    golden = snapshot(tmp_path)
+    assert golden_scrub.check(golden.path, store)
+    assert golden_scrub.check(golden.path, store, rate=1 << 40)
+    assert [found.id for found in list_goldens(tmp_path)] == [golden.id]
+    assert golden_scrub.check(tmp_path / "none", store)
+
+
+@pytest.mark.parametrize("where", [-1, 0], ids=["a page", "the header"])
+def test_one_that_decayed_is_set_aside_and_nothing_starts_from_it(
+    tmp_path: Path, store: ChunkStore, where: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    golden = snapshot(tmp_path)
+    store.save_manifest(golden.manifest_name, Manifest(CHUNK, store.put(b"x" * CHUNK)))
+    decay(golden, where)
+    assert not golden_scrub.check(golden.path, store)
+    assert "warm the image again" in caplog.text
+    assert list_goldens(tmp_path) == [] and not golden.path.exists()
+    assert not store.is_pinned(golden.manifest_name), "its disk goes with the image"
+    (aside,) = tmp_path.glob(".damaged-*")
+    # Another time: it came again from elsewhere, and decayed again.
+    golden = snapshot(tmp_path)
+    decay(golden, where)
+    assert not golden_scrub.check(golden.path, store)
+    clear_unfinished(store, tmp_path / "run", tmp_path)
+    assert not aside.exists()
+
+
+def test_snapshots_are_looked_at_in_turn_those_of_long_ago_first(tmp_path: Path) -> None:
+    golden, now = snapshot(tmp_path), time.time()
+    never = put(tmp_path, meta())
+    assert (found := golden_scrub.due(tmp_path, 60.0, {})) is not None and found.path == never
+    assert golden_scrub.due(tmp_path, 60.0, {never.name: now}) is None
+    os.utime(golden.path / "memory.digest", (now - 90.0, now - 90.0))
+    found = golden_scrub.due(tmp_path, 60.0, {never.name: now})
+    assert found is not None and found.id == golden.id
+    assert golden_scrub.due(tmp_path, 60.0, {never.name: now, golden.id: now}) is None
+    assert golden_scrub.due(tmp_path / "none", 60.0, {}) is None
 
 
 def test_a_clone_fits_its_snapshot(tmp_path: Path) -> None:

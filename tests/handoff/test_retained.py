@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from haulier.agent.site import Site
+from haulier.chunks.store import ChunkStore
 from haulier.errors import Corrupt
 from haulier.handoff import attempts, retained
 from haulier.handoff.retained import GOLDEN, Retained
 from haulier.memory.mirror import Mirror
 from haulier.units import PAGE
+from tests.support.goldens import decay, snapshot
 
 UUID = "8b7c5ad4-6d9e-4c43-9a1a-0f3c5d2b1a00"
 
@@ -163,3 +165,19 @@ def test_ids_tell_guests_epochs_and_streams_apart() -> None:
         for digest in (b"a" * 32, b"b" * 32)
     }
     assert len(ids) == 8
+
+
+def test_after_a_mismatch_the_golden_snapshot_is_looked_at_and_no_other_picture(site: Site) -> None:
+    golden = snapshot(site.golden)
+    name = GOLDEN + golden.id
+    with ChunkStore(site.store) as store:
+        retained.suspect(site, store, name)
+        assert retained.candidates(site, "web1", UUID, golden.id) == [name]
+        decay(golden)
+        for other in ("", "attempt:h1", "x", GOLDEN + "cd" * 32):
+            retained.suspect(site, store, other)
+        assert retained.candidates(site, "web1", UUID, golden.id) == [name]
+        retained.suspect(site, store, name)
+    assert retained.candidates(site, "web1", UUID, golden.id) == []
+    with pytest.raises(Corrupt, match="try again"):
+        retained.open_base(site, "web1", UUID, name)

@@ -18,6 +18,7 @@ from haulier.handoff.messages import Accept, Job, Offer, Own, PrepareMemory
 from haulier.handoff.ownership import Event, State
 from haulier.handoff.source import SourceHandoff
 from haulier.handoff.target import TargetHandoff
+from haulier.handoff.vm_source import VmSource
 from tests.handoff.hosts import GUEST, HANDOFF, SPEC
 from tests.support.agents import make_site
 
@@ -156,3 +157,18 @@ def test_the_target_names_a_picture_that_was_offered_or_none() -> None:
     source: Any = SimpleNamespace(job=JOB)
     with pytest.raises(Corrupt, match="was not offered"):
         SourceHandoff._connect(source, OFFER, accept)
+
+
+def test_a_golden_snapshot_is_looked_at_when_something_did_not_match_and_only_then(
+    voted: Voted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(target.retained, "suspect", lambda site, store, picture: looked.append(picture))
+    voted.job = msgspec.structs.replace(JOB, memory_base="golden:" + "cd" * 32)
+    voted.progress.status.memory_base = "golden:" + "ef" * 32
+    voted._fail(GuestError("boom"))
+    assert looked == []
+    voted._fail(Corrupt("a batch rebuilds to other bytes"))
+    source: Any = SimpleNamespace(site=voted.site, job=JOB, progress=voted.progress, _store=None)
+    VmSource._keep_attempt(source, Corrupt("the other site says so"))
+    assert looked == ["golden:" + "cd" * 32, "golden:" + "ef" * 32]

@@ -16,6 +16,7 @@ from haulier.chunks.store import ChunkStore
 from haulier.errors import Conflict, HaulierError, UsageError
 from haulier.fetch.fetching import fetch
 from haulier.fetch.holders import sources_of
+from haulier.guests import golden_scrub
 from haulier.units import MIB
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ PASS_S: Final = 14 * 86_400.0
 """The agent reads all of its store once in so long."""
 STEP_LEAST: Final = 1 * MIB
 JOB_STEP: Final = 16 * MIB
+SNAPSHOT_RATE: Final = 32 * MIB
+"""Bytes a second at which a golden snapshot is read again."""
 HEAL_AGAIN_S: Final = 600.0
 STALL_S: Final = 20.0
 _LEASE: Final = "heal"
@@ -51,6 +54,8 @@ class Health:
         self._lock = threading.Lock()
         self._stepped = time.monotonic()
         self._healed = float("-inf")
+        self._looked: dict[str, float] = {}
+        """When golden snapshots were read, by id: on a full disk it cannot be noted beside them."""
         store.drop_lease(_LEASE)  # of an agent that was killed meanwhile
 
     def _from_sites(self, fps: list[bytes]) -> None:
@@ -151,6 +156,7 @@ class Health:
         with self._lock:
             passed = time.monotonic() - self._stepped
             self._stepped = time.monotonic()
+        self._look_at_snapshots()
         if self.core.is_busy("the scrubber"):
             return
         state = read_pass(self.store)
@@ -162,6 +168,13 @@ class Health:
         write_pass(self.store, state)
         if time.monotonic() - self._healed > HEAL_AGAIN_S and lacking(self.store):
             self._heal()
+
+    def _look_at_snapshots(self) -> None:
+        """One golden snapshot that was not read for so long as a pass takes."""
+        golden = golden_scrub.due(self.core.site.golden, PASS_S, self._looked)
+        if golden is not None:
+            self._looked[golden.id] = time.time()
+            golden_scrub.check(golden.path, self.store, SNAPSHOT_RATE)
 
     def _mend(self, state: Pass, bad: list[Bad]) -> list[bytes]:
         """Chunks that were found bad, are needed, and could not be had again."""

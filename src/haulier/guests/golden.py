@@ -57,6 +57,8 @@ done >/dev/null 2>&1 </dev/null
 :"""
 """Brings what a clone needs for its identity into the guest's page cache, so that no clone has to read it."""
 _UNFINISHED: Final = ".making-"
+DAMAGED: Final = ".damaged-"
+"""What was set aside is called so, and then by its id."""
 _FORMAT: Final = 1
 
 Progress = Callable[[float, str], None]
@@ -124,16 +126,6 @@ class Golden:
             if not file.is_file():
                 raise Corrupt(f"golden snapshot {path} has no {file.name}: remove it and warm the image again")
         return golden
-
-    def verify(self) -> None:
-        """Raises `Corrupt` if the memory is not what the id stands for (hashed once; the result lies beside it)."""
-        base = MemoryBase.from_mapped_ram(self.memory)
-        try:
-            found = base.digest.hex()
-        finally:
-            base.close()
-        if found != self.meta.memory:
-            raise Corrupt(f"the memory of golden snapshot {self.path} is damaged: remove it and warm the image again")
 
     def spec(
         self,
@@ -257,7 +249,7 @@ def make_golden(
 
 
 def clear_unfinished(store: ChunkStore, workdir: Path, root: Path, ram_dir: Path | None = None) -> None:
-    """Remove what `make_golden` left when its process was killed. Call it while none is being made."""
+    """Remove what was set aside, and what `make_golden` left when its process was killed. None may be made now."""
     for run in workdir.glob(f"{_UNFINISHED}*") if workdir.is_dir() else ():
         paths = _paths(run, ram_dir)
         try:
@@ -267,8 +259,8 @@ def clear_unfinished(store: ChunkStore, workdir: Path, root: Path, ram_dir: Path
         _stop_export(paths)
         shutil.rmtree(run, ignore_errors=True)
         store.drop_lease(_lease(run))
-    for half in root.glob(f"{_UNFINISHED}*") if root.is_dir() else ():
-        shutil.rmtree(half, ignore_errors=True)
+    for over in (*root.glob(f"{_UNFINISHED}*"), *root.glob(f"{DAMAGED}*")) if root.is_dir() else ():
+        shutil.rmtree(over, ignore_errors=True)
 
 
 def _paths(run: Path, ram_dir: Path | None) -> GuestPaths:

@@ -272,6 +272,8 @@ class PrefetchTarget(TargetHandoff):
         except HaulierError as wrong:
             log.info("the other end of a prefetch: %s", wrong)
         self.journal.update_handoff(self.job.handoff, detail={"error": str(error)})
+        if self._wrong:
+            retained.suspect(self.site, self._store, self.job.memory_base)
 
     def _discard(self) -> None:
         """There is no copy to throw away."""

@@ -7,6 +7,7 @@ the id names guest, epoch and stream, so that two sites never take different pic
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -16,12 +17,15 @@ from types import MappingProxyType
 import msgspec
 
 from haulier.agent.site import Site
+from haulier.chunks.store import ChunkStore
 from haulier.durable import sync, write_atomically
-from haulier.errors import UNDECODABLE, Corrupt
+from haulier.errors import UNDECODABLE, Corrupt, HaulierError
+from haulier.guests import golden_scrub
 from haulier.handoff import attempts, sparsefile
 from haulier.memory.base import MemoryBase
 from haulier.memory.mirror import Mirror
 
+log = logging.getLogger(__name__)
 GOLDEN = "golden:"
 _GOLDEN_ID = re.compile("[0-9a-f]{64}")
 PLACES = "places"
@@ -96,6 +100,18 @@ def forget(site: Site, guest: str) -> None:
     attempts.forget(site, guest)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(_directory(site, guest))
+
+
+def suspect(site: Site, store: ChunkStore, picture: str) -> None:
+    """After a handoff from that picture in which something did not match: one that others use as well is looked at.
+
+    Others are the caller's to forget. It takes as long as reading a guest's memory; never raises.
+    """
+    if picture.startswith(GOLDEN):
+        try:
+            golden_scrub.check(site.golden / picture.removeprefix(GOLDEN), store)
+        except (OSError, HaulierError) as error:
+            log.warning("the %s cannot be looked at: %s", picture, error)
 
 
 def candidates(site: Site, guest: str, uuid: str, golden: str) -> list[str]:

@@ -342,6 +342,7 @@ class SourceHandoff(ABC):
 
     def _connect(self, offer: Offer, accept: Accept) -> None:
         retained.check_named(accept.memory_base, offer.memory_bases, self.job.peer)
+        self.progress.status.memory_base = accept.memory_base
         self.progress.phase("connect", f"connecting to {self.job.peer}")
         options, waypoints = self.job.options, list[PathAddress]()
         if options.through:

@@ -654,6 +654,8 @@ class TargetHandoff:
             # Whatever did not match may be the picture that the mirror started from.
             retained.forget(self.site, self.spec.name)
         self._note(str(error))
+        if self._wrong:
+            retained.suspect(self.site, self._store, self.job.memory_base)
 
     def _note(self, error: str) -> None:
         detail = self.journal.handoff(self.job.handoff).detail

@@ -263,7 +263,6 @@ class VmSource(SourceHandoff):
         else:
             made = self._preparation.memory()
         self._base, proxy = made.base, made.proxy
-        self.progress.status.memory_base = accept.memory_base
         if not self.job.options.level:
             self._adapting = Adapting(profile_of(self.site), self._rate or 10e6, self.site.cpu_cap)
         proxy.set_level(self._adapting.level if self._adapting is not None else self.job.options.level)
@@ -629,6 +628,8 @@ class VmSource(SourceHandoff):
         """The next attempt starts from what this one has sent, unless that was wrong."""
         if isinstance(error, Corrupt):
             self.site.mirror(self.job.handoff).unlink(missing_ok=True)
+            # Of the two sites' it may be this one's that has decayed.
+            retained.suspect(self.site, self._store, self.progress.status.memory_base)
         else:
             attempts.keep_of(self.site, self.job, self.spec, self._base, kind)
 

@@ -132,10 +132,11 @@ class MemoryBase:
         zero: be64 first page, be64 count, the pages. So it does not depend on holes or on the order of blocks.
         """
         if self._digest is None:
-            self._digest = self._stored_digest() or self._compute_digest()
+            self._digest = self._stored_digest() or self.compute_digest()
         return self._digest
 
-    def _compute_digest(self) -> bytes:
+    def compute_digest(self) -> bytes:
+        """`digest` of what the file holds now, whatever was stored of it; stored from now on."""
         hasher = blake3()
         for name in sorted(self.blocks):
             view = self.view(name)
@@ -149,9 +150,10 @@ class MemoryBase:
         self._store_digest(digest)
         return digest
 
-    @property
-    def _digest_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".digest")
+    @staticmethod
+    def digest_path(path: Path) -> Path:
+        """Where the digest of the base in `path` is stored."""
+        return path.with_name(path.name + ".digest")
 
     def _stamp(self) -> dict[str, int]:
         status = os.fstat(self._fd)
@@ -159,7 +161,7 @@ class MemoryBase:
 
     def _stored_digest(self) -> bytes | None:
         try:
-            stored = json.loads(self._digest_path.read_text())
+            stored = json.loads(self.digest_path(self.path).read_text())
             if stored.pop("digest_of") == self._stamp():
                 digest = bytes.fromhex(stored["digest"])
                 return digest if len(digest) == 32 else None
@@ -168,10 +170,10 @@ class MemoryBase:
         return None
 
     def _store_digest(self, digest: bytes) -> None:
-        temporary = self._digest_path.with_name(f"{self._digest_path.name}.{os.getpid()}")
+        temporary = self.path.with_name(f"{self.digest_path(self.path).name}.{os.getpid()}")
         try:
             temporary.write_text(json.dumps({"digest": digest.hex(), "digest_of": self._stamp()}))
-            temporary.replace(self._digest_path)
+            temporary.replace(self.digest_path(self.path))
         except OSError:
             # A base on a read-only file system is hashed anew by each process: slower, not wrong.
             temporary.unlink(missing_ok=True)
