@@ -48,6 +48,21 @@ def test_a_chunk_is_told_by_blocks_of_an_image_that_both_hold(tmp_path: Path, re
         assert found.lookup(BlockIndex.build(store, [base[0]])._hashes).max() < 3 * 16
 
 
+def test_a_snapshots_index_that_decayed_is_made_anew(tmp_path: Path) -> None:
+    """A handoff that refused it would be refused each time."""
+    ready = tmp_path / "blocks.idx"
+    with ChunkStore(tmp_path) as store:
+        golden, base = disk(store, 0, 16), disk(store, 0, 32)
+        BlockIndex.build(store, [golden[0], golden[1]]).save(ready)
+        hashes = BlockIndex.build(store, [golden[0], golden[1], base[1]])._hashes
+        whole = blocks_of(store, base, golden, ready)[0].lookup(hashes)
+        data = bytearray(ready.read_bytes())
+        data[-5] ^= 1
+        ready.write_bytes(data)
+        assert blocks_of(store, base, golden, ready)[0].lookup(hashes).tolist() == whole.tolist()
+        assert (whole >= 0).all()
+
+
 def test_an_image_that_went_meanwhile_is_a_conflict(tmp_path: Path) -> None:
     with ChunkStore(tmp_path) as store:
         image = disk(store, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from haulier.chunks.blocks import BlockIndex, BlockSpace, hash_blocks
 from haulier.chunks.fingerprint import ZERO
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict
+from haulier.errors import Conflict, Corrupt
 from haulier.guests.golden import MANIFEST_PREFIX, block_fingerprints
 from haulier.images import common
 from haulier.units import BLOCKS_PER_CHUNK, CHUNK
+
+log = logging.getLogger(__name__)
 
 
 def grown(manifest: Manifest, size: int) -> Manifest:
@@ -92,9 +95,18 @@ def blocks_of(
         missing |= set(fps) - only
     if missing:
         fps = [ZERO if fp in missing else fp for fp in fps]
-    if golden is None or not ready.exists():
+    index = _load(ready) if golden is not None and ready.exists() else None
+    if index is None:
         return BlockIndex.build(store, fps), space
-    index = BlockIndex.load(ready)
     if count < len(fps):
         index.add(*hash_blocks(store, fps[count:], count * BLOCKS_PER_CHUNK))
     return index, space
+
+
+def _load(ready: Path) -> BlockIndex | None:
+    """A ready-made index; None if it is damaged, for then it is only made again."""
+    try:
+        return BlockIndex.load(ready)
+    except Corrupt as error:
+        log.warning("%s; until then each handoff makes it anew", error)
+        return None
