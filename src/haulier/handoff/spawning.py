@@ -348,5 +348,7 @@ def _has_golden(site: Site, handoff: str, golden: str) -> bool:
         manifest = golden_manifest(store, golden)
         if manifest is None:
             return False
-        lease = "" if store.is_pinned(MANIFEST_PREFIX + golden) else lease_of(handoff)
-        return not store.missing(manifest.unique(), lease)
+        name = MANIFEST_PREFIX + golden
+        if store.is_pinned(name) and store.is_complete(name):
+            return True  # which keeps it; looking for tens of thousands of chunks takes a while
+        return not store.missing(manifest.unique(), lease_of(handoff))
