@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from haulier.chunks.fingerprint import fingerprint
 from haulier.chunks.store import ChunkStore
@@ -46,6 +51,29 @@ def place(store: ChunkStore, fp: bytes) -> tuple[Path, int]:
     with store.index.read() as db:
         pack, offset = db.execute("SELECT pack, offset FROM chunks WHERE fp=?", (fp,)).fetchone()
     return store.packs / f"{pack:08d}.pack", offset + 64
+
+
+def fail_at(patch: pytest.MonkeyPatch, call: str, number: int, times: int = 1 << 30) -> None:
+    """Have `os.open` or `os.pread` of pack files fail so many times with an errno."""
+    real, left = getattr(os, call), [times]
+
+    def fail(what: Any, *rest: Any) -> Any:
+        path = str(what if call == "open" else Path(f"/proc/self/fd/{what}").readlink())
+        if path.endswith(".pack") and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return real(what, *rest)
+
+    patch.setattr(os, call, fail)
+
+
+def open_packs(store: ChunkStore) -> int:
+    """Descriptors of this process on pack files: a pack that is open twice counts twice."""
+    count = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            count += link.readlink().parent == store.packs
+    return count
 
 
 def allocated(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.scrub import Bad, Pass, condemn, lacking, read_pass, scrub_step, write_pass
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, UnknownThing
+from haulier.errors import Conflict, HaulierError, UnknownThing
 from haulier.units import CHUNK
-from tests.chunks.samples import chunk, flip, name, place
+from tests.chunks.samples import chunk, fail_at, flip, name, place
 
 
 @pytest.fixture
@@ -72,6 +73,30 @@ def test_a_pack_that_is_gone_is_found(store: ChunkStore) -> None:
     lost = condemn(store, bad)
     assert name(0) in lost and lost == sorted(lost, key=lost.index)
     assert set(lacking(store)) == set(lost)
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_packs_that_cannot_be_read_just_now_are_not_damage(
+    store: ChunkStore, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    keep(store, "a", range(8))
+    with monkeypatch.context() as patch:
+        fail_at(patch, call, errno.EMFILE)
+        with pytest.raises(HaulierError, match="nothing of it is given up"):
+            whole_pass(store, 1 << 30)
+    state, bad, _ = whole_pass(store, 1 << 30)
+    assert (state.chunks, bad) == (8, [])
+
+
+def test_what_the_disk_fails_to_read_twice_is_damage(store: ChunkStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(store, "a", range(3))
+    with monkeypatch.context() as patch:
+        fail_at(patch, "pread", errno.EIO, times=1)
+        assert whole_pass(store, 1 << 30)[1] == []
+    with monkeypatch.context() as patch:
+        fail_at(patch, "pread", errno.EIO)
+        bad = whole_pass(store, 1 << 30)[1]
+        assert set(condemn(store, bad)) == {name(seed) for seed in range(3)}
 
 
 def test_another_copy_in_the_packs_is_used(store: ChunkStore) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pytest
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, Corrupt, NoRoom, UnknownThing, UsageError
+from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing, UsageError
 from haulier.units import CHUNK
-from tests.chunks.samples import chunk, flip, name, place, soft_chunk
+from tests.chunks.samples import chunk, fail_at, flip, name, open_packs, place, soft_chunk
 
 
 @pytest.fixture
@@ -226,6 +227,57 @@ def test_a_lost_pack_is_corrupt_not_fatal(store: ChunkStore, other: ChunkStore, 
         os.truncate(path, offset + 100)
     with pytest.raises(Corrupt):
         other.get(name(1))
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
+def test_a_chunk_that_cannot_be_read_just_now_is_kept(
+    store: ChunkStore, other: ChunkStore, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    store.put(chunk(1), lease="work")
+    store.commit()
+    with monkeypatch.context() as patch:
+        fail_at(patch, call, number)
+        with pytest.raises(HaulierError, match="nothing of it is given up") as raised:
+            other.get(name(1))
+        assert type(raised.value) is HaulierError
+        with pytest.raises(HaulierError, match="nothing of it is given up"):
+            other.check(repair=True)
+    assert store.has(name(1))
+    assert other.get(name(1)) == chunk(1) and other.check().ok
+
+
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_a_disk_that_fails_once_is_read_again_and_one_that_fails_twice_is_believed(
+    store: ChunkStore, other: ChunkStore, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    store.put(chunk(1), lease="work")
+    store.commit()
+    with monkeypatch.context() as patch:
+        fail_at(patch, call, errno.EIO, times=1)
+        assert other.get(name(1)) == chunk(1)
+    with store.sibling() as cold, monkeypatch.context() as patch:
+        fail_at(patch, call, errno.EIO)
+        with pytest.raises(Corrupt, match="dropped"):
+            cold.get(name(1))
+    assert not store.has(name(1))
+
+
+def test_scattered_reads_keep_a_bounded_number_of_packs_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("haulier.chunks.places._PACKS_MOST", 8)
+    with ChunkStore(tmp_path / "s", reserve=0, pack_size=1) as store:
+        for n in range(40):
+            store.put(chunk(n), lease="work")
+            store.commit()
+    with ChunkStore(tmp_path / "s", reserve=0) as store:
+        for _ in range(2):
+            for n in range(40):
+                assert store.get(name(n)) == chunk(n)
+                into = bytearray(100)
+                store.read_into(name(n), 50, memoryview(into))
+                assert into == chunk(n)[50:150]
+                assert store.read_now(name(n), 0, 10) in (None, chunk(n)[:10])
+        assert open_packs(store) <= 8
 
 
 def test_a_chunk_checked_once_is_not_checked_again(store: ChunkStore, other: ChunkStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from sqlite3 import Connection
 from typing import TYPE_CHECKING, Final
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from haulier.chunks import index as sql
 from haulier.chunks.collect import alone
 from haulier.chunks.manifest import Manifest
-from haulier.chunks.packs import Location, Pack, decode_record, walk
+from haulier.chunks.packs import Location, Pack, open_pack, read_chunk, walk
 from haulier.errors import Corrupt
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def check_store(store: ChunkStore, repair: bool, deep: bool = True) -> CheckRepo
                     at = Location(*place)
                     report.chunks += 1
                     if pack is None or pack.id != at.pack:
-                        pack = _open(store, at.pack)
+                        pack = open_pack(store.packs, at.pack)
                     if pack is None or not (is_sound(pack, fp, at) if deep else at.end <= pack.size()):
                         corrupt[fp] = at
                     elif fp in needed:
@@ -110,19 +111,9 @@ def _complete_unpinned(db: Connection) -> None:
         db.execute("UPDATE manifests SET complete=? WHERE name=?", (complete, name))
 
 
-def _open(store: ChunkStore, number: int) -> Pack | None:
-    try:
-        return Pack(store.packs, number)
-    except OSError:
-        return None
-
-
 def is_sound(pack: Pack, fp: bytes, at: Location) -> bool:
-    """Whether the record at a location is whole and is that chunk."""
-    try:
-        return decode_record(fp, at, pack.read_record(at)) is not None
-    except OSError:
-        return False
+    """Whether the record at a location is whole and is that chunk. Raises HaulierError as `read_chunk`."""
+    return read_chunk(pack.path.parent, fp, at, pack) is not None
 
 
 def search(store: ChunkStore, fps: set[bytes]) -> dict[bytes, Location]:
@@ -131,12 +122,13 @@ def search(store: ChunkStore, fps: set[bytes]) -> dict[bytes, Location]:
     with store.index.read() as db:
         tails = db.execute("SELECT id, tail FROM packs").fetchall()
     for number, tail in tails:
-        pack = _open(store, number)
+        pack = open_pack(store.packs, number)
         if pack is None:
             continue
-        for fp, at in walk(pack, min(tail, pack.size())):
-            if fp in fps and fp not in found and is_sound(pack, fp, at):
-                found[fp] = at
+        with suppress(OSError):  # a header that the disk cannot read: what follows it is not found
+            for fp, at in walk(pack, min(tail, pack.size())):
+                if fp in fps and fp not in found and is_sound(pack, fp, at):
+                    found[fp] = at
     return found
 
 

@@ -37,6 +37,8 @@ _RECORD_MAGIC: Final = b"HREC"
 _VERSION: Final = 1
 _WINDOW: Final = 1 << 20
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FAILING: Final = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
+"""What the disk, or a file system with checksums, says of what it cannot read."""
 
 
 class Location(NamedTuple):
@@ -134,6 +136,45 @@ class Pack:
     def allocated(self) -> int:
         """Bytes that the file takes on disk."""
         return os.fstat(self.fd).st_blocks * 512
+
+
+def open_pack(folder: Path, number: int) -> Pack | None:
+    """A pack, open; None when it is gone, or the disk fails twice to open it. Raises HaulierError as `read_chunk`."""
+    for _ in range(2):
+        try:
+            return Pack(folder, number)
+        except FileNotFoundError:
+            break
+        except OSError as error:
+            _check_failing(error, pack_path(folder, number))
+    return None
+
+
+def read_chunk(folder: Path, fp: bytes, at: Location, pack: Pack | None = None) -> bytes | None:
+    """The chunk that a record holds; None only when the record is known to be lost.
+
+    That is: read and not that chunk, cut short, its pack gone, or the disk fails to read it twice. `pack` is tried
+    first where it is open. Raises HaulierError when it could not be read for another reason (no descriptor or memory
+    left, no permission): that says nothing about the record, and nobody may take it out for that.
+    """
+    for _ in range(2):
+        try:
+            pack = pack or Pack(folder, at.pack)
+            return decode_record(fp, at, pack.read_record(at))
+        except FileNotFoundError:
+            break
+        except OSError as error:
+            _check_failing(error, pack_path(folder, at.pack))
+            pack = None
+    return None
+
+
+def _check_failing(error: OSError, path: Path) -> None:
+    if error.errno not in _FAILING:
+        raise HaulierError(
+            f"{path} cannot be read now: {error.strerror}; nothing of it is given up. Give this process what it lacks"
+            " (open files, memory, permission), then try again"
+        ) from error
 
 
 class Writer:

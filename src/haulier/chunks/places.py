@@ -21,7 +21,8 @@ _WARM_MOST: Final = 131_072  # locations, about 230 bytes each; 8 GiB of disk
 _DECODED_MOST: Final = 32 * MIB // CHUNK
 _PACKS_MOST: Final = 256
 
-_Warm = dict[bytes, tuple[Pack, int]]
+_Warm = dict[bytes, tuple[int, int]]
+"""Chunk -> (pack, offset of the payload). By number: a pack can be closed, and opened again, under its locations."""
 Generation = tuple[bytes, int]
 
 
@@ -57,7 +58,8 @@ class Places:
         known = seen[1].get(fp)
         if known is not None:
             try:
-                data = os.pread(known[0].fd, length, known[1] + offset)
+                pack = self._open.get(known[0]) or self.pack(known[0])
+                data = os.pread(pack.fd, length, known[1] + offset)
             except OSError:
                 return None
             if self._counter[:8] == seen[0] and self._seen is seen and len(data) == length:
@@ -70,7 +72,8 @@ class Places:
         known = seen[1].get(fp)
         if known is not None:
             try:
-                count = os.preadv(known[0].fd, (into,), known[1] + offset)
+                pack = self._open.get(known[0]) or self.pack(known[0])
+                count = os.preadv(pack.fd, (into,), known[1] + offset)
             except OSError:
                 return False
             if self._counter[:8] == seen[0] and self._seen is seen and count == len(into):
@@ -86,9 +89,12 @@ class Places:
         known = seen[1].get(fp)
         if known is None:
             return self._from_decoded(fp, offset, length) if self._decoded else None
+        pack = self._open.get(known[0])
+        if pack is None:
+            return None
         data = bytearray(length)
         try:
-            count = os.preadv(known[0].fd, (data,), known[1] + offset, os.RWF_NOWAIT)
+            count = os.preadv(pack.fd, (data,), known[1] + offset, os.RWF_NOWAIT)
         except OSError:
             return None  # not in memory, or a file system that cannot tell
         if count == length and self._counter[:8] == seen[0] and self._seen is seen:
@@ -104,17 +110,17 @@ class Places:
         return data[offset : offset + length]
 
     def pack(self, number: int) -> Pack:
-        """A pack, open. Raises OSError."""
+        """A pack, open: the same for all who read it. Raises OSError."""
         with self._lock:
             pack = self._open.get(number)
             if pack is None:
-                pack = Pack(self._packs, number)
-                if len(self._open) >= _PACKS_MOST:
-                    self._open = {}
-                self._open[number] = pack
+                # The one opened first goes, once its readers end: who needs it again pays for no more than an open.
+                while len(self._open) >= _PACKS_MOST:
+                    del self._open[next(iter(self._open))]
+                pack = self._open[number] = Pack(self._packs, number)
         return pack
 
-    def remember(self, generation: Generation, fp: bytes, pack: Pack, at: Location, data: bytes) -> None:
+    def remember(self, generation: Generation, fp: bytes, at: Location, data: bytes) -> None:
         """Keep a location whose chunk was checked (of a compressed one, the chunk).
 
         `generation` is what it was before the index was asked; if it has moved since, nothing is kept.
@@ -129,11 +135,11 @@ class Places:
                 return
             if self._seen[0] != generation[0]:
                 self._seen = (generation[0], {})
-                self._open = {pack.id: pack}  # lets go of packs that are gone
+                self._open = {}  # lets go of packs that are gone
             warm = self._seen[1]
             if len(warm) >= _WARM_MOST:
                 warm.pop(next(iter(warm)), None)
-            warm[fp] = (pack, at.offset + HEADER)
+            warm[fp] = (at.pack, at.offset + HEADER)
 
     def forget(self) -> None:
         """Forget everything, and close the packs as their readers end."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from haulier.chunks import index as sql
 from haulier.chunks.check import is_sound, references, search
 from haulier.chunks.collect import alone
-from haulier.chunks.packs import HEADER, Location, Pack
+from haulier.chunks.packs import HEADER, Location, open_pack
 
 if TYPE_CHECKING:
     from haulier.chunks.store import ChunkStore
@@ -109,10 +109,7 @@ def _next_pack(store: ChunkStore, pack: int) -> int | None:
 
 
 def _read(store: ChunkStore, rows: Sequence[Bad], state: Pass, step: Step, most: int) -> None:
-    try:
-        pack: Pack | None = Pack(store.packs, state.pack)
-    except OSError:
-        pack = None
+    pack = open_pack(store.packs, state.pack)
     for fp, at in rows:
         if step.chunks and step.bytes >= most:
             return

@@ -33,7 +33,7 @@ from haulier.chunks.collect import Choose, GcReport, Room, collect_garbage, meas
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK, Buffer, fingerprint
 from haulier.chunks.index import Index
 from haulier.chunks.manifest import Manifest
-from haulier.chunks.packs import Location, Pack, Writer, decode_record, disk_error, encode_record
+from haulier.chunks.packs import Location, Pack, Writer, disk_error, encode_record, read_chunk
 from haulier.chunks.places import Places
 from haulier.durable import sync
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, UnknownThing, UsageError
@@ -189,7 +189,8 @@ class ChunkStore:
         return [fp for fp in unknown if fp not in found]
 
     def get(self, fp: bytes) -> bytes:
-        """The chunk's 64 KiB. Raises UnknownThing, or Corrupt (the chunk is then dropped from the index)."""
+        """The chunk's 64 KiB. Raises UnknownThing, Corrupt (the chunk is then dropped from the index), or another
+        HaulierError when it cannot be read just now."""
         return self.read(fp, 0, CHUNK)
 
     def read(self, fp: bytes, offset: int, length: int) -> bytes:
@@ -223,14 +224,13 @@ class ChunkStore:
             if at is None:
                 raise UnknownThing(f"chunk {fp.hex()} is not in the store at {self.path}; fetch it from another site")
             pack: Pack | None = None
-            data: bytes | None = None
             try:
                 pack = self.places.pack(at.pack)
-                data = decode_record(fp, at, pack.read_record(at))
             except OSError:
-                pass  # gone, or unreadable: told apart below
-            if pack is not None and data is not None:
-                self.places.remember(generation, fp, pack, at, data)
+                pass  # tried again there, and told apart
+            data = read_chunk(self.packs, fp, at, pack)
+            if data is not None:
+                self.places.remember(generation, fp, at, data)
                 return data
             if self._locate(fp) == at and self.places.generation() == generation:
                 self._drop(fp, at)
