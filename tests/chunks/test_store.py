@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -469,6 +470,56 @@ def test_a_store_that_stays_locked_says_so(store: ChunkStore, other: ChunkStore)
             other.commit()
     other.commit()
     assert store.has(name(1))
+
+
+def test_a_commit_that_appends_does_not_lock_out_a_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both need the pack being written and the index: in the same order."""
+    store = ChunkStore(tmp_path / "s", reserve=0)
+    store.put(chunk(1), lease="work")
+    store.release_writer()
+    store.put(chunk(1), lease="more")
+    with store.sibling() as other:
+        other.drop_lease("work")
+        assert other.gc().chunks == 1
+    in_put, wanted = threading.Event(), threading.Event()
+    lock, sync, new_writer = store._append_lock, store._sync, store.new_writer
+
+    class Watched:
+        """The lock of what is appended: says when the commit wants it while the put has it."""
+
+        def __enter__(self) -> None:
+            if threading.current_thread() is committing and in_put.is_set():
+                wanted.set()
+            lock.acquire()
+
+        def __exit__(self, *exc: object) -> None:
+            lock.release()
+
+    def sync_then_let_put(batch: Any) -> None:
+        sync(batch)
+        if not in_put.is_set():
+            putting.start()
+            assert in_put.wait(30)
+
+    def make_when_wanted(**how: bool) -> Any:
+        if threading.current_thread() is putting:
+            in_put.set()
+            assert wanted.wait(30)
+        return new_writer(**how)
+
+    monkeypatch.setattr(store, "_append_lock", Watched())
+    monkeypatch.setattr(store, "_sync", sync_then_let_put)
+    monkeypatch.setattr(store, "new_writer", make_when_wanted)
+    committing = threading.Thread(target=store.commit, daemon=True)
+    putting = threading.Thread(target=store.put, args=(chunk(2), None, "more"), daemon=True)
+    committing.start()
+    committing.join(30)
+    assert not committing.is_alive()
+    putting.join(30)
+    assert not putting.is_alive()
+    store.close()
+    with ChunkStore(tmp_path / "s", reserve=0) as fresh:
+        assert [fresh.get(name(n)) for n in (1, 2)] == [chunk(1), chunk(2)]
 
 
 def test_threads_may_put_read_and_commit_at_once(store: ChunkStore) -> None:

@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from sqlite3 import Connection
@@ -366,15 +367,15 @@ class ChunkStore:
             if not batch.claims and not batch.pending and then is None:
                 return
             self._sync(batch)
-            with self.index.write() as db:
+            # Always before the index's own lock, as `put` takes them: what is gone from the index is appended again.
+            with self._append_lock if batch.again else nullcontext(), self.index.write() as db:
                 _insert(db, batch)
                 gone = set(batch.again) - sql.present(db, list(batch.again))
                 if gone:
-                    with self._append_lock:
-                        for fp in gone:
-                            self._append(fp, batch.again[fp])
-                            self._batch.again.pop(fp, None)
-                        batch = self._snapshot()
+                    for fp in gone:
+                        self._append(fp, batch.again[fp])
+                        self._batch.again.pop(fp, None)
+                    batch = self._snapshot()
                     self._sync(batch)
                     _insert(db, batch)
                 now = time.time()
