@@ -472,6 +472,19 @@ def test_a_store_that_stays_locked_says_so(store: ChunkStore, other: ChunkStore)
     assert store.has(name(1))
 
 
+def test_what_was_put_again_and_then_collected_can_be_read_before_the_commit(
+    store: ChunkStore, other: ChunkStore
+) -> None:
+    store.put(chunk(1), lease="work")
+    store.commit()
+    store.put(chunk(1), lease="more")
+    other.drop_lease("work")
+    assert other.gc().chunks == 1
+    assert store.get(name(1)) == chunk(1)
+    store.commit()
+    assert other.get(name(1)) == chunk(1)
+
+
 def test_a_commit_that_appends_does_not_lock_out_a_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both need the pack being written and the index: in the same order."""
     store = ChunkStore(tmp_path / "s", reserve=0)

@@ -221,7 +221,10 @@ class ChunkStore:
     def _load(self, fp: bytes) -> bytes:
         for _ in range(_RETRIES):
             generation = self.places.generation()
+            again = self._batch.again.get(fp)
             at = self._locate(fp)
+            if at is None and again is not None:
+                return again  # collected since it was put; the commit appends it
             if at is None:
                 raise UnknownThing(f"chunk {fp.hex()} is not in the store at {self.path}; fetch it from another site")
             pack: Pack | None = None
