@@ -485,6 +485,28 @@ def test_what_was_put_again_and_then_collected_can_be_read_before_the_commit(
     assert other.get(name(1)) == chunk(1)
 
 
+def test_what_is_put_again_while_a_commit_appends_is_looked_for_as_well(
+    store: ChunkStore, other: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in (1, 2):
+        store.put(chunk(n), lease="work")
+    store.commit()
+    store.put(chunk(1), lease="more")
+    sync, late = store._sync, [chunk(2)]
+
+    def put_meanwhile(batch: Any) -> None:
+        sync(batch)
+        if late:
+            store.put(late.pop(), lease="more")
+            other.drop_lease("work")
+            assert other.gc().chunks == 2
+
+    monkeypatch.setattr(store, "_sync", put_meanwhile)
+    store.commit()
+    store.commit()
+    assert [other.get(name(n)) for n in (1, 2)] == [chunk(1), chunk(2)]
+
+
 def test_a_commit_that_appends_does_not_lock_out_a_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both need the pack being written and the index: in the same order."""
     store = ChunkStore(tmp_path / "s", reserve=0)

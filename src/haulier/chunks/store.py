@@ -373,8 +373,8 @@ class ChunkStore:
             # Always before the index's own lock, as `put` takes them: what is gone from the index is appended again.
             with self._append_lock if batch.again else nullcontext(), self.index.write() as db:
                 _insert(db, batch)
-                gone = set(batch.again) - sql.present(db, list(batch.again))
-                if gone:
+                # Once more after each: what was put since the batch was taken comes with the next.
+                while gone := set(batch.again) - sql.present(db, list(batch.again)):
                     for fp in gone:
                         self._append(fp, batch.again[fp])
                         self._batch.again.pop(fp, None)
