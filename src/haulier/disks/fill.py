@@ -307,6 +307,7 @@ class Filler:
 
     async def _whole(self) -> None:
         fetcher, self._fetcher, self._starting = self._fetcher, None, None
+        self._again_at, self._error = None, ""
         if fetcher is not None:
             await fetcher.close()
         log.info("%s is whole: %d chunks were fetched, %d of them while somebody waited", self._name, self.fetched,
