@@ -12,7 +12,7 @@ import pytest
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.scrub import Bad, Pass, condemn, lacking, read_pass, scrub_step, write_pass
 from haulier.chunks.store import ChunkStore
-from haulier.errors import Conflict, HaulierError, UnknownThing
+from haulier.errors import Conflict, Corrupt, HaulierError, UnknownThing
 from haulier.units import CHUNK
 from tests.chunks.samples import chunk, fail_at, flip, name, place
 
@@ -65,6 +65,32 @@ def test_every_kind_of_damage_is_found(store: ChunkStore, where: int) -> None:
     assert lacking(store) == [] and store.check().ok and store.get(name(5)) == chunk(5)
 
 
+@pytest.mark.parametrize("finder", ["scrub", "read", "repair"])
+def test_manifests_that_name_a_lost_chunk_are_not_complete_until_it_is_back(store: ChunkStore, finder: str) -> None:
+    keep(store, "a", range(4))
+    keep(store, "cached", range(2, 5))
+    keep(store, "other", range(4, 6))
+    store.pin_manifest("cached", False)
+    path, offset = place(store, name(3))
+    flip(path, offset)
+    if finder == "scrub":
+        condemn(store, whole_pass(store, 1 << 30)[1])
+    elif finder == "read":
+        with store.sibling() as cold, pytest.raises(Corrupt):
+            cold.get(name(3))
+    else:
+        assert store.check(repair=True).corrupt == [name(3).hex()]
+    assert [store.is_complete(label) for label in ("a", "cached", "other")] == [False, False, True]
+    assert lacking(store) == [name(3)]  # still missed, and healed
+    with pytest.raises(UnknownThing, match="needs 1 chunks"):
+        store.save_manifest("a", store.load_manifest("a"))
+    store.put(chunk(3), lease="heal")
+    assert not store.is_complete("a")  # not durable yet
+    store.commit()
+    assert [store.is_complete(label) for label in ("a", "other")] == [True, True]
+    assert lacking(store) == [] and store.check().ok
+
+
 def test_a_pack_that_is_gone_is_found(store: ChunkStore) -> None:
     keep(store, "a", range(8))
     path, _ = place(store, name(0))
@@ -108,7 +134,8 @@ def test_another_copy_in_the_packs_is_used(store: ChunkStore) -> None:
     path, offset = place(store, name(1))
     flip(path, offset)
     _, bad, _ = whole_pass(store, 1 << 30)
-    assert condemn(store, bad) == []
+    store.save_manifest("a", Manifest(CHUNK, name(1)))
+    assert condemn(store, bad) == [] and store.is_complete("a")
     assert store.get(name(1)) == chunk(1) and place(store, name(1))[0] != path
 
 

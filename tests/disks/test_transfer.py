@@ -253,6 +253,27 @@ def test_a_chunk_that_went_bad_at_the_target_is_sent_again(tmp_path: Path) -> No
         p.check_equal()
 
 
+@pytest.mark.parametrize("changed", [(20, BASE[4][BLOCK:] + BASE[5][:BLOCK]), (4, b"news" + BASE[4][4:])])
+def test_a_base_chunk_lost_after_the_first_commit_is_sent_again_at_the_last(
+    tmp_path: Path, changed: tuple[int, bytes]
+) -> None:
+    """Met as bad while a recipe or a patch is made of it: the last commit answers for it as well."""
+    with pair(tmp_path, BASE | {21: BASE[4]}, SIZE) as p:
+        p.sender.offer_manifest()
+        p.sender.commit()
+        with p.target.index.read() as db:
+            number, at = db.execute("SELECT pack, offset FROM chunks WHERE fp=?", (p.base[4],)).fetchone()
+        p.target.places.forget()  # as if nobody had read it since the agent started
+        with (p.target.packs / f"{number:08d}.pack").open("r+b") as file:
+            file.seek(at + 5000)
+            file.write(b"damaged!")
+        p.sender.send_round([changed], ask=False)
+        p.sender.commit(final=True)
+        assert p.receiver.counters.chunks_unmade == 1
+        assert p.target.is_complete("guest/web1")
+        p.check_equal()
+
+
 def test_chunks_lost_between_question_and_commit_are_sent_again(tmp_path: Path) -> None:
     with pair(tmp_path, BASE, SIZE) as p:
         p.sender.offer_manifest()

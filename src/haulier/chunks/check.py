@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from sqlite3 import Connection
@@ -69,6 +70,7 @@ def check_store(store: ChunkStore, repair: bool, deep: bool = True) -> CheckRepo
                 for fp, at in corrupt.items():
                     db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
                 sql.enter(db, found.items(), time.time())
+                doubt(db, (missing | corrupt.keys()) - found.keys())
                 db.execute("DELETE FROM refs")
                 db.executemany("INSERT INTO refs VALUES (?,?)", references(db)[0].items())
                 db.execute("DELETE FROM leased WHERE lease NOT IN (SELECT id FROM leases)")
@@ -98,6 +100,15 @@ def references(db: Connection) -> tuple[Counter[bytes], set[bytes], list[str]]:
         if complete:
             needed |= unique
     return counts, needed, damaged
+
+
+def doubt(db: Connection, lost: Set[bytes]) -> None:
+    """Complete manifests that name a chunk which was just lost are not taken at their word any more."""
+    rows = db.execute("SELECT name, data FROM manifests WHERE complete=1").fetchall() if lost else []
+    for name, data in rows:
+        with suppress(Corrupt):  # check names it
+            if not lost.isdisjoint(Manifest.decode(data).unique()):
+                db.execute("UPDATE manifests SET complete=? WHERE name=?", (sql.DOUBTED, name))
 
 
 def _complete_unpinned(db: Connection) -> None:

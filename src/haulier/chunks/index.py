@@ -46,6 +46,10 @@ CREATE TABLE notes (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
 """
 }
 """What brings an index of the version before to this one."""
+DOUBTED: Final = 2
+"""`complete` of a manifest that was, until a chunk of it was found damaged: who asks looks whether all is here again.
+
+Unlike 0 it says that all of it belongs here, so that what it lacks is missed, and healed."""
 SAME_USE_S: Final = 300
 """Accesses of a chunk this close together are one use: a handoff names a chunk in several of its phases."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from haulier.chunks import index as sql
-from haulier.chunks.check import is_sound, references, search
+from haulier.chunks.check import doubt, is_sound, references, search
 from haulier.chunks.collect import alone
 from haulier.chunks.packs import HEADER, Location, open_pack
 
@@ -140,6 +140,7 @@ def condemn(store: ChunkStore, bad: Sequence[Bad]) -> list[bytes]:
         with store.index.write() as db:
             for fp, at in bad:
                 db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
+            doubt(db, {each.fp for each in bad})
         store.places.advance()
         found = search(store, {each.fp for each in bad})
         with store.index.write() as db:

@@ -29,7 +29,7 @@ from sqlite3 import Connection
 from typing import Any, Final
 
 from haulier.chunks import index as sql
-from haulier.chunks.check import CheckReport, check_store, reindex
+from haulier.chunks.check import CheckReport, check_store, doubt, reindex
 from haulier.chunks.collect import Choose, GcReport, Room, collect_garbage, measure
 from haulier.chunks.fingerprint import ZERO, ZERO_CHUNK, Buffer, fingerprint
 from haulier.chunks.index import Index
@@ -261,6 +261,7 @@ class ChunkStore:
         try:
             with self.index.write() as db:
                 db.execute("DELETE FROM chunks WHERE fp=? AND pack=? AND offset=?", (fp, at.pack, at.offset))
+                doubt(db, {fp})
         except NoRoom:
             pass  # Corrupt is what matters now; check finds the chunk again
 
@@ -513,7 +514,7 @@ class ChunkStore:
             before = self._decode(name, row[0]).unique() if row else frozenset[bytes]()
             added, removed = wanted - before, before - wanted
             # A complete, pinned manifest keeps its own chunks, so only new ones need looking for.
-            unsure = added if row and row[1] else wanted
+            unsure = added if row and row[1] == 1 else wanted
             complete = (look or not partial) and len(sql.present(db, list(unsure))) == len(unsure)
             if not complete and not partial:
                 lacking = set(unsure) - sql.present(db, list(unsure))
@@ -554,12 +555,26 @@ class ChunkStore:
         return self._decode(name, row[0])
 
     def is_complete(self, name: str) -> bool:
-        """Whether all chunks of a manifest were here when it was saved. Raises UnknownThing."""
+        """Whether all chunks of a manifest were here when it was saved, and none was found damaged since.
+
+        When one was, whether all are here again. Raises UnknownThing.
+        """
         with self.index.read() as db:
-            row = db.execute("SELECT complete FROM manifests WHERE name=?", (name,)).fetchone()
-        if row is None:
-            raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
-        return bool(row[0])
+            row = db.execute("SELECT complete, data FROM manifests WHERE name=?", (name,)).fetchone()
+            if row is None:
+                raise UnknownThing(f"no manifest {name} in {self.path}; see which there are with haulier image list")
+            if row[0] != sql.DOUBTED or not self._all_here(db, name, row[1]):
+                return bool(row[0] == 1)
+        with self.index.write() as db:  # looked once more, now that nothing can go meanwhile
+            now = db.execute("SELECT complete, data FROM manifests WHERE name=?", (name,)).fetchone()
+            if now == row and self._all_here(db, name, row[1]):
+                db.execute("UPDATE manifests SET complete=1 WHERE name=?", (name,))
+                return True
+        return now is not None and bool(now[0] == 1)
+
+    def _all_here(self, db: Connection, name: str, data: bytes) -> bool:
+        unique = self._decode(name, data).unique()
+        return len(sql.present(db, list(unique))) == len(unique)
 
     def manifest_names(self, prefix: str = "") -> list[str]:
         """Names of the manifests that start with `prefix`, sorted."""
@@ -600,7 +615,7 @@ class ChunkStore:
                 return
             unique = self._decode(name, row[0]).unique()
             sql.count_references(db, unique if pinned else (), () if pinned else unique)
-            complete = len(sql.present(db, list(unique))) == len(unique)
+            complete = self._all_here(db, name, row[0])
             db.execute("UPDATE manifests SET pinned=?, complete=? WHERE name=?", (pinned, complete, name))
 
     def is_pinned(self, name: str) -> bool:
