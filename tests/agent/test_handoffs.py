@@ -229,6 +229,39 @@ def test_only_a_party_is_heard(fleet: Fleet) -> None:
     assert journal.guest("web1").state == "ready"
 
 
+@pytest.mark.parametrize(
+    ("state", "event"),
+    [("granted", "refused"), ("granted", "took"), ("ready", "token"), ("ready", "abort"), ("filling", "gone")],
+)
+@pytest.mark.parametrize("live", [False, True])
+def test_only_the_other_site_of_the_handoff_under_way_moves_anything(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, state: str, event: str, live: bool
+) -> None:
+    """oslo had to do with the guest once; this handoff is with faro."""
+    journal = fleet.at_lisbon.journal
+    epoch = 2 if state == "filling" else 3
+    held = {"epoch": 2, "taken": 2} if state in ("granted", "filling") else {"pending": 3}
+    journal.advance(
+        "web1", "absent", state, **{"pending": 3 if state == "granted" else 0, **held}, last_epoch=3, handoff="h2"
+    )
+    journal.add_handoff(HandoffRow("h1", "web1", "target", "oslo", epoch=2, state="ended", outcome="done"))
+    journal.add_handoff(HandoffRow("h2", "web1", "source", "faro", epoch=3, state="held"))
+    told: list[int] = []
+    monkeypatch.setattr(recovery, "worker_alive", lambda row: live)
+    monkeypatch.setattr(recovery.os, "kill", lambda pid, number: told.append(pid))
+    monkeypatch.setattr(recovery, "copy_alive", lambda site, guest: True)
+    before = journal.guest("web1")
+    assert fleet.to_lisbon().ownership("web1", event, epoch) == {"messages": []}
+    assert journal.guest("web1") == before and not told
+
+
+def test_a_site_that_only_sent_a_prefetch_has_no_part_in_the_guest(fleet: Fleet) -> None:
+    journal = fleet.at_lisbon.journal
+    journal.advance("web1", "absent", "owner", epoch=2, taken=2, last_epoch=2)
+    journal.add_handoff(HandoffRow("h1", "web1", spawning.PREFETCH_TARGET, "oslo", state="ended"))
+    assert fleet.to_lisbon().ownership("web1", "token", 2) == {"messages": []}
+
+
 def test_a_token_that_comes_twice_is_answered_twice(fleet: Fleet) -> None:
     journal = fleet.at_lisbon.journal
     journal.advance("web1", "absent", "owner", epoch=2, taken=2, last_epoch=2, handoff="h1")

@@ -11,7 +11,7 @@ import pytest
 from haulier.agent import authority, joining
 from haulier.agent.authority import Token
 from haulier.agent.client import Client
-from haulier.errors import Conflict, NotTrusted, PeerError, UsageError
+from haulier.errors import Conflict, Corrupt, NotTrusted, PeerError, UsageError
 from haulier.handoff.journal import Journal, SiteRow, TokenRow
 from tests.agent.conftest import Fleet
 from tests.support.agents import free_port, join, make_site, running
@@ -78,6 +78,36 @@ def test_the_secret_is_not_shown_to_a_site_that_is_not_the_issuer(fleet: Fleet, 
     with pytest.raises(NotTrusted, match="certificate"):
         try_join(fleet, short / "q", "faro", misdirected)
     try_join(fleet, short / "q", "faro", good.encode())  # so it was not used up
+
+
+@pytest.mark.parametrize("also", ["another authority", "no ASCII"])
+def test_who_stands_between_cannot_slip_in_an_authority_of_their_own(
+    fleet: Fleet, short: Path, monkeypatch: pytest.MonkeyPatch, also: str
+) -> None:
+    """The first one is the fleet's, and has the fingerprint that is in the token."""
+    behind = make_site(short / "x", "oslo").ca_certificate.read_text() if also == "another authority" else "\u00e9"
+    ca = fleet.oslo.ca_certificate.read_text() + behind
+    real = Client.joining
+    trusted: list[bytes] = []
+
+    def joining_by(via: str, ca_pem: bytes | None, issuer: str | None) -> Client:
+        client = real(via, ca_pem, issuer)
+        if ca_pem is None:
+            monkeypatch.setattr(client, "get", lambda path: {"ca": ca})
+        else:
+            trusted.append(ca_pem)
+        return client
+
+    monkeypatch.setattr(joining.Client, "joining", joining_by)
+    token = token_of(fleet)
+    if also == "another authority":
+        with pytest.raises(Corrupt, match="does not come alone"):
+            try_join(fleet, short / "q", "faro", token)
+        assert not trusted and not (short / "q").exists()
+    else:
+        try_join(fleet, short / "q", "faro", token)
+        assert trusted == [fleet.oslo.ca_certificate.read_bytes()]
+        assert (short / "q/tls/ca.pem").read_bytes() == fleet.oslo.ca_certificate.read_bytes()
 
 
 def test_a_taken_name_needs_a_token_for_it(fleet: Fleet, short: Path) -> None:

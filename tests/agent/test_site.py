@@ -17,7 +17,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     )
     site.save()
     assert Site.load(tmp_path / "s") == site
-    assert (tmp_path / "s" / "guests").stat().st_mode & 0o777 == 0o700
+    for path in (tmp_path / "s", tmp_path / "s" / "guests"):
+        assert path.stat().st_mode & 0o777 == 0o700
     with pytest.raises(Conflict, match="already holds a site"):
         site.save()
 

@@ -189,3 +189,12 @@ def test_damaged_json_is_corrupt(journal: Journal) -> None:
     journal._db.execute("UPDATE guests SET spec='[1'")
     with pytest.raises(Corrupt, match="web1"):
         journal.guest("web1")
+
+
+def test_nobody_else_reads_the_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    for existed in (False, True):
+        if existed:
+            path.chmod(0o644)  # as an older haulier made it
+        with Journal(path):
+            assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o600}

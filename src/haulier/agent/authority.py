@@ -110,6 +110,20 @@ def fleet_fingerprint(ca_pem: bytes) -> bytes:
     return load_certificate(ca_pem, "the fleet's certificate").fingerprint(hashes.SHA256())
 
 
+def only_certificate(pem: bytes) -> bytes:
+    """The one certificate in `pem`, without anything around it. Corrupt if there is none, or another beside it.
+
+    What is trusted has to be what was looked at: a second one would be an authority that nobody compared.
+    """
+    what = "the fleet's certificate"
+    try:
+        if len(x509.load_pem_x509_certificates(pem)) != 1:
+            raise Corrupt(f"{what} does not come alone: somebody may be between you and the site that you join at")
+    except ValueError:
+        raise Corrupt(f"{what} is damaged: it is no PEM certificate") from None
+    return load_certificate(pem, what).public_bytes(serialization.Encoding.PEM)
+
+
 def load_certificate(pem: bytes, what: str) -> x509.Certificate:
     """Corrupt if it is no certificate."""
     try:

@@ -229,7 +229,8 @@ class Handoffs:
 
     def _party(self, guest: str, caller: str) -> bool:
         """A site may speak of a guest only if it was ever the other side of a handoff of it."""
-        return any(row.peer == caller for row in self.journal.handoffs(guest=guest))
+        rows = self.journal.handoffs(guest=guest)
+        return any(row.peer == caller and row.role not in spawning.PREFETCH for row in rows)
 
     # -- kept going ----------------------------------------------------------------------------------------------
 

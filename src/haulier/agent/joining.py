@@ -50,7 +50,7 @@ def join(root: Path, name: str, control: str, bulk: Sequence[str], via: str, tok
     site = Site(root.absolute(), name, control, tuple(bulk))
     _refuse_existing(site)
     token = Token.decode(token_text)
-    ca_pem = str(Client.joining(via, None, None).get("/v1/join").get("ca", "")).encode()
+    ca_pem = authority.only_certificate(str(Client.joining(via, None, None).get("/v1/join").get("ca", "")).encode())
     if authority.fleet_fingerprint(ca_pem) != token.fleet:
         raise NotTrusted(f"the site at {via} is of another fleet than the token: check --via")
     key, request = authority.new_request(site.name)

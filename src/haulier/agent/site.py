@@ -214,7 +214,7 @@ class Site:
 
     def make_directories(self) -> None:
         """Creates what is missing; everything is for root's eyes only."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in (self.tls, self.store, self.golden, self.guests, self.handoffs, self.retained, self.run):
             path.mkdir(mode=0o700, exist_ok=True)
 

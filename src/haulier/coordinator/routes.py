@@ -145,7 +145,7 @@ TABLE = (
     Route("GET", f"{PREFIX}/images", Access.FLEET, images),
     Route("GET", f"{PREFIX}/guests", Access.FLEET, guests),
     Route("GET", f"{PREFIX}/plan", Access.FLEET, plan),
-    Route("GET", f"{PREFIX}/unreferenced", Access.FLEET, unreferenced),
+    Route("GET", f"{PREFIX}/unreferenced", Access.OPERATOR, unreferenced),
     Route("POST", f"{PREFIX}/lacking", Access.FLEET, lacking),
     Route("POST", f"{PREFIX}/holders", Access.FLEET, holders),
     Route("POST", f"{PREFIX}/image-holders", Access.FLEET, image_holders),

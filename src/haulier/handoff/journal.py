@@ -14,6 +14,7 @@ A guest without a row has the state "absent".
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import sqlite3
 import threading
@@ -136,8 +137,11 @@ class Journal:
         self._lock = threading.RLock()
         self._depth = 0
         try:
+            # Guests' environments are in it, passwords among them. SQLite's files beside it get the same mode.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self.path.chmod(0o600)
             self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise HaulierError(f"the journal {self.path} cannot be opened ({error}): is it this user's?") from None
         try:
             self._db.row_factory = sqlite3.Row

@@ -27,7 +27,7 @@ from haulier.handoff import attempts, clients, retained
 from haulier.handoff.custody import Happened, happen, record_of
 from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.messages import Job, Status
-from haulier.handoff.ownership import Action, Event, State, step
+from haulier.handoff.ownership import SENDS, Action, Event, State, step
 from haulier.handoff.residence import (
     adopt,
     adopt_container,
@@ -307,6 +307,13 @@ def handle(
     row = journal.find_guest(guest)
     record = record_of(row)
     handoff = journal.find_handoff(row.handoff) if row is not None and row.handoff else None
+    if source and (handoff is None or handoff.peer != source):
+        # It may ask after a handoff of its own that is over, but what is under way here is between two others.
+        then, actions = step(record, event, epoch)
+        if row is None or then != record or not SENDS.keys() >= set(actions):
+            log.warning("site %s sent %s about guest %s, whose handoff is not with it", source, event, guest)
+            return []
+        return [(e.value, n) for e, n in Happened(record, then, actions, row, epoch).messages()]
     if handoff is not None and handoff.state != "ended" and worker_alive(handoff):
         if event is not Event.TOOK and epoch in (record.pending, record.epoch):
             log.info("the worker of handoff %s at the other site is gone: its agent says %s", handoff.id, event)

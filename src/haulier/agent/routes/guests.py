@@ -69,7 +69,7 @@ TABLE = (
     Route("GET", "/v1/guests", Access.FLEET, listing),
     Route("POST", "/v1/guests", Access.OPERATOR, run),
     Route("POST", "/v1/lxc", Access.OPERATOR, adopt),
-    Route("GET", "/v1/guests/{name}", Access.FLEET, show),
+    Route("GET", "/v1/guests/{name}", Access.OPERATOR, show),
     Route("DELETE", "/v1/guests/{name}", Access.OPERATOR, remove),
     Route("POST", "/v1/guests/{name}/start", Access.OPERATOR, start),
     Route("POST", "/v1/guests/{name}/stop", Access.OPERATOR, stop),
