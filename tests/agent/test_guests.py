@@ -269,8 +269,11 @@ def test_what_is_left_of_a_guest_that_moved_away(fleet: Fleet, image: Manifest, 
     with pytest.raises(Conflict, match="is at site 'lisbon': stop it there"):
         fleet.client.post("/v1/guests/web1/stop")
     fleet.client.delete("/v1/guests/web1")
-    assert agent.journal.find_guest("web1") is None
+    left = agent.journal.guest("web1")
+    assert (left.state, left.spec, left.last_epoch) == ("absent", {}, 1) and fleet.client.guests() == []
     assert agent.store.manifest_names("retained/") == []
+    fleet.client.delete("/v1/guests/web1?force=1")
+    assert agent.journal.find_guest("web1") is None
 
 
 def test_one_thing_at_a_time(fleet: Fleet, image: Manifest, booted: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from haulier.agent import handoffs as module
+from haulier.agent.client import Client
 from haulier.agent.server import Agent
 from haulier.errors import Conflict, PeerError, UnknownThing, UsageError
 from haulier.handoff import recovery, spawning
@@ -260,6 +261,18 @@ def test_a_site_that_only_sent_a_prefetch_has_no_part_in_the_guest(fleet: Fleet)
     journal.advance("web1", "absent", "owner", epoch=2, taken=2, last_epoch=2)
     journal.add_handoff(HandoffRow("h1", "web1", spawning.PREFETCH_TARGET, "oslo", state="ended"))
     assert fleet.to_lisbon().ownership("web1", "token", 2) == {"messages": []}
+
+
+@pytest.mark.parametrize(("state", "taken", "answer"), [("refused", 0, "refused"), ("away", 2, "took")])
+def test_a_site_that_waits_for_an_answer_gets_it_after_the_guest_was_removed_here(
+    fleet: Fleet, state: str, taken: int, answer: str
+) -> None:
+    journal = fleet.at_lisbon.journal
+    journal.advance("web1", "absent", state, taken=taken, last_epoch=3, handoff="h1", spec={"uuid": "x"})
+    journal.add_handoff(HandoffRow("h1", "web1", "target", "oslo", epoch=2, state="ended", outcome="failed"))
+    fleet.at_lisbon.guests.remove("web1")
+    assert Client.local(fleet.lisbon).guests() == [] and journal.guest("web1").spec == {}
+    assert fleet.to_lisbon().ownership("web1", "token", 2) == {"messages": [[answer, 2]]}
 
 
 def test_a_token_that_comes_twice_is_answered_twice(fleet: Fleet) -> None:

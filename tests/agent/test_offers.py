@@ -113,9 +113,10 @@ def test_another_guest_of_that_name_does_not_stand_for_the_answer_to_a_token(fle
 
 def test_an_epoch_that_was_used(fleet: Fleet) -> None:
     fleet.at_lisbon.journal.advance("web1", "absent", "away", last_epoch=7, taken=5)
-    refused(fleet, Conflict, "remembers a guest of that name at epoch 7.*guest remove web1")
-    Client_remove = fleet.at_lisbon.guests.remove
-    Client_remove("web1")
+    refused(fleet, Conflict, "remembers a guest of that name at epoch 7.*guest remove web1 --force")
+    fleet.at_lisbon.guests.remove("web1")
+    refused(fleet, Conflict, "remembers a guest of that name at epoch 7")
+    fleet.at_lisbon.guests.remove("web1", force=True)
     assert fleet.to_lisbon().look(make_offer())["reasons"] == []
 
 

@@ -440,11 +440,14 @@ class Guests:
         return clean
 
     def remove(self, name: str, force: bool = False) -> dict[str, Any]:
-        """Removes a stopped guest and its disk (with `force` a running one), or what is left of one that is away."""
+        """Removes a stopped guest and its disk (with `force` a running one), or what is left of one that is away.
+
+        Its epochs stay known, for a site that still waits for an answer about it; with `force` they go as well.
+        """
         row = self.journal.guest(check_name(name, "guest"))
         with self.core.alone(name, "being removed"):
             if row.state == State.AWAY or row.state in HIDDEN:
-                self._forget_leftovers(row)
+                self._forget_leftovers(row, force)
                 return {"name": name, "removed": "what was left of it; the guest itself is not here"}
             self._owned(name, "remove")
             if self._alive(name) and not force:
@@ -453,13 +456,17 @@ class Guests:
             self._erase(name)
         return {"name": name, "removed": "the guest and its disk"}
 
-    def _forget_leftovers(self, row: GuestRow) -> None:
+    def _forget_leftovers(self, row: GuestRow, force: bool) -> None:
         retained.forget(self.site, row.name)
         clients.records(self.site).close(row.name)
         self.addresses.leases.drop(row.name)
         with contextlib.suppress(UnknownThing):
             self.store.drop_manifest(residence.retained_name(row.name))
-        self.journal.forget_guest(row.name, row.state)
+        if force:
+            self.journal.forget_guest(row.name, row.state)
+            return
+        nothing: dict[str, Any] = {"spec": {}, "owner": "", "manifest": "", "wanted": ""}
+        self.journal.advance(row.name, row.state, State.ABSENT.value, epoch=0, pending=0, **nothing)
 
     def _erase(self, name: str) -> None:
         """Everything of an owned guest, in an order that may be cut short anywhere and be repeated."""

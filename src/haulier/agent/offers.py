@@ -265,7 +265,7 @@ def _name_taken(core: Core, offer: Offer, spec: GuestSpec) -> str:
             return f"a handoff of a guest of that name is under way there ({row.handoff}; see 'haulier status' there)"
         return (
             f"that site remembers a guest of that name at epoch {record.last}, which is not before the offered "
-            f"{offer.epoch} (if it is another guest, run 'haulier guest remove {spec.name}' there)"
+            f"{offer.epoch} (if it is another guest, run 'haulier guest remove {spec.name} --force' there)"
         )
     return ""
 

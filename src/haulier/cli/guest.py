@@ -173,7 +173,7 @@ def remove(
     name: GuestName,
     /,
     *,
-    force: Annotated[bool, Parameter(negative="", help="Also if it runs.")] = False,
+    force: Annotated[bool, Parameter(negative="", help="Also if it runs; where it is away, its epochs too.")] = False,
     root: Root = None,
     json: Json = False,
 ) -> None:
