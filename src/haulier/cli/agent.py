@@ -5,10 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Final
 
 from haulier.agent.site import default_root
 from haulier.cli.common import Root
+from haulier.units import MIB
+
+LOG_BYTES: Final = 20 * MIB
+LOG_FILES: Final = 3
+"""The one that is written, and the two before it."""
 
 
 def agent(*, root: Root = None) -> None:
@@ -23,9 +30,9 @@ def agent(*, root: Root = None) -> None:
 
 
 def set_up_log(path: Path) -> None:
-    """A daemon's log goes to `path` and to stderr."""
+    """A daemon's log goes to `path`, of LOG_BYTES at most, and to stderr; what was before it is `path`.1 and .2."""
     form = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    file = logging.FileHandler(path)
+    file = RotatingFileHandler(path, maxBytes=LOG_BYTES, backupCount=LOG_FILES - 1)
     handlers: list[logging.Handler] = [file]
     if not os.path.samestat(path.stat(), os.fstat(sys.stderr.fileno())):
         # otherwise the caller has sent stderr to that file, and each line would stand in it twice
