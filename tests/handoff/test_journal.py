@@ -198,3 +198,20 @@ def test_nobody_else_reads_the_journal(tmp_path: Path) -> None:
             path.chmod(0o644)  # as an older haulier made it
         with Journal(path):
             assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o600}
+
+
+def test_one_that_is_opened_again_beside_another_keeps_what_both_write(tmp_path: Path) -> None:
+    """A process that ends removes SQLite's log unless it sees that somebody else still has the journal open."""
+    path = tmp_path / "journal.sqlite"
+    ends = f"from haulier.handoff.journal import Journal; Journal({str(path)!r}).close()"
+    with Journal(path) as kept:
+        kept.advance("web1", "absent", "owner", epoch=1)
+        with Journal(path):
+            pass
+        subprocess.run([sys.executable, "-c", ends], check=True)
+        kept.advance("web2", "absent", "owner", epoch=1)
+        read = (
+            f"from haulier.handoff.journal import Journal; print([row.name for row in Journal({str(path)!r}).guests()])"
+        )
+        said = subprocess.run([sys.executable, "-c", read], check=True, capture_output=True, text=True).stdout
+        assert said == "['web1', 'web2']\n"

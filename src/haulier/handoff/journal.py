@@ -13,6 +13,7 @@ A guest without a row has the state "absent".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -138,7 +139,10 @@ class Journal:
         self._depth = 0
         try:
             # Guests' environments are in it, passwords among them. SQLite's files beside it get the same mode.
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            # Never opened where it is there: to close a file ends all locks that this process has on it, SQLite's too,
+            # and whoever closes the journal next then takes it for its own and removes what was not yet merged.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             self.path.chmod(0o600)
             self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
