@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import resource
+import socket
+import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from haulier.agent import residuals as residuals_module
 from haulier.agent.residuals import ResidualMessage
 from haulier.agent.server import Agent
 from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.disks.export import DiskExport
 from haulier.disks.nbd import NbdReader
-from haulier.errors import Conflict, GuestError, NotTrusted, UnknownThing
-from haulier.handoff.journal import HandoffRow
+from haulier.errors import Conflict, GuestError, NotTrusted, PeerError, UnknownThing
+from haulier.handoff.journal import HandoffRow, SiteRow
 from haulier.handoff.residence import guest_paths, manifest_name, pin_name
 from haulier.units import CHUNK
 from tests.support import agents
@@ -244,3 +250,83 @@ def test_what_belongs_to_a_handoff_that_failed_is_given_up(two: Two) -> None:
     assert two.new.journal.handoff("h0").detail["residual"] == "released"
     assert [row.id for row in two.new.residuals.held()] == ["h1"]
     assert two.pinned()
+
+
+def end_loops(agent: Agent) -> None:
+    """What the agent does by itself every few seconds."""
+    agent._stopping.set()
+    for loop in agent._loops:
+        loop.join(10)
+
+
+@contextlib.contextmanager
+def nobody_answers(*, closes: bool) -> Iterator[tuple[str, list[socket.socket]]]:
+    """(Address where connections come to nothing, those that were made); with `closes` they are reset at once."""
+    made: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    made.append(server.accept()[0])
+                    if closes:
+                        made[-1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                        made[-1].close()
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.getsockname()[1]}", made
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+            for each in made:
+                each.close()
+
+
+def test_a_site_that_is_down_is_not_told_all_the_time(
+    two: Two, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residuals_module, "TELL_AGAIN_S", (600.0, 600.0))
+    end_loops(two.new)
+    for data in two.contents:
+        two.new.store.put(data)
+    journal, residuals = two.new.journal, two.new.residuals
+    journal.add_handoff(HandoffRow("h0", "web2", "target", "old", "ended", detail={"residual": "held"}))
+    where = journal.site("old")
+    with nobody_answers(closes=True) as (dead, made), caplog.at_level(logging.INFO, "haulier.agent.residuals"):
+        journal.put_sites([SiteRow("old", dead)])
+        for _ in range(20):
+            residuals.tell()
+        assert len(made) == 1, "one try for all that it keeps"
+        residuals._failing = {key: (why, 0.0, wait) for key, (why, _, wait) in residuals._failing.items()}
+        residuals.tell()
+        assert len(made) == 2
+        assert sum("cannot be told" in record.message for record in caplog.records) == 1
+        with pytest.raises(PeerError, match="cannot be told now"):
+            residuals.release("web1", force=False)
+        assert len(made) == 3, "the operator's word is tried at once"
+    journal.put_sites([where])
+    residuals.tell()
+    assert two.pinned()
+    residuals.release("web1", force=False)
+    assert not two.pinned()
+    residuals.tell()
+    assert journal.handoff("h0").detail["residual"] == "released", "it answers again, for the others as well"
+
+
+def test_what_one_site_keeps_need_not_wait_for_another_that_is_silent(two: Two) -> None:
+    end_loops(two.new)
+    for data in two.contents:
+        two.new.store.put(data)
+    journal = two.new.journal
+    journal.add_handoff(HandoffRow("h2", "web2", "target", "dark", "ended", created=2e10, detail={"residual": "held"}))
+    with nobody_answers(closes=False) as (dark, made):
+        journal.put_sites([SiteRow("dark", dark)])
+        telling = threading.Thread(target=two.new.residuals.tell)
+        telling.start()
+        wait_for(lambda: len(made) == 1, 10)
+        two.new.residuals.release("web1", force=False)
+        assert telling.is_alive() and not two.pinned()
+        made[0].close()
+        telling.join(30)

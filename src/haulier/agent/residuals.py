@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 from typing import Any, Final
 
@@ -37,6 +36,8 @@ HELD: Final = "held"
 RELEASED: Final = "released"
 POLL_S: Final = 0.5
 TELL_EVERY_S: Final = 10.0
+TELL_AGAIN_S: Final = (2.0, 60.0)
+"""After a failure, and at most, as it goes on."""
 PINS: Final = "residual/"
 NOT_HERE: Final = frozenset({State.AWAY, State.ABSENT, State.REFUSED})
 """States in which a guest lacks nothing here."""
@@ -63,7 +64,8 @@ class Residuals:
         self._told: dict[str, tuple[int, float]] = {}
         """Pin -> (bytes that its guest still lacked, when that was said)."""
         self._said: dict[str, tuple[int, float]] = {}
-        self._lock = threading.Lock()
+        self._failing: dict[tuple[str, str], tuple[str, float, float]] = {}
+        """(Site, handoff, or "" where the site does not answer at all) -> (why, when to try again, how long after)."""
 
     # -- where the guest is ----------------------------------------------------------------------------------------
 
@@ -154,7 +156,7 @@ class Residuals:
                 self._fill_up(guest, export, before, progress)
                 if export is not None:
                     export.fill(Mode.BACKGROUND.value)
-                self.tell()
+                self.tell(name)
             return {"guest": name, "mode": wanted.value, "left_bytes": self.missing(guest), "fetched_bytes": before}
 
         return self.core.jobs.start("fill", name, work)
@@ -226,14 +228,20 @@ class Residuals:
             self.store.save_manifest(guest.manifest, self.store.load_manifest(guest.manifest))
             log.info("all of guest %s is here", guest.name)
 
-    def tell(self) -> None:
-        """Tells the sites that keep something for guests here how much is still missing."""
-        with self._lock:
-            for row in self.journal.handoffs():
-                if row.role == "target" and row.state == "ended" and row.detail.get("residual") == HELD:
-                    self._tell(row)
+    def tell(self, guest: str = "") -> None:
+        """Tells the sites that keep something for guests here how much is still missing.
 
-    def _tell(self, row: HandoffRow) -> None:
+        With `guest` only what is kept for that one, and at once: also what was just said, or just failed. Any thread
+        may call; whatever one of them waits for, another does not.
+        """
+        for row in self.journal.handoffs(guest=guest or None):
+            if row.role == "target" and row.state == "ended" and row.detail.get("residual") == HELD:
+                self._tell(row, at_once=bool(guest))
+
+    def _tell(self, row: HandoffRow, at_once: bool) -> None:
+        site, alone = (row.peer, ""), (row.peer, row.id)
+        if not at_once and time.monotonic() < max(self._failing.get(key, ("", 0.0, 0.0))[1] for key in (site, alone)):
+            return
         guest = self.journal.find_guest(row.guest)
         left = 0
         if guest is not None and self._was_taken(row):
@@ -245,24 +253,35 @@ class Residuals:
                     if not left:
                         self._complete(guest)
                 except UnknownThing as error:
-                    log.error("what guest %s lacks cannot be told: %s", row.guest, error)
+                    self._failed(alone, logging.ERROR, f"what guest {row.guest} lacks cannot be told: {error}")
                     return
             elif guest.state not in NOT_HERE:
                 return  # under way: this is told when it is over
         said, at = self._said.get(row.id, (-1, 0.0))
-        if said == left and time.monotonic() - at < TELL_EVERY_S:
+        if not at_once and said == left and time.monotonic() - at < TELL_EVERY_S:
             return
         message = ResidualMessage(guest=row.guest, handoff=row.id, left=left)
         try:
             answer = self.core.peer(row.peer).post("/v1/peer/residual", msgspec.to_builtins(message), timeout=15.0)
         except HaulierError as error:
-            log.info("site %s cannot be told about guest %s: %s", row.peer, row.guest, error)
+            # Where it does not answer, what else it keeps need not be tried as well.
+            key = site if isinstance(error, PeerError) else alone
+            self._failed(key, logging.INFO, f"site {row.peer} cannot be told what guests from there lack: {error}")
             return
+        for key in (site, alone):
+            self._failing.pop(key, None)
         self._said[row.id] = (left, time.monotonic())
         if not left and not answer.get("kept"):
             now = self.journal.handoff(row.id)
             self.journal.update_handoff(row.id, detail={**now.detail, "residual": RELEASED})
             log.info("nothing of guest %s is left at site %s", row.guest, row.peer)
+
+    def _failed(self, key: tuple[str, str], level: int, why: str) -> None:
+        """Puts the next try off, for longer each time; logs what was not said before."""
+        before, _, wait = self._failing.get(key, ("", 0.0, TELL_AGAIN_S[0]))
+        if why != before:
+            log.log(level, "%s", why)
+        self._failing[key] = (why, time.monotonic() + wait, min(2 * wait, TELL_AGAIN_S[1]))
 
     # -- where it came from ----------------------------------------------------------------------------------------
 
@@ -323,7 +342,7 @@ class Residuals:
                     f"'haulier fill {guest}' first"
                 )
         if held:
-            self.tell()
+            self.tell(guest)
             if self.held(guest):
                 raise PeerError(f"site {held[0].peer!r} cannot be told now: it will be, as soon as it answers")
         for pin in pins:
