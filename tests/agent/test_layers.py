@@ -28,6 +28,7 @@ from haulier.guests.model import new_spec
 from haulier.handoff import residence, spawning
 from haulier.handoff.journal import HandoffRow
 from haulier.images import commit, layers
+from haulier.session import PathAddress, Session, TlsConfig
 from haulier.units import CHUNK
 from tests.agent.conftest import Fleet
 from tests.support.freezing import as_container, freezable
@@ -221,6 +222,56 @@ def test_offers_of_a_push_are_checked(stack: Fleet) -> None:
         with pytest.raises(HaulierError):
             stack.to_lisbon().post("/v1/peer/pushes", offer | wrong)
     assert stack.at_lisbon.core.jobs.all() == []
+
+
+def test_pushes_that_are_taken_at_a_time_are_few(stack: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, secret = stack.at_lisbon, "5e" * 32
+    offer = {"secret": secret, "images": [["other", "0" * 64]]}
+    open_at: list[int] = []
+
+    def offers(number: int) -> None:
+        answer = stack.to_lisbon().post("/v1/peer/pushes", {"push": f"p{number}", **offer})
+        open_at.append(answer["port"])
+
+    def ends(port: int) -> None:
+        tls = TlsConfig(stack.oslo.certificate, stack.oslo.key, stack.oslo.ca_certificate, "lisbon")
+        before = running()
+        session = Session.connect(tls, bytes.fromhex(secret), [PathAddress("127.0.0.1", port)])
+        assert session.wait_connected(20)
+        session.close()
+        wait_for(lambda: running() < before, 20)
+
+    def running() -> int:
+        return sum(job.state == "running" for job in at.core.jobs.all())
+
+    def push() -> None:
+        stack.client.wait(stack.client.post("/v1/image-pushes", {"name": "web", "to": "lisbon"}))
+
+    offers(1), offers(2)
+    with pytest.raises(NoRoom, match="try again when one has ended"):
+        offers(3)
+    with pytest.raises(NoRoom, match="2 pushes of a site at a time"):
+        push()
+    assert running() == 2
+    ends(open_at[0])
+    monkeypatch.setattr(agent_layers, "MAX_ARRIVALS", (3, 1))
+    with pytest.raises(NoRoom, match="1 in all"):
+        push()
+    monkeypatch.undo()
+    push()
+    wait_for(lambda: running() == 1, 20)
+    offers(4)
+    ends(open_at[1]), ends(open_at[2])
+
+    def breaks(*of: Any, **more: Any) -> Any:
+        raise OSError("no thread")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(at.core.jobs, "start", breaks)
+        for number in (5, 6, 7):
+            with pytest.raises(HaulierError, match="failed inside the agent"):
+                offers(number)
+    assert at.layers._arrivals.total() == 0
 
 
 def test_leases_of_pushes_end_with_the_agent(stack: Fleet) -> None:

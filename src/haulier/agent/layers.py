@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final
 
@@ -42,6 +44,8 @@ FETCH_STALL_S: Final = 20.0
 LEARN_AGAIN_S: Final = 300.0
 RELEASE_AGAIN_S: Final = 60.0
 MAX_LEARNT: Final = 16 * MIB
+MAX_ARRIVALS: Final = (2, 8)
+"""Pushes that are taken at a time, of one site and in all: each may hold on to memory for its manifests."""
 
 
 class CommitRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -98,6 +102,9 @@ class Layers:
         self.cache = cache
         self._ask_again: dict[str, float] = {}
         self._release_again: dict[str, float] = {}
+        self._arrivals: Counter[str] = Counter()
+        """Pushes that are being taken, by the site that pushes."""
+        self._arrivals_lock = threading.Lock()
 
     def adopt(self) -> None:
         """At the agent's start: lets guests run on that stood still for a commit when the agent was killed."""
@@ -326,27 +333,49 @@ class Layers:
         accept = arrival.look(self.store, self.site.golden, offer)
         if arrival.complete(offer, accept):
             return accept
-        session = Session.listen(self._tls(caller), bytes.fromhex(offer.secret), bind=self.site.listening())
+        with contextlib.ExitStack() as taking:
+            taking.enter_context(self._arriving(caller))
+            session = Session.listen(self._tls(caller), bytes.fromhex(offer.secret), bind=self.site.listening())
+            taking.callback(session.close, linger_s=3)
+            ends = taking.pop_all()
 
         def work(progress: Progress) -> dict[str, Any]:
-            try:
-                with self.store.sibling() as own:
-                    arrival.Arrival(
-                        own,
-                        self.site.golden,
-                        session,
-                        caller,
-                        offer.push,
-                        lambda text: progress(0.5, text),
-                        partial(self._fetch, caller),
-                        self.cache,
-                    ).run()
-            finally:
-                session.close(linger_s=3)
+            with ends, self.store.sibling() as own:
+                arrival.Arrival(
+                    own,
+                    self.site.golden,
+                    session,
+                    caller,
+                    offer.push,
+                    lambda text: progress(0.5, text),
+                    partial(self._fetch, caller),
+                    self.cache,
+                ).run()
             return {"images": [name for name, _ in offer.images]}
 
-        self.core.jobs.start("arrival", offer.images[-1][0], work)
+        try:
+            self.core.jobs.start("arrival", offer.images[-1][0], work)
+        except BaseException:
+            ends.close()
+            raise
         return msgspec.structs.replace(accept, port=session.port, bulk=self.site.reachable())
+
+    @contextlib.contextmanager
+    def _arriving(self, site: str) -> Iterator[None]:
+        """Counts a push that is taken from `site`. NoRoom if too many are."""
+        with self._arrivals_lock:
+            of_one, in_all = MAX_ARRIVALS
+            if self._arrivals[site] >= of_one or self._arrivals.total() >= in_all:
+                raise NoRoom(
+                    f"site {self.site.name!r} takes {of_one} pushes of a site at a time, and {in_all} in all: "
+                    "try again when one has ended"
+                )
+            self._arrivals[site] += 1
+        try:
+            yield
+        finally:
+            with self._arrivals_lock:
+                self._arrivals[site] -= 1
 
     def _fetch(
         self,

@@ -18,12 +18,13 @@ from typing import Any, Final
 import msgspec
 
 from haulier.errors import UNDECODABLE, Corrupt
-from haulier.units import MIB
+from haulier.units import CHUNK, FINGERPRINT, MAX_DISK, MIB
 
 CONTROL: Final = 0
 DISK: Final = 1
 PART: Final = 4 * MIB
-MAX_MANIFEST: Final = 768 * MIB
+MAX_MANIFEST: Final = MAX_DISK // CHUNK * FINGERPRINT + 8 * MIB
+"""Of the largest disk: its fingerprints, which do not compress, and 2 MiB of flags."""
 MAX_ITEMS: Final = 64
 MAX_COMMON: Final = 64
 
