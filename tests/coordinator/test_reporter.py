@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from haulier.coordinator.reporter import Reporter
 from haulier.coordinator.service import Coordinator
 from haulier.coordinator.sqlite import SqliteBackend
 from haulier.errors import PeerError
-from haulier.handoff.journal import Journal
+from haulier.handoff.journal import HandoffRow, Journal
 from haulier.units import CHUNK
 from tests.chunks.samples import chunk
 from tests.coordinator.samples import fps
@@ -160,3 +162,41 @@ def test_others_settings_and_nonsense_do_no_harm(bench: Bench) -> None:
     path.write_text(text)
     bench.step()
     assert fps([1])[0] not in bench.host.use(lambda c: c.unreferenced("oslo", b"")).fingerprints
+
+
+def handed(bench: Bench, name: str, ended: float, rate_bps: float) -> None:
+    """A handoff to lisbon that is over, and what it reported."""
+    bench.journal.add_handoff(
+        HandoffRow(name, "web1", "source", "lisbon", "ended", created=ended, ended=ended, outcome="done")
+    )
+    root = bench.site.handoff_root(name)
+    root.mkdir(parents=True)
+    (root / "report.json").write_text(json.dumps({"rate_bps": rate_bps, "rtt_s": 0.05}))
+
+
+def test_links_are_learnt_from_handoffs_that_ended_once_there_is_a_coordinator(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    real = bench.journal.handoffs
+
+    def handoffs(*of: Any, **more: Any) -> list[HandoffRow]:
+        asked.append(more)
+        return real(*of, **more)
+
+    monkeypatch.setattr(bench.journal, "handoffs", handoffs)
+    client = CoordinatorClient(bench.wire)
+    monkeypatch.setattr(CoordinatorClient, "of", lambda site: client if site.coordinator else None)
+    bench.site.set(coordinator="")
+    now = time.time()
+    handed(bench, "before", now - 3600, 1e6)
+    handed(bench, "second", now + 2, 3e6)
+    handed(bench, "first", now + 1, 2e6)
+    bench.step()
+    assert asked == [], "nobody wants to know"
+    bench.site.set(coordinator="https://127.0.0.1:1")
+    for _ in range(2):
+        bench.step()
+    links = bench.host.use(lambda c: dict(c.fleet.links["lisbon"]))
+    assert {site: (link.rate_bps, link.measured) for site, link in links.items()} == {"oslo": (3e6, now + 2)}
+    assert {"ended_after": now + 2} in asked, "no report is read again"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from haulier.errors import Conflict, Corrupt, NotTrusted, UnknownThing
+from haulier.handoff import journal as journal_module
 from haulier.handoff.journal import GuestRow, HandoffRow, Journal, SiteRow, TokenRow, new_handoff_id
 
 
@@ -87,6 +88,66 @@ def test_handoffs_are_updated_listed_and_ended_once(journal: Journal) -> None:
     assert [row.id for row in journal.handoffs(guest="web1")] == ["h1"]
     with pytest.raises(UnknownThing, match="h7"):
         journal.update_handoff("h7", phase="x")
+
+
+def test_handoffs_of_long_ago_cost_nothing(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that a site ever did only what is asked for is read, as it is asked for every few seconds."""
+    with journal.transaction():
+        for n in range(200):
+            journal.add_handoff(
+                HandoffRow(f"h{n}", f"web{n % 50}", "target", "oslo", "ended", created=n + 1.0, ended=n + 2.0)
+            )
+        journal.update_handoff("h7", detail={"residual": "held"})
+        journal.update_handoff("h8", detail={"residual": "released", "said": {"residual": "held"}})
+        journal.update_handoff("h9", detail={"residual": "released"})
+        journal.add_handoff(HandoffRow("live", "web1", "source", "oslo", created=500.0))
+    decoded: list[str] = []
+    decode = journal_module._handoff
+    monkeypatch.setattr(journal_module, "_handoff", lambda row: decoded.append(row["id"]) or decode(row))
+    asked: list[str] = []
+    journal._db.set_trace_callback(asked.append)
+    for found, expected in (
+        (journal.handoffs(held=True), ["h7"]),
+        (journal.handoffs("web7", held=True), ["h7"]),
+        (journal.handoffs("web6", held=True), []),
+        (journal.handoffs(live=True), ["live"]),
+        (journal.handoffs("web1", live=True), ["live"]),
+        (journal.handoffs(ended_after=200.0), ["h199"]),
+        (journal.handoffs(ended_after=201.0), []),
+        (journal.handoffs("web1"), ["live", "h151", "h101", "h51", "h1"]),
+    ):
+        assert [row.id for row in found] == expected
+    journal._db.set_trace_callback(None)
+    assert len(decoded) == 11
+    for query in asked:
+        plan = journal._db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
+        assert "USING INDEX handoffs_" in plan[0]["detail"], query
+
+
+def test_a_journal_without_indexes_is_given_them_when_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.sqlite"
+
+    def indexes(db: sqlite3.Connection) -> int:
+        return db.execute("SELECT count(*) FROM sqlite_master WHERE name GLOB 'handoffs_*'").fetchone()[0]
+
+    with Journal(path) as journal:
+        assert indexes(journal._db) == 4
+        for name in ("guest", "ended", "live", "held"):
+            journal._db.execute(f"DROP INDEX handoffs_{name}")
+        journal.add_handoff(HandoffRow("h1", "web1", "target", "oslo", detail={"residual": "held"}))
+        journal._db.execute("UPDATE handoffs SET detail='{\"residual\": \"held\"' WHERE id='h1'")
+        monkeypatch.setattr(journal_module, "_BUSY_S", 0.1)
+        with journal.transaction(), Journal(path) as other:
+            assert indexes(other._db) == 0 and other.handoffs("web2") == []
+    with Journal(path) as journal:
+        assert indexes(journal._db) == 4
+        with pytest.raises(Corrupt, match="h1"):
+            journal.handoffs(held=True)
+        # Who opens it next does not wait for who is writing: there is nothing to be made any more.
+        with journal.transaction(), Journal(path) as other:
+            assert other.guests() == []
 
 
 def test_handoff_ids_are_names(journal: Journal) -> None:

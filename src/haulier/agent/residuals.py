@@ -32,7 +32,6 @@ from haulier.units import CHUNK
 
 log = logging.getLogger(__name__)
 
-HELD: Final = "held"
 RELEASED: Final = "released"
 POLL_S: Final = 0.5
 TELL_EVERY_S: Final = 10.0
@@ -73,10 +72,8 @@ class Residuals:
         """Handoffs whose source still keeps something for a guest here."""
         return [
             row
-            for row in self.journal.handoffs(guest=guest or None)
-            if row.role == "target"
-            and row.detail.get("residual") == HELD
-            and (row.outcome in ("", "done") or self._was_taken(row))
+            for row in self.journal.handoffs(guest=guest or None, held=True)
+            if row.role == "target" and (row.outcome in ("", "done") or self._was_taken(row))
         ]
 
     def _was_taken(self, row: HandoffRow) -> bool:
@@ -234,8 +231,8 @@ class Residuals:
         With `guest` only what is kept for that one, and at once: also what was just said, or just failed. Any thread
         may call; whatever one of them waits for, another does not.
         """
-        for row in self.journal.handoffs(guest=guest or None):
-            if row.role == "target" and row.state == "ended" and row.detail.get("residual") == HELD:
+        for row in self.journal.handoffs(guest=guest or None, held=True):
+            if row.role == "target" and row.state == "ended":
                 self._tell(row, at_once=bool(guest))
 
     def _tell(self, row: HandoffRow, at_once: bool) -> None:

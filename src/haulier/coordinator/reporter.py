@@ -92,9 +92,9 @@ class Reporter:
         if now >= self._settings_due:
             self._settings_due = now + SETTINGS_EVERY_S
             self._read_settings()
-        self._note_handoffs()
         if self._client is None or now < self._next:
             return
+        self._note_handoffs()
         try:
             self._report(self._client)
         except HaulierError as error:
@@ -110,10 +110,10 @@ class Reporter:
             self._failing = ""
             log.info("%s answers again", self._client.where)
 
-    def note_link(self, site: str, rate_bps: float, rtt_s: float) -> None:
-        """A link from this site to another was measured."""
+    def note_link(self, site: str, rate_bps: float, rtt_s: float, at: float = 0.0) -> None:
+        """A link from this site to another was measured at that time, or now."""
         if site != self._site.name and 0 < rate_bps <= 1e13 and 0 <= rtt_s <= 3600:
-            at = time.time()
+            at = at or time.time()
             self._links[site] = m.LinkEntry(source=site, rate_bps=rate_bps, rtt_s=rtt_s, measured=at, outgoing=True)
             self._measured[site] = at
 
@@ -281,14 +281,12 @@ class Reporter:
 
     def _note_handoffs(self) -> None:
         """Takes the rate of handoffs that ended since the last look from their reports."""
-        since = self._handoffs_seen
-        for row in self._journal.handoffs():
-            if row.ended <= since:
-                continue
+        ended = self._journal.handoffs(ended_after=self._handoffs_seen)
+        for row in sorted(ended, key=lambda row: row.ended):
             self._handoffs_seen = max(self._handoffs_seen, row.ended)
             if row.role == "source" and row.outcome == "done":
                 rate, rtt = _rate(self._site, row)
-                self.note_link(row.peer, rate, rtt)
+                self.note_link(row.peer, rate, rtt, row.ended)
 
     def _probe(self) -> None:
         """Measures one link that was not measured for long, unless a handoff is under way."""

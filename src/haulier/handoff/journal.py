@@ -21,7 +21,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -121,6 +121,19 @@ CREATE TABLE IF NOT EXISTS tokens (
 ) STRICT;
 """
 
+HELD: Final = "held"
+"""A handoff's `residual` in its detail, while the site where its guest came from keeps data for it."""
+_LIVE: Final = "state<>'ended'"
+_MAY_BE_HELD: Final = f"""instr(detail, '"residual": "{HELD}"')>0"""
+"""As text: nobody can ask for what is in JSON that is damaged."""
+_INDEXES: Final = (
+    "CREATE INDEX IF NOT EXISTS handoffs_guest ON handoffs (guest)",
+    "CREATE INDEX IF NOT EXISTS handoffs_ended ON handoffs (ended)",
+    f"CREATE INDEX IF NOT EXISTS handoffs_live ON handoffs (created) WHERE {_LIVE}",
+    f"CREATE INDEX IF NOT EXISTS handoffs_held ON handoffs (created) WHERE {_MAY_BE_HELD}",
+)
+"""Handoffs are never deleted, and the agent asks for these of them all the time."""
+
 _GUEST_FIELDS: Final = frozenset(GuestRow.__struct_fields__) - {"name", "state"}
 _HANDOFF_FIELDS: Final = frozenset(HandoffRow.__struct_fields__) - {"id"}
 
@@ -160,6 +173,10 @@ class Journal:
                     for statement in _DDL.split(";"):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version={_SCHEMA}")
+            # A journal that cannot be written now, as its disk is full, is only slower without them.
+            with suppress(sqlite3.OperationalError):
+                for statement in _INDEXES:
+                    self._db.execute(statement)
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise Corrupt(
@@ -318,20 +335,31 @@ class Journal:
             raise UnknownThing(f"no handoff {handoff!r} at this site: 'haulier status' shows those there are")
         return row
 
-    def handoffs(self, guest: str | None = None, live: bool = False) -> list[HandoffRow]:
-        """Handoffs, newest first; of one guest, or only those under way."""
-        clauses, values = [], []
+    def handoffs(
+        self, guest: str | None = None, live: bool = False, *, held: bool = False, ended_after: float | None = None
+    ) -> list[HandoffRow]:
+        """Handoffs, newest first; of one guest, or only those under way.
+
+        With `held` those with a residual that is HELD; with `ended_after` those that ended later than that.
+        """
+        clauses, values = list[str](), list[str | float]()
         if guest is not None:
             clauses.append("guest=?")
             values.append(guest)
         if live:
-            clauses.append("state<>'ended'")
+            clauses.append(_LIVE)
+        if held:
+            clauses.append(_MAY_BE_HELD)
+        if ended_after is not None:
+            clauses.append("ended>?")
+            values.append(ended_after)
         where = " WHERE " + " AND ".join(clauses) if clauses else ""
         with self._lock:
             rows = self._db.execute(
                 f"SELECT * FROM handoffs{where} ORDER BY created DESC, rowid DESC", values
             ).fetchall()
-        return [_handoff(row) for row in rows]
+        found = [_handoff(row) for row in rows]
+        return [row for row in found if row.detail.get("residual") == HELD] if held else found
 
     # -- sites
 
