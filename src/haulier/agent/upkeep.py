@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,7 @@ from haulier.errors import HaulierError, Unsupported
 from haulier.guests.accel import probe, qemu_version
 from haulier.guests.tap import BRIDGE, check_bridge
 from haulier.handoff import attempts, residence
+from haulier.handoff.journal import SiteRow
 from haulier.units import MIB
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ LOW_DISK: Final = 2 << 30
 LOW_TMPFS: Final = 512 * MIB
 RENEW_DAYS: Final = 60.0
 KEEP_HANDOFF_S: Final = 30 * 86400.0
+PEERS_S: Final = 30.0
+"""For all sites together: who asks for an examination waits for two minutes."""
+PEERS_AT_ONCE: Final = 16
 
 
 class GcRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -134,11 +139,7 @@ def examine(core: Core, health: Health) -> dict[str, Any]:
             if core.site.coordinator
             else []
         ),
-        *(
-            _check(f"site {row.name}", partial(_peer, core, row), "start its agent, or check the link and address")
-            for row in core.journal.sites()
-            if row.name != core.site.name
-        ),
+        *_peers(core, [row for row in core.journal.sites() if row.name != core.site.name]),
     ]
     return {"site": core.site.name, "ok": all(check["ok"] for check in checks), "checks": checks}
 
@@ -146,8 +147,10 @@ def examine(core: Core, health: Health) -> dict[str, Any]:
 def _check(name: str, look: Callable[[], tuple[bool, str]], advice: str) -> dict[str, Any]:
     try:
         ok, found = look()
-    except (HaulierError, OSError) as error:
+    except (HaulierError, OSError, subprocess.SubprocessError) as error:
         ok, found = False, str(error)
+    except (IndexError, ValueError) as error:
+        ok, found = False, f"what it says makes no sense ({error})"
     return {"name": name, "ok": ok, "found": found, "advice": "" if ok else advice}
 
 
@@ -213,7 +216,25 @@ def _coordinator(core: Core) -> tuple[bool, str]:
     return True, f"{client.where} answers in {(time.monotonic() - began) * 1000:.0f} ms, knows {len(sites)} sites"
 
 
-def _peer(core: Core, row: Any) -> tuple[bool, str]:
+def _peers(core: Core, rows: Sequence[SiteRow]) -> list[dict[str, Any]]:
+    """Asks many at once, and says so of those for whose answer there was no time."""
+    pool = ThreadPoolExecutor(PEERS_AT_ONCE, thread_name_prefix="examine")
+    advice = "start its agent, or check the link and address"
+    asked = [pool.submit(_check, f"site {row.name}", partial(_peer, core, row), advice) for row in rows]
+    done = wait(asked, PEERS_S).done
+    pool.shutdown(wait=False, cancel_futures=True)
+    found = []
+    for row, each in zip(rows, asked, strict=True):
+        if each in done:
+            found.append(each.result())
+        else:
+            why = f"{PEERS_S:g} s are for all sites together"
+            text = f"not asked in time: {why}" if each.cancelled() else f"has not answered in time: {why}"
+            found.append({"name": f"site {row.name}", "ok": False, "found": text, "advice": advice})
+    return found
+
+
+def _peer(core: Core, row: SiteRow) -> tuple[bool, str]:
     began = time.monotonic()
     facts = Client.peer(core.site, row).site()
     return True, f"answers in {(time.monotonic() - began) * 1000:.0f} ms, haulier {str(facts.get('version'))[:20]}"
