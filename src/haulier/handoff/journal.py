@@ -13,7 +13,6 @@ A guest without a row has the state "absent".
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -154,7 +153,7 @@ class Journal:
             # Guests' environments are in it, passwords among them. SQLite's files beside it get the same mode.
             # Never opened where it is there: to close a file ends all locks that this process has on it, SQLite's too,
             # and whoever closes the journal next then takes it for its own and removes what was not yet merged.
-            with contextlib.suppress(FileExistsError):
+            with suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             self.path.chmod(0o600)
             self._db = sqlite3.connect(self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
