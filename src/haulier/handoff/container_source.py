@@ -67,6 +67,8 @@ PREPARE_S: Final = 300.0
 """How long the target may take to make ready what it has already."""
 SPARE_PIPES: Final = 8
 """Shared memory has files of pages, too."""
+TRIALS: Final = 3
+"""Of a trial dump that a busy connection spoils."""
 MARKS: Final = (
     "frozen",
     "unplugged",
@@ -136,19 +138,29 @@ class ContainerSource(SourceHandoff):
         problems = scan(self.container.pids())
         if problems:
             raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {'; '.join(problems)}")
+        for left in reversed(range(TRIALS)):
+            try:
+                self._try_dump()
+                return
+            except GuestError as error:
+                # Its network is not cut for the trial: what is in a connection's queue may move while CRIU reads it.
+                if not left or "soccr" not in str(error):
+                    text = f"guest {self.job.guest!r} cannot be handed over: {explain(str(error))}"
+                    raise Unsupported(text) from None
+                log.info("the trial dump of %s is tried again: %s", self.job.guest, error)
+                shutil.rmtree(self._trial, ignore_errors=True)
+
+    def _try_dump(self) -> None:
         folder = self._trial
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         began = time.monotonic()
-        try:
-            names = dict.fromkeys(names_of(len(self.container.pids()) + SPARE_PIPES), 0)
-            with ArrivingPages(folder, names, keep=False) as arriving:
-                self.container.dump(folder)
-                self._trial_s = time.monotonic() - began
-                sizes = arriving.sizes()
-            self._trial_borrowed = self._borrowed(folder, anywhere=True)
-            self._trial_pages = pages_of(folder, sizes)
-        except GuestError as error:
-            raise Unsupported(f"guest {self.job.guest!r} cannot be handed over: {explain(str(error))}") from None
+        names = dict.fromkeys(names_of(len(self.container.pids()) + SPARE_PIPES), 0)
+        with ArrivingPages(folder, names, keep=False) as arriving:
+            self.container.dump(folder)
+            self._trial_s = time.monotonic() - began
+            sizes = arriving.sizes()
+        self._trial_borrowed = self._borrowed(folder, anywhere=True)
+        self._trial_pages = pages_of(folder, sizes)
 
     def _settle(self, accept: Accept) -> None:
         super()._settle(accept)
