@@ -125,14 +125,25 @@ class Cache:
         if name not in self.store.manifest_names(name):
             raise UnknownThing(f"no image {image!r} at this site: 'haulier image list' shows those there are")
         with self.core.alone(f"image {image}", "being pinned"):
-            asked = not request.pinned and not request.force and self.store.is_pinned(name)
-            if asked:
-                self._check_elsewhere(image, self.store.load_manifest(name).unique())
-            for each in (name, *self._goldens(image)):
-                self.store.pin_manifest(each, request.pinned)
-            if asked:
-                self._check_still(image, name)
+            if request.pinned or request.force or not self.store.is_pinned(name):
+                self._pin(image, request.pinned)
+            else:
+                self._let_go(image, self.store.load_manifest(name).unique())
         return next(found for found in self._images() if found["name"] == image)
+
+    def _pin(self, image: str, pinned: bool) -> None:
+        for each in (IMAGE_PREFIX + image, *self._goldens(image)):
+            self.store.pin_manifest(each, pinned)
+
+    def _let_go(self, image: str, unique: Collection[bytes]) -> None:
+        self._check_elsewhere(image, unique)
+        self._pin(image, False)
+        try:
+            # Two sites that let go of an image at once both saw that the other has it: then neither lets go.
+            self._check_elsewhere(image, unique)
+        except Conflict:
+            self._pin(image, True)
+            raise
 
     def _goldens(self, image: str) -> list[str]:
         """Manifests of the disks of its golden snapshots."""
@@ -154,15 +165,6 @@ class Cache:
             f"no other site has all of image {image!r} pinned: what the cache evicts of it would be gone; "
             "push it to another site and pin it there first, or use --force"
         )
-
-    def _check_still(self, image: str, name: str) -> None:
-        """Two sites that let go of an image at once both saw that the other has it: then neither lets go."""
-        try:
-            self._check_elsewhere(image, self.store.load_manifest(name).unique())
-        except Conflict:
-            for each in (name, *self._goldens(image)):
-                self.store.pin_manifest(each, True)
-            raise
 
     # -- evicting
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Sequence
 from typing import Any, Final
 
-from haulier.errors import HaulierError, Unsupported
+from haulier import tools
+from haulier.errors import GuestError, HaulierError, Unsupported
 
 PATIENCE_S: Final = 20.0
 
@@ -16,23 +15,11 @@ PATIENCE_S: Final = 20.0
 def run(words: Sequence[str], given: str | None = None) -> str:
     """Runs a command of iproute2; its output. HaulierError with what it said, Unsupported if it is not installed."""
     try:
-        done = subprocess.run(
-            list(words),
-            input=given,
-            stdin=subprocess.DEVNULL if given is None else None,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-            # An agent under systemd may have a PATH without sbin.
-            env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin", "LC_ALL": "C"},
-        )
-    except FileNotFoundError:
+        done = tools.run(words, given, timeout_s=PATIENCE_S, env=tools.environment() | {"LC_ALL": "C"})
+    except Unsupported:
         raise Unsupported(f"{words[0]} is not installed: install iproute2") from None
-    except subprocess.TimeoutExpired:
-        raise HaulierError(
-            f"{' '.join(words)} did not end within {PATIENCE_S:g} s: see whether the host hangs"
-        ) from None
+    except GuestError as error:
+        raise HaulierError(str(error)) from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip()[-300:]
         shown = given.strip().replace("\n", "; ") if given else ""
