@@ -21,12 +21,22 @@ from haulier.handoff import recovery, residence
 from haulier.handoff.attempts import MANIFESTS
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import GuestRow, HandoffRow, Journal
+from haulier.handoff.messages import Offer
 from haulier.handoff.ownership import Event, State
 from haulier.units import CHUNK
 
 GUEST = "web1"
 SPEC = new_spec(GUEST, "debian", memory_mib=512, disk_size=16 * CHUNK, address="10.77.0.10/24", gateway="10.77.0.1")
 HANDOFF = "h1"
+OFFER = Offer(
+    handoff=HANDOFF,
+    source="oslo",
+    spec=msgspec.to_builtins(SPEC),
+    epoch=4,
+    secret="ab" * 32,
+    manifest="cd" * 32,
+    accelerator="tcg",
+)
 
 
 class Host:

@@ -21,10 +21,10 @@ from haulier.containers.model import ContainerSpec
 from haulier.handoff import container_target
 from haulier.handoff.container_target import ContainerTarget
 from haulier.handoff.journal import HandoffRow, Journal
-from haulier.handoff.messages import Job, Offer, PrepareMemory
+from haulier.handoff.messages import Job, PrepareMemory
 from haulier.handoff.ownership import State
 from haulier.units import CHUNK
-from tests.handoff.hosts import GUEST, HANDOFF, SPEC
+from tests.handoff.hosts import GUEST, HANDOFF, OFFER, SPEC
 from tests.support.agents import make_site
 from tests.support.waiting import wait_for
 
@@ -61,14 +61,7 @@ def building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Buildi
         image = import_container(store, "app", source)
     own = ContainerSpec(layers=(len(image),), command=("x",))
     spec = msgspec.structs.replace(SPEC, container=own, disk_size=(len(image) + 4) * CHUNK)
-    offer = Offer(
-        handoff=HANDOFF,
-        source="oslo",
-        spec=msgspec.to_builtins(spec),
-        epoch=4,
-        secret="ab" * 32,
-        manifest="cd" * 32,
-    )
+    offer = msgspec.structs.replace(OFFER, spec=msgspec.to_builtins(spec))
     with Journal(site.journal) as journal:
         journal.advance(
             GUEST, "absent", State.RECEIVING.value, pending=4, last_epoch=4, handoff=HANDOFF, spec=offer.spec

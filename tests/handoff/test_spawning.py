@@ -23,7 +23,7 @@ from haulier.handoff.messages import Job, Offer
 from haulier.handoff.residence import discard_copy
 from haulier.handoff.spawning import KEPT, Standby
 from haulier.units import CHUNK
-from tests.handoff.hosts import SPEC
+from tests.handoff.hosts import OFFER, SPEC
 from tests.support.agents import make_site
 from tests.support.waiting import gone, wait_for
 
@@ -91,10 +91,7 @@ def test_a_guest_that_comes_is_not_cleared_away_by_the_worker_of_its_last_handof
         started = psutil.Process(late.pid).create_time()
         journal.update_handoff("h1", pid=late.pid, pid_started=started)
         journal.advance("web1", "absent", state, last_epoch=4, taken=3, handoff="h1")
-        spec = msgspec.to_builtins(SPEC)
-        offer = Offer(
-            handoff="h2", source="lisbon", spec=spec, epoch=5, secret="ab" * 32, manifest="cd" * 32, accelerator="tcg"
-        )
+        offer = msgspec.structs.replace(OFFER, handoff="h2", source="lisbon", epoch=5)
         assert spawning.accept(site, journal, offer, manifest=False, memory_base="")[0] == "accepted"
         assert not psutil.pid_exists(late.pid)
     assert cleared == [(clearing, "h1")] and journal.guest("web1").state == "receiving"

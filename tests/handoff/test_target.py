@@ -14,23 +14,14 @@ import pytest
 from haulier.errors import Corrupt, GuestError
 from haulier.handoff import target
 from haulier.handoff.journal import HandoffRow, Journal
-from haulier.handoff.messages import Accept, Job, Offer, Own, PrepareMemory
+from haulier.handoff.messages import Accept, Job, Own, PrepareMemory
 from haulier.handoff.ownership import Event, State
 from haulier.handoff.source import SourceHandoff
 from haulier.handoff.target import TargetHandoff
 from haulier.handoff.vm_source import VmSource
-from tests.handoff.hosts import GUEST, HANDOFF, SPEC
+from tests.handoff.hosts import GUEST, HANDOFF, OFFER
 from tests.support.agents import make_site
 
-OFFER = Offer(
-    handoff=HANDOFF,
-    source="oslo",
-    spec=msgspec.to_builtins(SPEC),
-    epoch=4,
-    secret="ab" * 32,
-    manifest="cd" * 32,
-    accelerator="tcg",
-)
 JOB = Job(handoff=HANDOFF, role="target", guest=GUEST, peer="oslo", offer=OFFER)
 TOKEN = Own(Event.TOKEN.value, 4)
 

@@ -17,12 +17,13 @@ from haulier.chunks.manifest import Manifest
 from haulier.chunks.store import ChunkStore
 from haulier.errors import Cancelled, Conflict, Corrupt, HaulierError, NoRoom
 from haulier.guests import golden_scrub
-from haulier.guests.golden import Golden, GoldenMeta, block_fingerprints, golden_id
+from haulier.guests.golden import Golden, GoldenMeta, block_fingerprints
 from haulier.images import arrival, layers, push, snapshots
 from haulier.images.messages import PushAccept, PushOffer
 from haulier.memory.base import MemoryBase
 from haulier.session import Session
 from haulier.units import BLOCK, CHUNK
+from tests.support import goldens
 from tests.support.certs import TestCa
 from tests.support.qemustream import PAGE, mapped_ram
 
@@ -225,26 +226,15 @@ def snapshot(sites: Sites, image: Manifest, disk: Manifest) -> GoldenMeta:
     pages |= {100 + number: chunk(1)[number * BLOCK : (number + 1) * BLOCK] for number in range(16)}
     mapped_ram(half / "memory", {"ram0": pages}, {"ram0": 4096 * PAGE})
     base = MemoryBase.from_mapped_ram(half / "memory")
-    meta = GoldenMeta(
-        format=1,
-        id="",
-        image="debian",
+    meta = goldens.meta(
         image_manifest=image.digest.hex(),
         manifest=disk.digest.hex(),
         memory=base.digest.hex(),
         memory_size=(half / "memory").stat().st_size,
         memory_mib=16,
-        vcpus=1,
         disk_size=disk.size,
-        machine="pc-q35-8.2",
-        cpu="Nehalem-v1",
-        free_page_hint=False,
-        accel="tcg",
-        qemu="10.0.2",
-        created=1000.0,
     )
     base.close()
-    meta = msgspec.structs.replace(meta, id=golden_id(meta))
     BlockIndex.build(sites.here, block_fingerprints(disk)).save(half / "blocks.idx")
     (half / "meta.json").write_bytes(msgspec.json.encode(meta))
     half.rename(root / meta.id)
