@@ -39,7 +39,7 @@ class CoordinatorDaemon:
         return self.site.run / "coordinator.sock"
 
     def routes(self) -> tuple[Route, ...]:
-        return (*(route for route in sites.TABLE if route.path != "/v1/join"), *routes.TABLE)
+        return (*sites.FACTS, *routes.TABLE)
 
     def tidy(self) -> None:
         assert self.coordinator is not None

@@ -10,10 +10,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from haulier.chunks.index import DOUBTED
 from haulier.chunks.manifest import HEADER, Manifest, peek
 from haulier.chunks.store import ChunkStore
 from haulier.coordinator.fleet import IMAGE
 from haulier.coordinator.messages import ManifestEntry
+from haulier.errors import UnknownThing
 from haulier.units import FINGERPRINT
 
 Rows = NDArray[np.uint8]
@@ -64,11 +66,18 @@ class Inventory:
                 name=name,
                 digest=digest,
                 size=size,
-                complete=bool(complete),
+                complete=self._all_here(name) if complete == DOUBTED else bool(complete),
                 layer=layer,
                 parent=base[1] if base is not None else b"",
             )
         return entries
+
+    def _all_here(self, name: str) -> bool:
+        """Of a manifest that was complete, until a chunk of it was found damaged."""
+        try:
+            return self._store.is_complete(name)
+        except UnknownThing:
+            return False
 
     def room(self, budget: int) -> tuple[int, list[str]]:
         """Bytes that chunks may take here that nothing refers to, and names of manifests that keep none of theirs."""
