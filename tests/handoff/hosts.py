@@ -43,7 +43,8 @@ class Host:
     """One site's machine: at most one QEMU for the guest, and a log of what was done."""
 
     def __init__(self, root: Path, name: str, peer: str) -> None:
-        self.site = Site(root / name, name, "127.0.0.1:7440")
+        # Two tests at once have handoffs of the same number.
+        self.site = Site(root / name, name, "127.0.0.1:7440", ram=str(root / f"{name}.ram"))
         self.site.make_directories()
         self.journal = Journal(self.site.journal)
         self.peer = peer
@@ -77,7 +78,7 @@ class Host:
             manifest=residence.manifest_name(GUEST) if role == "source" else "",
             wanted="running" if role == "source" or state is State.OWNER else "",
         )
-        self.journal.add_handoff(HandoffRow(HANDOFF, GUEST, role, self.peer))
+        self.journal.add_handoff(HandoffRow(HANDOFF, GUEST, role, self.peer, epoch=pending or last))
         directory = self.site.handoff_root(HANDOFF)
         directory.mkdir()
         self.site.mirror(HANDOFF).touch()
@@ -166,6 +167,7 @@ class Hosts:
         self.lisbon = Host(root, "lisbon", "oslo")
         self.both = (self.oslo, self.lisbon)
         self.said: list[tuple[str, str, int]] = []
+        self.ran_when_said: list[bool] = []
         self.worker_alive = False
         monkeypatch.setattr(residence, "Qemu", SimpleNamespace(adopt=self._adopt, clear=self._clear))
         for module in (residence, recovery):
@@ -217,6 +219,7 @@ class Hosts:
 
     def _own(self, host: Host, guest: str, event: str, epoch: int) -> Sequence[tuple[str, int]]:
         self.said.append((host.site.name, event, epoch))
+        self.ran_when_said.append(bool(self.runners()))
         if not host.reachable:
             raise PeerError("cannot be reached")
         return recovery.handle(host.site, host.journal, guest, Event(event), epoch)

@@ -130,17 +130,21 @@ def _recover_source(
             return True
         if state in (State.GRANTED, State.SERVING):
             return False
+        if state is State.OWNER:
+            _forget(site, row)
         _end(site, journal, row, "done" if state is State.AWAY else "failed")
         return True
     if state is State.OFFERED:
         # First: a guest that does not run on, whatever is wrong with it, is no more in a handoff than any other.
-        happened = happen(journal, row.guest, Event.FAIL)
-        for event, named in happened.messages():
-            _ask(messenger, row, event, named)
-        state = happened.after.state
+        state = happen(journal, row.guest, Event.FAIL).after.state
     if state is State.OWNER:
-        # The record was set back, the guest perhaps not.
-        resume_original(site, row.guest)
+        # The record was set back, now or by a worker or agent that died then: the guest perhaps not, and the other site
+        # may not have been told, which would wait for two minutes.
+        try:
+            resume_original(site, row.guest)
+        finally:
+            if offered := epoch or row.epoch:
+                _ask(messenger, row, Event.ABORT, offered)
         _forget(site, row)
         _end(site, journal, row, "failed")
         return True
@@ -157,19 +161,13 @@ def _recover_target(
 ) -> bool:
     epoch = journal.guest(row.guest).pending
     if state is State.RECEIVING:
-        happened = happen(journal, row.guest, Event.FAIL)
-        _carry_out(site, journal, row, happened)
-        for event, named in happened.messages():
-            _ask(messenger, row, event, named)
+        _carry_out(site, journal, row, happen(journal, row.guest, Event.FAIL))
     elif state is State.FILLING:
         if not _fill(site, journal, row, messenger):
             return False
     elif state in (State.READY, State.POISED):
         if not copy_alive(site, row.guest):
-            happened = happen(journal, row.guest, Event.COPY_LOST)
-            _carry_out(site, journal, row, happened)
-            for event, named in happened.messages():
-                _ask(messenger, row, event, named)
+            _carry_out(site, journal, row, happen(journal, row.guest, Event.COPY_LOST))
         else:
             for event, answered in _ask(messenger, row, Event.READY, epoch):
                 handle(site, journal, row.guest, event, answered)
@@ -181,8 +179,11 @@ def _recover_target(
         lost = bool(journal.handoff(row.id).detail.get("code"))
         _end(site, journal, row, "failed" if lost else "done", keep=False)
     else:
-        # Whoever wrote the step down may have died before the copy was gone, and throwing away twice does no harm.
+        # Whoever wrote the step down may have died before the copy was gone, and before the source was told, which
+        # would wait for two minutes. To do so twice does no harm.
         discard_copy(site, row.guest, row.id)
+        if state is State.REFUSED and (offered := epoch or row.epoch):
+            _ask(messenger, row, Event.REFUSED, offered)
         _end(site, journal, row, "failed")
     return True
 
@@ -340,6 +341,8 @@ def handle(
             settle_arrival(site, journal, handoff)
             _end(site, journal, handoff, "done")
         elif after in {State.ABSENT, State.REFUSED, State.OWNER}:
+            if after is State.OWNER:
+                _forget(site, handoff)
             _end(site, journal, handoff, "failed")
         elif after is State.AWAY:
             _end(site, journal, handoff, "done")
