@@ -173,6 +173,28 @@ def test_no_cancel_after_the_token(fleet: Fleet, begun: dict[str, Any]) -> None:
         fleet.client.cancel(begun["id"])
 
 
+def test_a_guest_is_taken_back_only_from_a_site_that_is_out_of_the_fleet(fleet: Fleet, begun: dict[str, Any]) -> None:
+    journal, pid = fleet.at_oslo.journal, fleet.at_oslo.journal.handoff(begun["id"]).pid
+    with pytest.raises(Conflict, match="only one that is 'granted'"):
+        fleet.client.post("/v1/guests/web1/reclaim")
+    journal.advance("web1", "offered", "granted")
+    with pytest.raises(Conflict, match="'lisbon' may run guest 'web1'"):
+        fleet.client.post("/v1/guests/web1/reclaim")
+    assert journal.guest("web1").state == "granted"
+    with pytest.raises(Conflict, match="is under way"):
+        fleet.client.wait(fleet.client.delete("/v1/sites/lisbon"))
+    fleet.client.wait(fleet.client.delete("/v1/sites/lisbon?force=1"))
+    facts = fleet.client.post("/v1/guests/web1/reclaim", timeout=60)
+    assert facts["epoch"] == 3, "the granted epoch, 2, is burnt"
+    assert "boot it with 'haulier guest start web1'" in facts["status"]
+    assert journal.guest("web1").state == "owner"
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    over = fleet.client.handoff(begun["id"])
+    assert (over["state"], over["outcome"]) == ("ended", "failed")
+    with pytest.raises(UnknownThing):
+        fleet.client.post("/v1/guests/web9/reclaim")
+
+
 def test_a_worker_that_dies_is_noticed(fleet: Fleet, begun: dict[str, Any]) -> None:
     psutil.Process(fleet.at_oslo.journal.handoff(begun["id"]).pid).kill()
     wait_for(lambda: fleet.client.handoff(begun["id"])["state"] == "ended", 20)

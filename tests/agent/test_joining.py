@@ -152,13 +152,29 @@ def test_nobody_answers(short: Path) -> None:
 
 def test_the_peer_may_not_say_who_issues(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     lie = [msgspec.to_builtins(SiteRow("evil", "e:1", issuer=True)), msgspec.to_builtins(SiteRow("lisbon", "no:1"))]
-    monkeypatch.setattr(Client, "sites", lambda self: lie)
+    revoked = {"oslo": 9e9, "lisbon": 9e9}
+    monkeypatch.setattr(Client, "fleet", lambda self: {"sites": lie, "revoked": revoked})
     joining.refresh(fleet.lisbon, fleet.at_lisbon.journal)
     assert not fleet.at_lisbon.journal.site("evil").issuer
     assert fleet.at_lisbon.journal.site("lisbon").control == fleet.lisbon.control
-    monkeypatch.setattr(Client, "sites", lambda self: [{"name": "../x", "control": "a:1"}])
-    with pytest.raises(PeerError, match="wrongly"):
-        joining.refresh(fleet.lisbon, fleet.at_lisbon.journal)
+    assert fleet.at_lisbon.journal.site("oslo").begins < 9e9 and fleet.at_lisbon.journal.site("lisbon").begins < 9e9
+    for answer in (
+        {"sites": [{"name": "../x", "control": "a:1"}]},
+        {"sites": [], "revoked": {"../x": 1.0}},
+        {"sites": [], "revoked": ["x"]},
+        {"sites": {}, "revoked": {"evil": 1.0}},
+        {},
+    ):
+        monkeypatch.setattr(Client, "fleet", lambda self, answer=answer: answer)
+        with pytest.raises(PeerError, match="wrongly"):
+            joining.refresh(fleet.lisbon, fleet.at_lisbon.journal)
+    assert fleet.at_lisbon.journal.find_site("evil") is not None
+
+
+def test_an_older_haulier_does_not_say_what_is_revoked(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "fleet", lambda self: {"sites": [{"name": "faro", "control": "a:1"}]})
+    joining.refresh(fleet.lisbon, fleet.at_lisbon.journal)
+    assert fleet.at_lisbon.journal.find_site("faro") is not None
 
 
 def test_old_tokens_are_forgotten(fleet: Fleet) -> None:

@@ -245,6 +245,32 @@ def test_a_damaged_or_newer_file_is_refused(tmp_path: Path) -> None:
         Journal(new)
 
 
+def test_a_file_of_an_older_haulier_is_taken_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with Journal(path) as journal:
+        journal.put_sites([SiteRow("oslo", "o:1", issuer=True)])
+        journal._db.execute("DROP TABLE revoked")
+        journal._db.execute("PRAGMA user_version=1")
+    with Journal(path) as journal:
+        assert journal.site("oslo") == SiteRow("oslo", "o:1", issuer=True)
+        journal.revoke("oslo", 7.0)
+        assert journal.site("oslo").begins == 7.0
+
+
+def test_what_was_revoked_stays_so(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with Journal(path) as journal:
+        journal.put_sites([SiteRow("oslo", "o:1"), SiteRow("porto", "p:1")])
+        for begins in (5.0, 9.0, 7.0):
+            journal.revoke("oslo", begins)
+        journal.drop_site("oslo")
+        assert [row.name for row in journal.sites()] == ["porto"]
+    with Journal(path) as journal:
+        assert journal.revoked() == {"oslo": 9.0}
+        journal.put_sites([SiteRow("oslo", "o:2", begins=3.0)])
+        assert journal.site("oslo").begins == 9.0 and journal.site("porto").begins == 0.0
+
+
 def test_damaged_json_is_corrupt(journal: Journal) -> None:
     journal.advance("web1", "absent", "owner", epoch=1)
     journal._db.execute("UPDATE guests SET spec='[1'")

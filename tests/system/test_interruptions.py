@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
 from haulier.errors import Cancelled, Conflict, HandoffFailed
@@ -259,3 +261,40 @@ def test_a_copy_that_dies_before_the_token_reaches_it_comes_back(standing: Stage
     with standing.journal(found) as journal:
         row = journal.guest("web1")
     assert row.epoch > handoff.row(found)["epoch"], "the granted epoch is burnt"
+
+
+def test_a_target_that_burns_down_with_the_token(made: Template) -> None:
+    """Nobody but the operator can know that it never comes back."""
+    with stage(made, "burnt", [wan("30mbit", "25ms")]) as standing:
+        standing.run_guest()
+        oslo, lisbon = standing.site("oslo"), standing.site("lisbon")
+        handoff = standing.begin()
+        handoff.wait_phase("oslo", {"switchover"})
+        standing.set_link(delay_s=0.6)
+        handoff.wait_state("oslo", {"granted"})
+        # The worker first: it would take its vote back.
+        handoff.kill_worker("lisbon")
+        lisbon.kill_agent()
+        burnt = standing.processes("lisbon")
+        for process in burnt:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        with standing.journal("lisbon") as journal:
+            assert journal.guest("web1").state == "ready", "the token was faster"
+        assert psutil.wait_procs(burnt, 10)[1] == []
+        for path in (lisbon.site.ram_dir, lisbon.root):
+            shutil.rmtree(path)
+        refused = oslo.haulier("guest", "reclaim", "web1", check=False)
+        assert refused.returncode == Conflict.exit_code and "put it out of the fleet" in refused.stderr, refused
+        refused = oslo.haulier("site", "remove", "lisbon", check=False)
+        assert refused.returncode == Conflict.exit_code and "under way" in refused.stderr, refused
+        oslo.haulier("site", "remove", "lisbon", "--force")
+        told = oslo.haulier("guest", "reclaim", "web1")
+        assert "this site's again" in told.stdout
+        assert handoff.result()[0] != 0
+        facts = oslo.client.guest("web1")
+        assert facts["status"] == "running" and facts["state"] == "owner", facts
+        standing.assert_right()
+        written = standing.workload("web1").stats()["files_written"]
+        wait_for(lambda: standing.workload("web1").stats()["files_written"] > written, 60, "another file")
+        assert standing.of_handoff("oslo", handoff.id) == []

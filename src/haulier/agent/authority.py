@@ -16,6 +16,7 @@ import binascii
 import datetime
 import hashlib
 import ipaddress
+import math
 import secrets
 import ssl
 import time
@@ -105,6 +106,23 @@ def site_of(peercert: Mapping[str, Any] | None) -> str | None:
     return name if NAME.fullmatch(name) else None
 
 
+def begins_of(peercert: Mapping[str, Any] | None) -> float:
+    """Since when a peer certificate in the form of `ssl`'s getpeercert() is good (Unix seconds); 0 if it is unknown."""
+    said = (peercert or {}).get("notBefore")
+    return float(ssl.cert_time_to_seconds(said)) if isinstance(said, str) else 0.0
+
+
+def begins(certificate: bytes) -> float:
+    """The same of a certificate in PEM."""
+    return load_certificate(certificate, "the certificate").not_valid_before_utc.timestamp()
+
+
+def next_beginning(least: float, now: float) -> float:
+    """A time (Unix seconds) since when certificates that are made at `now` may be good, and none that was made before:
+    `least` is what was required of them so far."""
+    return max(math.floor(now - _SKEW.total_seconds()) + 1.0, least + 1.0)
+
+
 def fleet_fingerprint(ca_pem: bytes) -> bytes:
     """SHA-256 of the authority's certificate; Corrupt if `ca_pem` is none."""
     return load_certificate(ca_pem, "the fleet's certificate").fingerprint(hashes.SHA256())
@@ -162,18 +180,23 @@ def create_authority(site: Site) -> None:
 def new_request(name: str) -> tuple[bytes, bytes]:
     """A fresh private key and a certificate request for it, both PEM. The key never leaves the site."""
     key = ec.generate_private_key(ec.SECP256R1())
+    return _private_pem(key), _request(name, key)
+
+
+def _request(name: str, key: ec.EllipticCurvePrivateKey) -> bytes:
     request = (
         x509.CertificateSigningRequestBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, server_name(name))]))
         .sign(key, hashes.SHA256())
     )
-    return _private_pem(key), request.public_bytes(serialization.Encoding.PEM)
+    return request.public_bytes(serialization.Encoding.PEM)
 
 
-def sign(site: Site, name: str, request_pem: bytes, addresses: Sequence[str]) -> bytes:
+def sign(site: Site, name: str, request_pem: bytes, addresses: Sequence[str], begins: float = 0.0) -> bytes:
     """A certificate (PEM) for the site `name` with the key of a request. Nothing else is taken from the request.
 
-    Unsupported where the authority's key is not at this site; NotTrusted if the request is not signed by its key.
+    It is good from `begins` on (Unix seconds), but not longer than clocks may differ. Unsupported where the authority's
+    key is not at this site; NotTrusted if the request is not signed by its key.
     """
     ca_key = _load_ca_key(site)
     ca = load_certificate(site.ca_certificate.read_bytes(), str(site.ca_certificate))
@@ -197,7 +220,7 @@ def sign(site: Site, name: str, request_pem: bytes, addresses: Sequence[str]) ->
         .issuer_name(ca.subject)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _SKEW)
+        .not_valid_before(max(now - _SKEW, datetime.datetime.fromtimestamp(begins, datetime.UTC)))
         .not_valid_after(now + datetime.timedelta(days=365 * _SITE_YEARS))
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(sign_certificates=False), critical=True)
@@ -214,7 +237,39 @@ def sign(site: Site, name: str, request_pem: bytes, addresses: Sequence[str]) ->
 def install(site: Site, key: bytes, certificate: bytes) -> None:
     """Puts a site's key and certificate in place."""
     write_atomically(site.key, key, 0o600)
+    install_certificate(site, certificate)
+
+
+def install_certificate(site: Site, certificate: bytes) -> None:
+    """Puts another certificate for the same key in place."""
     write_atomically(site.certificate, certificate.rstrip() + b"\n" + _SPACER)
+
+
+def request_with(site: Site) -> bytes:
+    """A certificate request (PEM) with the key that this site has already."""
+    try:
+        key = serialization.load_pem_private_key(site.key.read_bytes(), None)
+    except (OSError, ValueError) as error:
+        raise Corrupt(f"the key of site {site.name!r} in {site.tls} cannot be used: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise Corrupt(f"{site.key} holds another kind of key")
+    return _request(site.name, key)
+
+
+def check_certificate(site: Site, certificate: bytes) -> None:
+    """Corrupt unless it is one for this site and its key, by the fleet's authority, and good for longer than what is
+    there."""
+    new = load_certificate(certificate, "the new certificate")
+    old = load_certificate(site.certificate.read_bytes(), str(site.certificate))
+    ca = load_certificate(site.ca_certificate.read_bytes(), str(site.ca_certificate))
+    try:
+        new.verify_directly_issued_by(ca)
+        if new.public_key() != old.public_key() or new.subject != old.subject:
+            raise ValueError("it is for another site or key")
+        if new.not_valid_after_utc < old.not_valid_after_utc:
+            raise ValueError("it ends before the one that is there")
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise Corrupt(f"the new certificate of site {site.name!r} is wrong ({error}): the old one stays") from None
 
 
 def new_token(site: Site, journal: Journal, for_site: str = "", lifetime_s: float = TOKEN_LIFETIME_S) -> str:
@@ -257,6 +312,11 @@ def joining_context(ca_pem: bytes | None) -> ssl.SSLContext:
     else:
         context.load_verify_locations(cadata=ca_pem.decode())
     return context
+
+
+def reload(context: ssl.SSLContext, site: Site) -> None:
+    """Has connections that are accepted from now on see the certificate that is there now."""
+    context.load_cert_chain(site.certificate, site.key)
 
 
 def days_left(certificate: Path) -> float:

@@ -64,10 +64,14 @@ class _UnixConnection(http.client.HTTPConnection):
 class _SiteConnection(http.client.HTTPConnection):
     """HTTPS whose certificate must name a site, whatever the host name."""
 
-    def __init__(self, host: str, port: int, timeout: float, context: ssl.SSLContext, name: str | None) -> None:
+    def __init__(
+        self, host: str, port: int, timeout: float, context: ssl.SSLContext, name: str | None, begins: float = 0.0
+    ) -> None:
+        """`begins`: Unix seconds; a certificate that begins earlier is not believed any more."""
         super().__init__(host, port, timeout=timeout)
         self._context = context
         self._name = name
+        self._begins = begins
         self._parts: list[bytes] | None = None
         """Of a request that is being put together."""
 
@@ -81,6 +85,11 @@ class _SiteConnection(http.client.HTTPConnection):
         except BaseException:
             raw.close()
             raise
+        if self._begins and authority.begins_of(self.sock.getpeercert()) < self._begins:
+            raise NotTrusted(
+                f"{self.host}:{self.port} shows a certificate of {self._name!r} that was replaced or withdrawn: "
+                "is it an old copy of that site?"
+            )
         self.sock.settimeout(self.timeout)
 
     def request(self, *words: Any, **more: Any) -> None:
@@ -131,7 +140,7 @@ class Client:
         name = authority.server_name(row.name)
         return Client(
             f"site {row.name!r} at {row.control}",
-            lambda timeout: _SiteConnection(host, port, timeout, context, name),
+            lambda timeout: _SiteConnection(host, port, timeout, context, name, row.begins),
             packs=True,
         )
 
@@ -187,6 +196,8 @@ class Client:
                 answer, handed = _take_over(connection, response, asked)
             else:
                 answer = response.read(MAX_ANSWER + 1)
+        except HaulierError:
+            raise  # some are an OSError as well
         except ssl.SSLCertVerificationError as error:
             raise NotTrusted(
                 f"{self.where} shows a certificate that is not this fleet's, or another site's "
@@ -223,7 +234,11 @@ class Client:
         return self.get("/v1/site", timeout=CONNECT_S)
 
     def sites(self) -> list[dict[str, Any]]:
-        return list(self.get("/v1/sites")["sites"])
+        return list(self.fleet()["sites"])
+
+    def fleet(self) -> dict[str, Any]:
+        """{"sites": [...], "revoked": {name: since when its certificates have to begin}}"""
+        return self.get("/v1/sites")
 
     # -- guests and images
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -37,6 +37,8 @@ class Core:
         self.started = time.time()
         self.children: list[subprocess.Popen[bytes]] = []
         """Workers that this process started: their ends have to be waited for."""
+        self.reload: Callable[[], object] = lambda: None
+        """Has who connects from now on see the certificate that is there now: set by who listens."""
         self.asking = threading.Lock()
         """QEMU serves one connection of the agent at a time."""
         self._busy: dict[str, str] = {}
@@ -74,14 +76,17 @@ class Core:
             raise Conflict(f"{name!r} is this site: name another")
         return self.known_site(name)
 
-    def trusted_site(self, name: str) -> SiteRow:
-        """The site that a certificate names. NotTrusted if the fleet does not know it (any more)."""
+    def trusted_site(self, name: str, begins: float) -> SiteRow:
+        """The site that a certificate names which is good since `begins` (Unix seconds). NotTrusted if the fleet does
+        not know it (any more), or has set it up anew since."""
         try:
-            return self.known_site(name)
+            row = self.known_site(name)
         except UnknownThing:
-            raise NotTrusted(
-                f"site {name!r} has a certificate of this fleet but is not among its sites: let it join again"
-            ) from None
+            what = "has a certificate of this fleet but is not among its sites (any more)"
+            raise NotTrusted(f"site {name!r} {what}: let it join again") from None
+        if begins < row.begins:
+            raise NotTrusted(f"this certificate of site {name!r} was withdrawn when that site was set up anew")
+        return row
 
     def peer(self, name: str) -> Client:
         """A client of another site's agent."""

@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 
 from haulier.agent import layers, prefetching
-from haulier.agent.core import Core, ownership_of
+from haulier.agent.core import SETTLING_S, Core, ownership_of
 from haulier.agent.site import check_name, check_transport
 from haulier.errors import Conflict, HaulierError, PeerError, UnknownThing, UsageError
 from haulier.handoff import recovery, spawning, worker
@@ -186,6 +186,45 @@ class Handoffs:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(row.pid, signal.SIGTERM)
         return self.show(row.id)
+
+    def reclaim(self, name: str) -> dict[str, Any]:
+        """Takes back a guest whose token went to a site that is gone for good, and was put out of the fleet.
+
+        The operator speaks for that site, as if it had refused: whether it ran the guest for a while, and what it
+        wrote, nobody can know here. Conflict for any other guest.
+        """
+        guest = self.journal.guest(name)
+        row = self.journal.find_handoff(guest.handoff) if guest.handoff else None
+        if guest.state != State.GRANTED or row is None:
+            raise Conflict(
+                f"guest {name!r} is '{guest.state}' at site {self.site.name!r}: only one that is 'granted' to a site "
+                "which never answered can be taken back"
+            )
+        if self.journal.find_site(row.peer) is not None:
+            raise Conflict(
+                f"site {row.peer!r} may run guest {name!r}, or will when it is back: wait until it answers. If it is "
+                f"gone for good, put it out of the fleet ('haulier site remove {row.peer} --force', at the site that "
+                "made the fleet), then try again"
+            )
+        deadline = time.monotonic() + SETTLING_S
+        while recovery.worker_alive(row):
+            # It would ask for half a minute more; what it had to say is in the journal.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(row.pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise Conflict(f"the worker of handoff {row.id} (process {row.pid}) does not end: try again")
+            time.sleep(_POLL_S)
+        with self.core.taken_in(name, "being taken back"):
+            log.warning("guest %s is taken back from site %s, which is gone for good", name, row.peer)
+            recovery.handle(self.site, self.journal, name, Event.REFUSED, guest.pending)
+        after = self.journal.guest(name)
+        if after.state != State.OWNER:
+            raise Conflict(f"guest {name!r} is '{after.state}' by now: 'haulier status {row.id}' says how that came")
+        return {
+            "guest": name,
+            "epoch": after.epoch,
+            "status": str(self.journal.handoff(row.id).detail.get("error", "")),
+        }
 
     # -- between agents ----------------------------------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
-"""How a site comes to be: first of a fleet, or joined to one with a token."""
+"""How a site comes to be: first of a fleet, or joined to one with a token; and how others learn of it, or that it is
+gone."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,17 @@ def join(root: Path, name: str, control: str, bulk: Sequence[str], via: str, tok
         try:
             certificate = str(answer["certificate"]).encode()
             rows = [msgspec.convert(row, SiteRow) for row in answer["sites"]]
+            revoked = _revoked(answer)
         except (KeyError, TypeError, *UNDECODABLE):
             raise PeerError(
                 f"the site at {via} answered the join request wrongly: run the same haulier there"
             ) from None
         write_atomically(site.ca_certificate, ca_pem)
         authority.install(site, key, certificate)
-        with Journal(site.journal) as journal:
+        with Journal(site.journal) as journal, journal.transaction():
             journal.put_sites(rows)
+            for each, begins in revoked.items():
+                journal.revoke(each, begins)
         site.save()
     except BaseException:
         # half a site would look like one to nobody, but its key is worth nothing and must not stay
@@ -92,7 +96,9 @@ def admit(site: Site, journal: Journal, body: JoinRequest) -> dict[str, Any]:
     except ValueError:
         raise NotTrusted("the join token is damaged: copy the whole line that 'haulier site token' printed") from None
     host, _ = split_address(body.control)
-    certificate = authority.sign(site, body.name, body.request.encode(), (host, *body.bulk))
+    # Whoever has a key of an earlier site of that name is not heard from now on.
+    begins = authority.next_beginning(journal.revoked().get(body.name, 0.0), time.time())
+    certificate = authority.sign(site, body.name, body.request.encode(), (host, *body.bulk), begins)
     with journal.transaction():
         token = journal.use_token(digest, body.name, time.time())
         if body.name == site.name or (journal.find_site(body.name) is not None and token.site != body.name):
@@ -101,26 +107,48 @@ def admit(site: Site, journal: Journal, body: JoinRequest) -> dict[str, Any]:
                 f"make a token with 'haulier site token --site {body.name}'"
             )
         journal.put_sites([SiteRow(body.name, body.control, tuple(body.bulk))])
-        rows = journal.sites()
-    return {"certificate": certificate.decode(), "sites": [msgspec.to_builtins(row) for row in rows]}
+        journal.revoke(body.name, authority.begins(certificate))
+        facts = listed(journal)
+    return {"certificate": certificate.decode(), **facts}
+
+
+def listed(journal: Journal) -> dict[str, Any]:
+    """What a site says of which sites there are, and of certificates that are heard no more."""
+    return {"sites": [msgspec.to_builtins(row) for row in journal.sites()], "revoked": journal.revoked()}
 
 
 def refresh(site: Site, journal: Journal) -> None:
     """Asks the issuer which sites there are. PeerError if it does not answer; nothing changes then."""
     issuers = [row for row in journal.sites() if row.issuer and row.name != site.name]
     for row in issuers:
-        answer = Client.peer(site, row).sites()
+        answer = Client.peer(site, row).fleet()
         try:
-            rows = [msgspec.convert(each, SiteRow) for each in answer]
+            rows = msgspec.convert(answer["sites"], list[SiteRow])
+            revoked = _revoked(answer)
             for each in rows:
                 check_name(each.name, "site")
                 split_address(each.control)
-        except (msgspec.MsgspecError, ValueError):
+        except (KeyError, TypeError, msgspec.MsgspecError, ValueError):
             raise PeerError(f"site {row.name!r} answered wrongly which sites there are") from None
-        # who issues, and who we are, is known here: it is not for others to say
-        journal.put_sites(
-            [msgspec.structs.replace(each, issuer=each.name == row.name) for each in rows if each.name != site.name]
-        )
+        there = {each.name for each in rows}
+        with journal.transaction():
+            # who issues, and who we are, is known here: it is not for others to say
+            journal.put_sites(
+                [msgspec.structs.replace(each, issuer=each.name == row.name) for each in rows if each.name != site.name]
+            )
+            for name, begins in revoked.items():
+                if name not in (site.name, row.name):
+                    journal.revoke(name, begins)
+                    if name not in there:
+                        journal.drop_site(name)
+
+
+def _revoked(answer: Mapping[str, Any]) -> dict[str, float]:
+    """Since when certificates have to begin, by name of the site. An older haulier does not say."""
+    found = msgspec.convert(answer.get("revoked", {}), dict[str, float])
+    for name in found:
+        check_name(name, "site")
+    return found
 
 
 def _clear(root: Path, before: set[Path] | None) -> None:

@@ -18,8 +18,9 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from aiohttp import web
 
@@ -34,6 +35,7 @@ from haulier.agent.handoffs import Handoffs
 from haulier.agent.health import Health
 from haulier.agent.images import Images
 from haulier.agent.layers import Layers
+from haulier.agent.membership import Membership
 from haulier.agent.notify import notify
 from haulier.agent.residuals import Residuals
 from haulier.agent.routes import Access, Call, Route, guests, handoffs, images, peers, residuals, sites, upkeep
@@ -63,6 +65,7 @@ LAYERS_EVERY_S: Final = 10.0
 HANDOFFS_EVERY_S: Final = 0.5
 CACHE_EVERY_S: Final = 5.0
 STORE_EVERY_S: Final = 60.0
+FLEET_EVERY_S: Final = 30.0
 TELL_EVERY_S: Final = 2.0
 LOOP_END_S: Final = 10.0
 _STATUS: Final = {2: 400, 3: 404, 4: 409, 5: 422, 6: 507, 7: 422, 8: 502, 9: 403, 10: 500, 11: 409, 12: 500}
@@ -130,6 +133,7 @@ class Agent:
         self.layers = Layers(self.core, self.store, self.images, self.cache)
         self.residuals = Residuals(self.core, self.store)
         self.tunnels = Tunnels(self.core, self.addresses)
+        self.membership = Membership(self.core, self.residuals)
         self.handoffs = Handoffs(self.core, self.residuals.check_may_leave)
         self.waypoints = Waypoints(self.core)
         self.reporter = Reporter(site, self.journal, self.store)
@@ -172,6 +176,7 @@ class Agent:
             ("guests' addresses", GUESTS_EVERY_S, self.addresses.supervise),
             ("what other sites keep for guests here", TELL_EVERY_S, self.residuals.tell),
             ("the coordinator", REPORT_EVERY_S, self.reporter.step),
+            ("the fleet", FLEET_EVERY_S, self.membership.supervise),
             ("the cache", CACHE_EVERY_S, self.cache.tick),
             ("the store", STORE_EVERY_S, self.health.tick),
             ("what is kept for the next handoff", STORE_EVERY_S, self._expire),
@@ -242,27 +247,35 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _failure(HaulierError(f"{request.method} {request.path[:200]} failed inside the agent: see its log"))
 
 
-def _caller(request: web.Request) -> tuple[bool, str | None]:
-    """(whether it is the operator, else the site that its certificate names or None)."""
+class _Caller(NamedTuple):
+    """Who calls: the operator, or the site that a certificate names, which is good since `begins` (Unix seconds)."""
+
+    operator: bool
+    site: str | None = None
+    begins: float = 0.0
+
+
+def _caller(request: web.Request) -> _Caller:
     transport = request.transport
     if transport is None:
         raise NotTrusted("the connection is gone")
     if transport.get_extra_info("socket").family == socket.AF_UNIX:
-        return True, None
-    return False, authority.site_of(transport.get_extra_info("peercert"))
+        return _Caller(True)
+    certificate = transport.get_extra_info("peercert")
+    return _Caller(False, authority.site_of(certificate), authority.begins_of(certificate))
 
 
-def _authorize(agent: Daemon, route: Route, operator: bool, name: str | None) -> str:
+def _authorize(agent: Daemon, route: Route, caller: _Caller) -> str:
     """The calling site's name, "" for the operator and for nobody. NotTrusted if the route is not for the caller."""
     if route.access is Access.ANYONE:
         return ""
-    if operator:
+    if caller.operator:
         if route.access is Access.SITE:
             raise NotTrusted(f"{route.method} {route.path} is for other sites, not for the operator")
         return ""
-    if name is None:
+    if caller.site is None:
         raise NotTrusted(f"{route.method} {route.path} needs the certificate of a site of this fleet")
-    site = agent.core.trusted_site(name)
+    site = agent.core.trusted_site(caller.site, caller.begins)
     if route.access is Access.OPERATOR:
         raise NotTrusted(
             f"{route.method} {route.path} is for the operator of site {agent.site.name!r}: use the command line there"
@@ -273,22 +286,22 @@ def _authorize(agent: Daemon, route: Route, operator: bool, name: str | None) ->
 
 
 def _handler(agent: Daemon, route: Route, pool: concurrent.futures.Executor, handing: Handing) -> Handler:
-    def work(operator: bool, name: str | None, call: Callable[[str], Call], hands: bool) -> tuple[str, Path | None]:
-        said = call(_authorize(agent, route, operator, name))
+    def work(caller: _Caller, call: Callable[[str], Call], hands: bool) -> tuple[str, Path | None]:
+        said = call(_authorize(agent, route, caller))
         text = json.dumps(route.handler(agent, said))
         return text, route.worker(agent, said) if hands and route.worker is not None else None
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        operator, name = _caller(request)
+        caller = _caller(request)
         body = await request.read()
         if request.headers.get("Content-Encoding") == packing.ENCODING:
             body = packing.unpack(body, MAX_BODY)
         names, query = dict(request.match_info), dict(request.query)
         heard = time.time()
-        hands = not operator and request.headers.get(PATH_HEADER) == PATH_VERSION
+        hands = not caller.operator and request.headers.get(PATH_HEADER) == PATH_VERSION
         loop = asyncio.get_running_loop()
         text, worker = await loop.run_in_executor(
-            pool, work, operator, name, lambda site: Call(site=site, names=names, body=body, query=query), hands
+            pool, work, caller, lambda site: Call(site=site, names=names, body=body, query=query), hands
         )
         if not _packs(request):
             return web.Response(text=text, content_type="application/json")
@@ -316,9 +329,9 @@ def _chunk_handler(agent: Daemon, service: ChunkService, pool: concurrent.future
     route = Route("GET", chunk_wire.PATH, Access.SITE, lambda agent, call: {})
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        operator, name = _caller(request)
+        caller = _caller(request)
         loop = asyncio.get_running_loop()
-        site = await loop.run_in_executor(pool, _authorize, agent, route, operator, name)
+        site = await loop.run_in_executor(pool, _authorize, agent, route, caller)
         return await service.handle(request, site)
 
     return handle
@@ -370,7 +383,9 @@ async def serve(agent: Daemon, stop: asyncio.Event, ready: Callable[[], None] = 
     """Listens until `stop` is set. `ready` is called when both listeners accept."""
     site = agent.site
     local = site.check_socket_path(agent.socket)
-    context = authority.server_context(site)
+    context, loop = authority.server_context(site), asyncio.get_running_loop()
+    # Not while a connection is being accepted, which this loop does.
+    agent.core.reload = partial(loop.call_soon_threadsafe, authority.reload, context, site)
     app = web.Application(middlewares=[_errors], client_max_size=MAX_BODY)
     with concurrent.futures.ThreadPoolExecutor(_THREADS, thread_name_prefix="request") as pool:
         app.on_response_prepare.append(_spare)
@@ -383,11 +398,11 @@ async def serve(agent: Daemon, stop: asyncio.Event, ready: Callable[[], None] = 
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_GRACE_S)
         await runner.setup()
         try:
-            await asyncio.get_running_loop().run_in_executor(pool, agent.tidy)
+            await loop.run_in_executor(pool, agent.tidy)
             await web.UnixSite(runner, str(local)).start()
             local.chmod(0o600)
             await web.SockSite(runner, _listener(site, agent.control), ssl_context=context).start()
-            await asyncio.get_running_loop().run_in_executor(pool, agent.recover)
+            await loop.run_in_executor(pool, agent.recover)
             ready()
             await stop.wait()
         finally:

@@ -132,7 +132,7 @@ def examine(core: Core, health: Health) -> dict[str, Any]:
         _check("memory for guests", lambda: _tmpfs(core.site.ram_dir), "enlarge the tmpfs, or stop guests"),
         _check("disk", lambda: _disk(core.site.root), "run 'haulier gc --all', or give the site a larger disk"),
         _check("bridge", _bridge, f"make {BRIDGE} with the same MAC and address at every site (docs/sites.md)"),
-        _check("certificate", lambda: _certificate(core), "set the site up anew with 'haulier site token --site NAME'"),
+        _check("certificate", lambda: _certificate(core), "run 'haulier site renew'"),
         _check("store", health.check, "run 'haulier doctor --repair'"),
         *(
             [_check("coordinator", lambda: _coordinator(core), "it is not needed; 'haulier coordinator status' there")]

@@ -169,6 +169,17 @@ def stop(
 
 
 @guest_app.command
+def reclaim(name: GuestName, /, *, root: Root = None, json: Json = False) -> None:
+    """Take back a guest that was being given to a site which is gone for good, and out of the fleet.
+
+    What that site wrote, if it ever ran the guest, is lost. Should it turn up again, keep it off the network.
+    """
+    facts = client(root).post(f"/v1/guests/{path_segment(name)}/reclaim", timeout=60)
+    more = f"; {facts['status']}" if facts["status"] else ""
+    tell(facts, json, f"guest {name} is this site's again (epoch {facts['epoch']}){more}")
+
+
+@guest_app.command
 def remove(
     name: GuestName,
     /,

@@ -1,4 +1,4 @@
-"""`haulier site`: make a site, admit another, join a fleet, list the sites."""
+"""`haulier site`: make a site, admit another, join a fleet, leave it, renew a certificate, list the sites."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from haulier.agent import authority, joining
+from haulier.agent.client import Client, path_segment
 from haulier.agent.site import Site, default_root
-from haulier.cli.common import Json, Root, SiteName, client, console, load_site, print_json, print_table
-from haulier.errors import UsageError
+from haulier.cli.common import Json, Root, SiteName, client, console, load_site, print_json, print_table, tell
+from haulier.cli.progress import wait
+from haulier.coordinator.client import CoordinatorClient
+from haulier.errors import HaulierError, UsageError
 from haulier.handoff.journal import Journal
 
 site_app = App(name="site", help="This site and the others of the fleet.")
@@ -71,6 +74,53 @@ def join(
 ) -> None:
     """Make a site that belongs to an existing fleet."""
     _made(joining.join(root or default_root(), name, address, bulk or (), via, token), json)
+
+
+@site_app.command
+def remove(
+    name: SiteName,
+    /,
+    *,
+    force: Annotated[
+        bool, Parameter(negative="", help="Also while others need it: that site is gone for good, with all it had.")
+    ] = False,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Put a site out of the fleet. At the site that made the fleet.
+
+    Its certificate is heard no more, here at once and at the other sites when they hear of it. It may join again.
+    """
+    here = load_site(root)
+    agent = Client.local(here)
+    job = agent.delete(f"/v1/sites/{path_segment(name)}{'?force=1' if force else ''}")
+    facts = wait(agent, job, json)
+    facts["coordinator"] = _forgotten(here, name)
+    untold, known = facts["untold"], facts["coordinator"]
+    text = f"site {name} is out of the fleet"
+    if untold:
+        text += f"; {', '.join(untold)} did not answer and will learn of it within an hour of being back"
+    if not known:
+        text += f"; run 'haulier coordinator forget {name}' where the coordinator runs"
+    tell(facts, json, text)
+
+
+def _forgotten(here: Site, name: str) -> bool:
+    """Whether no coordinator counts on what that site has, as far as it can be told from here."""
+    if not here.coordinator:
+        return True
+    try:
+        CoordinatorClient.near(here).forget(name)
+    except HaulierError:
+        return False
+    return True
+
+
+@site_app.command
+def renew(*, root: Root = None, json: Json = False) -> None:
+    """Renew this site's certificate. The agent does so by itself, a year before the end."""
+    facts = client(root).post("/v1/site/renew")
+    tell(facts, json, f"the certificate of site {facts['site']} is good for {facts['days']:.0f} days")
 
 
 @site_app.command(name="list")

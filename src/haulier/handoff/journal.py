@@ -30,7 +30,7 @@ from haulier.errors import Conflict, Corrupt, HaulierError, NotTrusted, UnknownT
 
 ABSENT: Final = "absent"
 _BUSY_S: Final = 30.0
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
 _ID_LETTERS: Final = "abcdefghjkmnpqrstuvwxyz23456789"
 
 
@@ -88,6 +88,8 @@ class SiteRow(msgspec.Struct, frozen=True):
     bulk: tuple[str, ...] = ()
     issuer: bool = False
     """It signs certificates: its word decides which sites exist."""
+    begins: float = 0.0
+    """Unix seconds. Its certificates that begin earlier are heard no more: it was removed, or set up anew."""
 
 
 class TokenRow(msgspec.Struct, frozen=True):
@@ -115,6 +117,7 @@ CREATE TABLE IF NOT EXISTS handoffs (
 CREATE TABLE IF NOT EXISTS sites (
     name TEXT PRIMARY KEY, control TEXT NOT NULL, bulk TEXT NOT NULL, issuer INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE IF NOT EXISTS revoked (name TEXT PRIMARY KEY, begins REAL NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS tokens (
     digest BLOB PRIMARY KEY, expires REAL NOT NULL, site TEXT NOT NULL, used REAL NOT NULL, used_by TEXT NOT NULL
 ) STRICT;
@@ -132,6 +135,9 @@ _INDEXES: Final = (
     f"CREATE INDEX IF NOT EXISTS handoffs_held ON handoffs (created) WHERE {_MAY_BE_HELD}",
 )
 """Handoffs are never deleted, and the agent asks for these of them all the time."""
+_SITES: Final = (
+    "SELECT name, control, bulk, issuer, coalesce(begins, 0.0) AS begins FROM sites LEFT JOIN revoked USING (name)"
+)
 
 _GUEST_FIELDS: Final = frozenset(GuestRow.__struct_fields__) - {"name", "state"}
 _HANDOFF_FIELDS: Final = frozenset(HandoffRow.__struct_fields__) - {"id"}
@@ -365,12 +371,12 @@ class Journal:
     def sites(self) -> list[SiteRow]:
         """The sites of the fleet, this one among them, in order of name."""
         with self._lock:
-            rows = self._db.execute("SELECT * FROM sites ORDER BY name").fetchall()
+            rows = self._db.execute(f"{_SITES} ORDER BY name").fetchall()
         return [_site(row) for row in rows]
 
     def find_site(self, name: str) -> SiteRow | None:
         with self._lock:
-            row = self._db.execute("SELECT * FROM sites WHERE name=?", (name,)).fetchone()
+            row = self._db.execute(f"{_SITES} WHERE name=?", (name,)).fetchone()
         return _site(row) if row is not None else None
 
     def site(self, name: str) -> SiteRow:
@@ -382,12 +388,32 @@ class Journal:
         return row
 
     def put_sites(self, sites: Sequence[SiteRow]) -> None:
-        """Adds or replaces sites, all or none."""
+        """Adds or replaces sites, all or none. What is revoked stays so, whatever their `begins` says."""
         with self.transaction():
             self._db.executemany(
                 "INSERT OR REPLACE INTO sites (name, control, bulk, issuer) VALUES (?,?,?,?)",
                 [(s.name, s.control, json.dumps(list(s.bulk)), int(s.issuer)) for s in sites],
             )
+
+    def drop_site(self, name: str) -> None:
+        """Forgets that there is such a site; what is revoked stays so."""
+        with self.transaction():
+            self._db.execute("DELETE FROM sites WHERE name=?", (name,))
+
+    def revoke(self, name: str, begins: float) -> None:
+        """Certificates of site `name` that begin before `begins` (Unix seconds) are heard no more, for ever."""
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO revoked (name, begins) VALUES (?,?)"
+                " ON CONFLICT (name) DO UPDATE SET begins=max(begins, excluded.begins)",
+                (name, begins),
+            )
+
+    def revoked(self) -> dict[str, float]:
+        """Since when certificates of a site have to begin, by its name; also of sites that there are no more."""
+        with self._lock:
+            rows = self._db.execute("SELECT name, begins FROM revoked ORDER BY name").fetchall()
+        return {row["name"]: row["begins"] for row in rows}
 
     # -- tokens
 
@@ -444,4 +470,4 @@ def _values(row: GuestRow | HandoffRow) -> tuple[Any, ...]:
 
 
 def _site(row: Mapping[str, Any]) -> SiteRow:
-    return SiteRow(row["name"], row["control"], tuple(json.loads(row["bulk"])), bool(row["issuer"]))
+    return SiteRow(row["name"], row["control"], tuple(json.loads(row["bulk"])), bool(row["issuer"]), row["begins"])

@@ -71,6 +71,10 @@ def cancel(agent: Agent, call: Call) -> dict[str, Any]:
     return agent.handoffs.cancel(call.names["id"])
 
 
+def reclaim(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.handoffs.reclaim(call.names["name"])
+
+
 def kept(agent: Agent, call: Call) -> dict[str, Any]:
     """What lies here for guests that are elsewhere, or are to go."""
     return attempts.facts(agent.site)
@@ -84,4 +88,5 @@ TABLE = (
     Route("POST", "/v1/prefetches", Access.OPERATOR, prefetch),
     Route("GET", "/v1/handoffs/{id}", Access.FLEET, show),
     Route("POST", "/v1/handoffs/{id}/cancel", Access.OPERATOR, cancel),
+    Route("POST", "/v1/guests/{name}/reclaim", Access.OPERATOR, reclaim),
 )

@@ -1,13 +1,11 @@
-"""Sites: what this one is, which others there are, and joining."""
+"""Sites: what this one is, which others there are, joining, leaving, and renewing a certificate."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 import haulier
-from haulier.agent.joining import JoinRequest, admit
+from haulier.agent import joining, membership
 from haulier.agent.routes import Access, Call, Route
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ def listing(agent: Agent, call: Call) -> dict[str, Any]:
         # the operator wants to see who joined lately; a site asking is answered from what is known, or two
         # sites could ask each other for ever
         agent.core.refresh_sites()
-    return {"sites": [msgspec.to_builtins(row) for row in agent.journal.sites()]}
+    return joining.listed(agent.journal)
 
 
 def authority(agent: Agent, call: Call) -> dict[str, Any]:
@@ -33,12 +31,38 @@ def authority(agent: Agent, call: Call) -> dict[str, Any]:
 
 
 def join(agent: Agent, call: Call) -> dict[str, Any]:
-    return admit(agent.site, agent.journal, call.read(JoinRequest))
+    return joining.admit(agent.site, agent.journal, call.read(joining.JoinRequest))
 
 
+def remove(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.membership.remove(call.names["name"], call.query.get("force") == "1")
+
+
+def renew(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.membership.renew()
+
+
+def needed(agent: Agent, call: Call) -> dict[str, Any]:
+    return {"needed": agent.membership.needed(call.read(membership.Leaving).site)}
+
+
+def refresh(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.membership.told(call.site)
+
+
+def certificate(agent: Agent, call: Call) -> dict[str, Any]:
+    return agent.membership.certify(call.site, call.read(membership.Renewal))
+
+
+FACTS = (Route("GET", "/v1/site", Access.FLEET, show), Route("GET", "/v1/sites", Access.FLEET, listing))
+"""What a coordinator on its own answers, too."""
 TABLE = (
-    Route("GET", "/v1/site", Access.FLEET, show),
-    Route("GET", "/v1/sites", Access.FLEET, listing),
+    *FACTS,
     Route("GET", "/v1/join", Access.ANYONE, authority),
     Route("POST", "/v1/join", Access.ANYONE, join),
+    Route("DELETE", "/v1/sites/{name}", Access.OPERATOR, remove),
+    Route("POST", "/v1/site/renew", Access.OPERATOR, renew),
+    Route("POST", "/v1/peer/needed", Access.SITE, needed),
+    Route("POST", "/v1/peer/refresh", Access.SITE, refresh),
+    Route("POST", "/v1/peer/certificate", Access.SITE, certificate),
 )
