@@ -119,9 +119,9 @@ class Both:
 def encode(
     ram: Path, base: MemoryBase | None, finder: BlockFinder | None, level: int = LEVEL, *, record: bool = False
 ) -> tuple[int, list[bytes]]:
-    """Bytes on the wire of all of it; with `record` what would go into zstd."""
+    """Bytes on the wire of all of it; with `record` what would go into zstd, at whatever level."""
     with tempfile.TemporaryDirectory() as folder:
-        proxy = SourceProxy(Path(folder) / "mirror", base, finder, level)
+        proxy = SourceProxy(Path(folder) / "mirror", base, finder, QUICK_LEVEL if record else level)
         recorder = Recorder()
         if record:
             proxy._compressor = recorder
