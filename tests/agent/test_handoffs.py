@@ -19,7 +19,9 @@ from haulier.agent.server import Agent
 from haulier.errors import Conflict, PeerError, UnknownThing, UsageError
 from haulier.handoff import recovery, spawning
 from haulier.handoff.journal import HandoffRow
+from haulier.process import ProcessId
 from tests.agent.conftest import Fleet
+from tests.support.processes import process_of
 from tests.support.waiting import wait_for
 
 
@@ -95,10 +97,8 @@ def begun(fleet: Fleet, monkeypatch: pytest.MonkeyPatch):
     def start_source(site, journal, job):  # type: ignore[no-untyped-def]
         process = worker_process()
         made.append(process)
-        started = psutil.Process(process.pid).create_time()
-        journal.add_handoff(
-            HandoffRow(job.handoff, job.guest, "source", job.peer, pid=process.pid, pid_started=started)
-        )
+        journal.add_handoff(HandoffRow(job.handoff, job.guest, "source", job.peer))
+        journal.set_worker(job.handoff, process_of(process))
         journal.advance("web1", "owner", "offered", pending=2, last_epoch=2, handoff=job.handoff)
         directory = site.handoff_root(job.handoff)
         directory.mkdir()
@@ -247,7 +247,7 @@ def test_a_target_that_was_killed_between_two_writes(fleet: Fleet) -> None:
 def test_only_a_party_is_heard(fleet: Fleet) -> None:
     journal = fleet.at_lisbon.journal
     journal.advance("web1", "absent", "ready", pending=2, last_epoch=2, handoff="h1", owner="faro")
-    journal.add_handoff(HandoffRow("h1", "web1", "target", "faro", epoch=2, pid=1, pid_started=0.0, state="held"))
+    journal.add_handoff(HandoffRow("h1", "web1", "target", "faro", epoch=2, pid=1, state="held"))
     assert fleet.to_lisbon().ownership("web1", "abort", 2) == {"messages": []}
     assert journal.guest("web1").state == "ready"
 
@@ -271,7 +271,7 @@ def test_only_the_other_site_of_the_handoff_under_way_moves_anything(
     journal.add_handoff(HandoffRow("h2", "web1", "source", "faro", epoch=3, state="held"))
     told: list[int] = []
     monkeypatch.setattr(recovery, "worker_alive", lambda row: live)
-    monkeypatch.setattr(recovery.os, "kill", lambda pid, number: told.append(pid))
+    monkeypatch.setattr(ProcessId, "signal", lambda worker, number: told.append(number))
     monkeypatch.setattr(recovery, "copy_alive", lambda site, guest: True)
     before = journal.guest("web1")
     assert fleet.to_lisbon().ownership("web1", event, epoch) == {"messages": []}
@@ -351,8 +351,7 @@ def test_a_worker_that_still_waits_for_memory_is_told_and_the_source_asks_again(
 ) -> None:
     filling(fleet.at_lisbon)
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(module.recovery, "worker_alive", lambda row: True)
-    monkeypatch.setattr(module.os, "kill", lambda pid, number: told.append((pid, number)))
+    monkeypatch.setattr(ProcessId, "signal", lambda worker, number: told.append((worker.pid, number)) or True)
     fleet.at_lisbon.journal.update_handoff("h1", pid=4711)
     with pytest.raises(Conflict, match="ask again"):
         fleet.to_lisbon().resume(WANTED)

@@ -22,6 +22,7 @@ from haulier.handoff import spawning
 from haulier.handoff.journal import HandoffRow
 from haulier.handoff.messages import Accept, Offer
 from tests.agent.conftest import Fleet
+from tests.support.processes import process_of
 from tests.support.waiting import wait_for
 
 CHUNK = 65536
@@ -210,14 +211,8 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> list[Offer]:
         journal.advance("web1", "absent", "receiving", handoff=offer.handoff, pending=offer.epoch, spec=offer.spec)
         # a process that lives for the test: the handoff's "worker"
         process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-        import psutil
-
-        started = psutil.Process(process.pid).create_time()
-        journal.add_handoff(
-            HandoffRow(
-                offer.handoff, "web1", "target", offer.source, epoch=offer.epoch, pid=process.pid, pid_started=started
-            )
-        )
+        journal.add_handoff(HandoffRow(offer.handoff, "web1", "target", offer.source, epoch=offer.epoch))
+        journal.set_worker(offer.handoff, process_of(process))
         return Accept(port=7, bulk=site.bulk, manifest=manifest, golden=False, memory_base=memory_base), process
 
     monkeypatch.setattr(spawning, "accept", accept)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 
 from haulier.agent import prefetching
@@ -26,6 +25,7 @@ from haulier.handoff.messages import Job, Offer, Options, Status
 from haulier.handoff.spawning import PREFETCH_TARGET
 from haulier.memory.mirror import Mirror
 from haulier.units import CHUNK, PAGE
+from tests.support.processes import process_of
 
 SPEC = new_spec("web1", "debian", memory_mib=512, disk_size=16 * CHUNK, address="10.77.0.10/24", gateway="10.77.0.1")
 
@@ -91,8 +91,7 @@ def test_a_live_worker_is_asked_to_end_and_waited_for(core: Core) -> None:
     row = coming(core)
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        created = psutil.Process(worker.pid).create_time()
-        core.journal.update_handoff(row.id, pid=worker.pid, pid_started=created)
+        core.journal.set_worker(row.id, process_of(worker))
         began = time.monotonic()
 
         def settle() -> None:

@@ -25,7 +25,7 @@ def collect(fleet: Fleet, dry_run: bool) -> dict[str, Any]:
 
 def test_gc_frees_what_handoffs_that_are_over_left(fleet: Fleet) -> None:
     agent = fleet.at_oslo
-    agent.journal.add_handoff(HandoffRow("hlive", "web1", "target", "lisbon", pid=os.getpid(), pid_started=0.0))
+    agent.journal.add_handoff(HandoffRow("hlive", "web1", "target", "lisbon", pid=os.getpid()))
     agent.journal.add_handoff(HandoffRow("hover", "web2", "target", "lisbon", state="ended", outcome="failed"))
     agent._stopping.set()
     for loop in agent._loops:

@@ -14,9 +14,9 @@ from haulier.containers import network
 from haulier.containers.container import clear_runtime
 from haulier.containers.runc import Runc
 from haulier.errors import GuestError
-from haulier.guests.process import ProcessId
 from haulier.handoff.residence import container_paths
 from haulier.network import dhcp
+from haulier.process import ProcessId
 from tests.support.freezing import as_container, freezable
 
 HANGS = "exec sleep 1000"

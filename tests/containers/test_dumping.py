@@ -20,8 +20,8 @@ from haulier.containers.dumping import NOTE, DumpRequest, end_left
 from haulier.containers.freezer import Freezer
 from haulier.containers.protobuf import fields
 from haulier.errors import Unsupported
-from haulier.guests.process import ProcessId
 from haulier.handoff.residence import container_paths, resume_original
+from haulier.process import ProcessId
 from tests.support.freezing import as_container, freezable, used
 from tests.support.waiting import wait_for
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from haulier.containers.restoring import HELD, INVENTORY, Restoring, end_helper, prepare
-from haulier.guests.process import ProcessId
+from haulier.process import ProcessId
 from tests.support.waiting import wait_for
 
 

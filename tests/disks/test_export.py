@@ -23,6 +23,7 @@ from haulier.disks.nbd import NbdReader
 from haulier.errors import Conflict, Corrupt, HaulierError, UnknownThing, UsageError
 from haulier.units import CHUNK
 from tests.disks.qemus import qemu_with_disk
+from tests.support.processes import set_clock
 from tests.support.waiting import wait_for
 
 SIZE = 64 * CHUNK
@@ -185,6 +186,28 @@ def test_what_cannot_start_says_why(site: Site) -> None:
     state.write_text("{")
     with pytest.raises(Corrupt):
         DiskExport.attach(site.control)
+
+
+def test_it_is_known_when_the_clock_was_set(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(site.store, "one", {3: b"1" * CHUNK})
+    export = site.start("one")
+    set_clock(monkeypatch, 30.0)
+    assert export.alive() and DiskExport.attach(site.control).stats()["manifest"] == "one"
+
+
+def test_one_that_an_older_haulier_started_is_known(site: Site) -> None:
+    """It was written down with the time of day at which it began."""
+    fill(site.store, "one", {3: b"1" * CHUNK})
+    export = site.start("one")
+    path = site.control.with_name(site.control.name + ".json")
+    new = json.loads(path.read_text())
+    old = {name: value for name, value in new.items() if name not in ("ticks", "boot")}
+    path.write_text(json.dumps(old | {"started": psutil.Process(export.pid).create_time()}))
+    assert DiskExport.attach(site.control).stats()["manifest"] == "one"
+    path.write_text(json.dumps(old | {"started": psutil.Process(export.pid).create_time() - 60}))
+    with pytest.raises(UnknownThing, match="does not run"):
+        DiskExport.attach(site.control)
+    path.write_text(json.dumps(new))
 
 
 def test_a_reused_pid_is_not_taken_for_the_export(site: Site) -> None:

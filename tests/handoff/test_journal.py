@@ -11,11 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from haulier.errors import Conflict, Corrupt, NotTrusted, UnknownThing
 from haulier.handoff import journal as journal_module
 from haulier.handoff.journal import GuestRow, HandoffRow, Journal, SiteRow, TokenRow, new_handoff_id
+from haulier.handoff.recovery import worker_alive
+from tests.support.processes import process_of, set_clock
 
 
 @pytest.fixture
@@ -245,16 +248,56 @@ def test_a_damaged_or_newer_file_is_refused(tmp_path: Path) -> None:
         Journal(new)
 
 
+def as_written_by(journal: Journal, schema: int) -> None:
+    """The columns as before schema 3."""
+    for change in ("DROP COLUMN pid_ticks", "DROP COLUMN pid_boot", "ADD COLUMN pid_started REAL NOT NULL DEFAULT 0.0"):
+        journal._db.execute(f"ALTER TABLE handoffs {change}")
+    journal._db.execute(f"PRAGMA user_version={schema}")
+
+
 def test_a_file_of_an_older_haulier_is_taken_on(tmp_path: Path) -> None:
     path = tmp_path / "journal.sqlite"
     with Journal(path) as journal:
         journal.put_sites([SiteRow("oslo", "o:1", issuer=True)])
         journal._db.execute("DROP TABLE revoked")
-        journal._db.execute("PRAGMA user_version=1")
+        as_written_by(journal, 1)
     with Journal(path) as journal:
         assert journal.site("oslo") == SiteRow("oslo", "o:1", issuer=True)
         journal.revoke("oslo", 7.0)
         assert journal.site("oslo").begins == 7.0
+
+
+def test_a_worker_of_an_older_haulier_is_still_known(tmp_path: Path) -> None:
+    """It was written down with the time of day at which it began."""
+    path = tmp_path / "journal.sqlite"
+    with subprocess.Popen(["sleep", "600"]) as lives:
+        try:
+            began = psutil.Process(lives.pid).create_time()
+            with Journal(path) as journal:
+                for name, pid in (("h1", lives.pid), ("h2", lives.pid), ("h3", 0)):
+                    journal.add_handoff(HandoffRow(name, "web1", "source", "lisbon", pid=pid, detail={"n": 1}))
+                as_written_by(journal, 2)
+                for name, at in (("h1", began), ("h2", began - 60)):
+                    journal._db.execute("UPDATE handoffs SET pid_started=? WHERE id=?", (at, name))
+            with Journal(path) as journal:
+                assert [worker_alive(journal.handoff(name)) for name in ("h1", "h2", "h3")] == [True, False, False]
+                assert journal.handoff("h1").detail == {"n": 1}
+                again = journal.add_handoff(HandoffRow("h4", "web1", "source", "lisbon", pid_ticks=7, pid_boot="b"))
+                assert journal.handoff("h4") == again
+        finally:
+            lives.kill()
+
+
+def test_a_worker_lives_on_when_the_clock_is_set(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "600"]) as lives:
+        try:
+            journal.add_handoff(HandoffRow("h1", "web1", "source", "lisbon"))
+            row = journal.set_worker("h1", process_of(lives))
+            set_clock(monkeypatch, 3600.0)
+            assert worker_alive(row) and worker_alive(journal.handoff("h1"))
+        finally:
+            lives.kill()
+    assert not worker_alive(row)
 
 
 def test_what_was_revoked_stays_so(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from haulier.handoff import recovery, residence
 from haulier.handoff.journal import HandoffRow
 from haulier.handoff.ownership import Event, State
 from haulier.handoff.recovery import handle
+from haulier.process import ProcessId
 from tests.handoff.hosts import GUEST, HANDOFF, Host, Hosts
 from tests.support.freezing import as_container, freezable
 
@@ -426,7 +427,7 @@ def test_while_a_worker_lives_the_matter_is_its_own(hosts: Hosts, monkeypatch: p
     lisbon.journal.update_handoff(HANDOFF, pid=4711)
     lisbon.qemu, hosts.worker_alive = "paused", True
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(recovery.os, "kill", lambda pid, number: told.append((pid, number)))
+    monkeypatch.setattr(ProcessId, "signal", lambda worker, number: told.append((worker.pid, number)))
     for event, epoch in ((Event.TOKEN, 3), (Event.ABORT, 3), (Event.TOOK, 4)):
         handle(lisbon.site, lisbon.journal, GUEST, event, epoch)
     assert told == [], "these are of another time"
@@ -472,7 +473,7 @@ def test_what_needs_no_step_is_answered_while_a_worker_lives(hosts: Hosts, monke
     oslo, lisbon = hosts.both
     hosts.worker_alive = True
     told: list[int] = []
-    monkeypatch.setattr(recovery.os, "kill", lambda pid, number: told.append(pid))
+    monkeypatch.setattr(ProcessId, "signal", lambda worker, number: told.append(worker.pid))
     lisbon.record(State.OWNER, 4, 0, role="target")
     lisbon.qemu = "running"
     assert handle(lisbon.site, lisbon.journal, GUEST, Event.TOKEN, 4) == [("took", 4)]

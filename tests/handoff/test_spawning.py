@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-import psutil
 import pytest
 
 from haulier.agent.site import Site
@@ -25,6 +24,7 @@ from haulier.handoff.spawning import KEPT, Standby
 from haulier.units import CHUNK
 from tests.handoff.hosts import OFFER, SPEC
 from tests.support.agents import make_site
+from tests.support.processes import process_of
 from tests.support.waiting import gone, wait_for
 
 JOB = Job(handoff="h1", role="source", guest="web1", peer="lisbon")
@@ -88,12 +88,11 @@ def test_a_guest_that_comes_is_not_cleared_away_by_the_worker_of_its_last_handof
         monkeypatch.setattr(spawning, how, lambda site, guest, handoff, how=how: cleared.append((how, handoff)))
     monkeypatch.setattr(spawning, "_start_target", lambda *_, **__: ("accepted", None))
     with subprocess.Popen(["sleep", "600"]) as late:
-        started = psutil.Process(late.pid).create_time()
-        journal.update_handoff("h1", pid=late.pid, pid_started=started)
+        journal.set_worker("h1", process_of(late))
         journal.advance("web1", "absent", state, last_epoch=4, taken=3, handoff="h1")
         offer = msgspec.structs.replace(OFFER, handoff="h2", source="lisbon", epoch=5)
         assert spawning.accept(site, journal, offer, manifest=False, memory_base="")[0] == "accepted"
-        assert not psutil.pid_exists(late.pid)
+        assert gone(late.pid)
     assert cleared == [(clearing, "h1")] and journal.guest("web1").state == "receiving"
     ended = "done" if state == "away" else "failed"
     assert (journal.handoff("h1").state, journal.handoff("h1").outcome) == ("ended", ended)

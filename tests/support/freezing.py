@@ -18,8 +18,8 @@ from haulier.agent.site import Site
 from haulier.containers.freezer import Freezer, freezer_of
 from haulier.containers.model import ContainerSpec
 from haulier.guests.model import GuestSpec, new_spec
-from haulier.guests.process import ProcessId
 from haulier.handoff.residence import container_paths
+from haulier.process import ProcessId
 from haulier.units import CHUNK
 from tests.support.waiting import wait_for
 

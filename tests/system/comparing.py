@@ -12,14 +12,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from haulier.agent.site import Site
 from haulier.handoff.journal import HandoffRow, Journal, new_handoff_id
 from haulier.handoff.messages import Job
 from haulier.handoff.vm_source import VmSource
 from haulier.handoff.worker import peer_of
 from haulier.memory.compare import compare_ram
+from haulier.process import ProcessId
 
 
 class Comparing(VmSource):
@@ -41,10 +40,8 @@ def main() -> None:
     site = Site.load(root)
     with Journal(site.journal) as journal:
         job = Job(handoff=new_handoff_id(), role="source", guest=guest, peer=target)
-        started = psutil.Process().create_time()
-        journal.add_handoff(
-            HandoffRow(id=job.handoff, guest=guest, role="source", peer=target, pid=os.getpid(), pid_started=started)
-        )
+        journal.add_handoff(HandoffRow(id=job.handoff, guest=guest, role="source", peer=target))
+        journal.set_worker(job.handoff, ProcessId.this())
         site.handoff_root(job.handoff).mkdir(mode=0o700)
         handoff = Comparing(site, journal, job, peer_of(site, journal, target), threading.Event())
         handoff.other = Path(other)

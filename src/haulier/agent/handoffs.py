@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import re
 import signal
 import threading
@@ -182,9 +180,7 @@ class Handoffs:
             )
         # a worker that is hit before it can heed the signal just dies; recovery then has to know that it was meant to
         self.journal.update_handoff(row.id, detail={**row.detail, "cancel": True})
-        if recovery.worker_alive(row):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(row.pid, signal.SIGTERM)
+        row.worker.signal(signal.SIGTERM)
         return self.show(row.id)
 
     def reclaim(self, name: str) -> dict[str, Any]:
@@ -206,14 +202,9 @@ class Handoffs:
                 f"gone for good, put it out of the fleet ('haulier site remove {row.peer} --force', at the site that "
                 "made the fleet), then try again"
             )
-        deadline = time.monotonic() + SETTLING_S
-        while recovery.worker_alive(row):
-            # It would ask for half a minute more; what it had to say is in the journal.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(row.pid, signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise Conflict(f"the worker of handoff {row.id} (process {row.pid}) does not end: try again")
-            time.sleep(_POLL_S)
+        # It would ask for half a minute more; what it had to say is in the journal.
+        if not row.worker.kill(SETTLING_S):
+            raise Conflict(f"the worker of handoff {row.id} (process {row.pid}) does not end: try again")
         with self.core.taken_in(name, "being taken back"):
             log.warning("guest %s is taken back from site %s, which is gone for good", name, row.peer)
             recovery.handle(self.site, self.journal, name, Event.REFUSED, guest.pending)
@@ -257,9 +248,7 @@ class Handoffs:
             mine = row.peer == caller and row.role == "target" and row.guest == request.guest
             if not mine or record.state is not State.FILLING or record.epoch != request.epoch:
                 raise Conflict(f"guest {request.guest!r} at site {self.site.name!r} waits for no such memory")
-            if recovery.worker_alive(row):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(row.pid, recovery.LEFT_ALONE)
+            if row.worker.signal(recovery.LEFT_ALONE):
                 raise Conflict(f"the worker of handoff {row.id} at site {self.site.name!r} is just ending: ask again")
             recovery.settle_filling(self.site, self.journal, row)
             accept, process = spawning.accept_resumption(self.site, self.journal, row, request.secret, request.pictured)
@@ -296,7 +285,7 @@ class Handoffs:
         for row in live:
             if recovery.worker_alive(row) or self.core.is_busy(row.guest):
                 continue
-            if not row.pid and time.time() - row.created < _PATIENCE_S:
+            if not row.pid and 0 <= time.time() - row.created < _PATIENCE_S:
                 continue
             count, again = self._tries.get(row.id, (0, 0.0))
             if now < again:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import time
 from typing import Final
 
 from haulier.agent.core import Core
 from haulier.errors import Conflict, UsageError
-from haulier.handoff import recovery, spawning
+from haulier.handoff import spawning
 from haulier.handoff.custody import record_of
 from haulier.handoff.journal import HandoffRow, new_handoff_id
 from haulier.handoff.messages import Job, Options
@@ -30,9 +28,7 @@ def end_here(core: Core, guest: str) -> None:
     rows = live(core, guest)
     for row in rows:
         core.journal.update_handoff(row.id, detail={**row.detail, "cancel": True})
-        if recovery.worker_alive(row):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(row.pid, signal.SIGTERM)
+        row.worker.signal(signal.SIGTERM)
     deadline = time.monotonic() + ENDED_S
     while rows:
         # A worker that died is the supervisor's; one that lives ends by itself.

@@ -30,8 +30,8 @@ from haulier.containers.runc import Runc, words_of
 from haulier.durable import write_atomically
 from haulier.errors import UNDECODABLE, Conflict, GuestError, HaulierError, UnknownThing, Unsupported
 from haulier.guests.model import GuestSpec
-from haulier.guests.process import ProcessId
 from haulier.guests.tap import tap_name
+from haulier.process import ProcessId
 
 _POLL_S: Final = 0.01
 

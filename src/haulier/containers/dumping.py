@@ -21,7 +21,7 @@ from typing import Final
 from haulier.containers.criu import find_criu, last_error
 from haulier.containers.protobuf import field, fields
 from haulier.errors import GuestError
-from haulier.guests.process import ProcessId, hurry
+from haulier.process import ProcessId, hurry
 
 STEP_S: Final = 60.0
 LOG: Final = "dump.log"

@@ -27,8 +27,8 @@ from haulier.containers.restoring import Restoring
 from haulier.durable import sync
 from haulier.errors import Conflict, GuestError, UnknownThing, Unsupported
 from haulier.guests.model import GuestSpec
-from haulier.guests.process import ProcessId
 from haulier.guests.tap import BRIDGE, tap_name
+from haulier.process import ProcessId
 
 DEFAULT_PATH: Final = Path("/var/lib/lxc")
 STEP_S: Final = 60.0

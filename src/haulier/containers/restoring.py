@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from haulier.errors import GuestError
-from haulier.guests.process import ProcessId, hurry
+from haulier.process import ProcessId, hurry
 
 INVENTORY: Final = "inventory.img"
 HELD: Final = "inventory.held"

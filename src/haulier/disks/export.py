@@ -38,14 +38,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-import psutil
-
 from haulier import priority
 from haulier.chunks.store import ChunkStore
 from haulier.disks.fill import Filler, Mode, hints_at, sources_for
 from haulier.disks.heat import read_heat
 from haulier.disks.server import PATIENCE_S, ExportServer
 from haulier.errors import Conflict, Corrupt, HaulierError, NoRoom, PeerError, UnknownThing, UsageError, by_code
+from haulier.process import ProcessId
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +65,9 @@ class ExportState:
     """What the state file says: how to recognise the process and how to start it again."""
 
     pid: int
-    started: float
-    """Start time of the process in seconds since the epoch, as psutil tells it: pids are used again."""
+    ticks: int
+    boot: str
+    """With `pid` the process (`ProcessId`): pids are used again."""
     store: str
     manifest: str
     socket: str
@@ -82,11 +82,20 @@ class ExportState:
         path = _beside(control, ".json")
         try:
             raw = json.loads(path.read_bytes())
+            if "started" in raw:
+                # An export outlives the version of haulier that began it.
+                old = ProcessId.begun(int(raw["pid"]), float(raw["started"]))
+                raw |= {"ticks": old.ticks, "boot": old.boot} if old is not None else {"ticks": 0, "boot": ""}
             return cls(**{name: kind(raw[name]) for name, kind in _STATE_FIELDS.items()}, mode=str(raw.get("mode", "")))
         except FileNotFoundError:
             raise UnknownThing(f"no disk export has run at {control}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise Corrupt(f"{path} is not the state of a disk export ({error}); start the export anew") from error
+
+    @property
+    def process(self) -> ProcessId:
+        """Which one serves it, or did."""
+        return ProcessId(self.pid, self.ticks, self.boot)
 
     def save(self) -> None:
         path = _beside(Path(self.control), ".json")
@@ -96,7 +105,7 @@ class ExportState:
 
 
 _STATE_FIELDS: Final[dict[str, Callable[[Any], Any]]] = {
-    "pid": int, "started": float, "store": str, "manifest": str, "socket": str, "control": str, "log": str
+    "pid": int, "ticks": int, "boot": str, "store": str, "manifest": str, "socket": str, "control": str, "log": str
 }  # fmt: skip
 
 
@@ -179,7 +188,7 @@ class DiskExport:
 
     def alive(self) -> bool:
         """Whether that very process runs."""
-        return _runs(self.state.pid, self.state.started)
+        return self.state.process.alive()
 
     def swap(self, manifest_name: str) -> None:
         """Serve another manifest from now on; when this returns every new request sees it."""
@@ -212,9 +221,9 @@ class DiskExport:
             self._ask({"command": "stop"}, timeout_s=STOP_S)
         except HaulierError:
             # It may hang or be gone; a signal goes only to the process that the state file names.
-            _signal(self.state, signal.SIGTERM)
+            self.state.process.signal(signal.SIGTERM)
         if not _until(lambda: not self.alive(), STOP_S):
-            _signal(self.state, signal.SIGKILL)
+            self.state.process.signal(signal.SIGKILL)
             if not _until(lambda: not self.alive(), STOP_S):
                 raise Conflict(f"the disk export at {self.control} (pid {self.pid}) cannot be killed")
         try:
@@ -340,11 +349,9 @@ class _Process:
             log.error("what %s lacks cannot be told: %s", self._name, error)
 
     def _save_state(self) -> None:
-        pid = os.getpid()
         options = self._options
         ExportState(
-            pid=pid,
-            started=psutil.Process(pid).create_time(),
+            **asdict(ProcessId.this()),
             store=str(options.store),
             manifest=self._name,
             socket=str(options.socket),
@@ -568,23 +575,6 @@ def _beside(path: Path, suffix: str) -> Path:
 def _peer_pid(connection: socket.socket) -> int:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return int.from_bytes(raw[:4], sys.byteorder, signed=True)
-
-
-def _runs(pid: int, started: float) -> bool:
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 0.02 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def _signal(state: ExportState, number: int) -> None:
-    if not _runs(state.pid, state.started):
-        return
-    try:
-        os.kill(state.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _until(condition: Callable[[], bool], deadline_s: float) -> bool:

@@ -23,9 +23,9 @@ from haulier.guests.command import NIC_ID, command_line, netdev, nic_device
 from haulier.guests.migration import Migration
 from haulier.guests.model import GuestSpec
 from haulier.guests.paths import GuestPaths
-from haulier.guests.process import ProcessId
 from haulier.guests.qmp import CONNECT_S, Qmp
 from haulier.guests.tap import exists
+from haulier.process import ProcessId
 from haulier.units import MIB
 
 START_S: Final = 60.0

@@ -46,12 +46,12 @@ from haulier.containers.tree import Tree
 from haulier.containers.upper import UpperRounds, load_signatures, mapped_for_writing
 from haulier.disks.transfer import DiskSender
 from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError, Unsupported
-from haulier.guests.process import hurry
 from haulier.handoff import foretold, retained
 from haulier.handoff.messages import Accept, Arrived, Channel, Prepared, PrepareMemory
 from haulier.handoff.residence import container_paths, images_dir, incoming_name
 from haulier.handoff.source import SourceHandoff
 from haulier.memory.picture import PictureSource
+from haulier.process import hurry
 from haulier.units import BLOCKS_PER_CHUNK, PAGE
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,6 @@ from haulier.containers.restoring import Restoring
 from haulier.containers.tree import Tree
 from haulier.containers.upper import save_signatures
 from haulier.errors import Cancelled, Corrupt, HaulierError
-from haulier.guests.process import hurry
 from haulier.handoff import retained
 from haulier.handoff.custody import happen
 from haulier.handoff.messages import Arrived, Channel, Finish, MemoryReady, Prepared, PrepareMemory, Running
@@ -43,6 +42,7 @@ from haulier.handoff.residence import container_paths, images_dir
 from haulier.handoff.target import TargetHandoff
 from haulier.memory.picture import PICTURE
 from haulier.memory.target_proxy import TargetProxy
+from haulier.process import hurry
 from haulier.session import Session
 from haulier.units import BLOCKS_PER_CHUNK, PAGE
 

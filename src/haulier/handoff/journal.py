@@ -27,10 +27,11 @@ from typing import Any, Final
 import msgspec
 
 from haulier.errors import Conflict, Corrupt, HaulierError, NotTrusted, UnknownThing
+from haulier.process import ProcessId
 
 ABSENT: Final = "absent"
 _BUSY_S: Final = 30.0
-_SCHEMA: Final = 2
+_SCHEMA: Final = 3
 _ID_LETTERS: Final = "abcdefghjkmnpqrstuvwxyz23456789"
 
 
@@ -71,13 +72,19 @@ class HandoffRow(msgspec.Struct, frozen=True):
     epoch: int = 0
     """The epoch that the target will have."""
     pid: int = 0
-    pid_started: float = 0.0
-    """The worker, told from a later process of the same number by its start time (psutil's create_time)."""
     created: float = 0.0
     ended: float = 0.0
     outcome: str = ""
     """"done", "cancelled" or "failed" once ended."""
     detail: dict[str, Any] = {}
+    pid_ticks: int = 0
+    pid_boot: str = ""
+    """With `pid` the worker (`ProcessId`), told from a later process of the same number."""
+
+    @property
+    def worker(self) -> ProcessId:
+        """Alive only while that very process is."""
+        return ProcessId(self.pid, self.pid_ticks, self.pid_boot)
 
 
 class SiteRow(msgspec.Struct, frozen=True):
@@ -111,8 +118,9 @@ CREATE TABLE IF NOT EXISTS guests (
 ) STRICT;
 CREATE TABLE IF NOT EXISTS handoffs (
     id TEXT PRIMARY KEY, guest TEXT NOT NULL, role TEXT NOT NULL, peer TEXT NOT NULL, state TEXT NOT NULL,
-    phase TEXT NOT NULL, epoch INTEGER NOT NULL, pid INTEGER NOT NULL, pid_started REAL NOT NULL,
-    created REAL NOT NULL, ended REAL NOT NULL, outcome TEXT NOT NULL, detail TEXT NOT NULL
+    phase TEXT NOT NULL, epoch INTEGER NOT NULL, pid INTEGER NOT NULL,
+    created REAL NOT NULL, ended REAL NOT NULL, outcome TEXT NOT NULL, detail TEXT NOT NULL,
+    pid_ticks INTEGER NOT NULL DEFAULT 0, pid_boot TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE TABLE IF NOT EXISTS sites (
     name TEXT PRIMARY KEY, control TEXT NOT NULL, bulk TEXT NOT NULL, issuer INTEGER NOT NULL
@@ -177,6 +185,8 @@ class Journal:
                 with self.transaction():
                     for statement in _DDL.split(";"):
                         self._db.execute(statement)
+                    if 0 < version < 3:
+                        self._tell_workers_by_ticks()
                     self._db.execute(f"PRAGMA user_version={_SCHEMA}")
             # A journal that cannot be written now, as its disk is full, is only slower without them.
             with suppress(sqlite3.OperationalError):
@@ -190,6 +200,16 @@ class Journal:
         except BaseException:
             self._db.close()
             raise
+
+    def _tell_workers_by_ticks(self) -> None:
+        """Schema 3: workers were told by the time of day at which they began, and were lost when the clock was set."""
+        rows = self._db.execute(f"SELECT id, pid, pid_started FROM handoffs WHERE {_LIVE} AND pid<>0").fetchall()
+        self._db.execute("ALTER TABLE handoffs DROP COLUMN pid_started")
+        self._db.execute("ALTER TABLE handoffs ADD COLUMN pid_ticks INTEGER NOT NULL DEFAULT 0")
+        self._db.execute("ALTER TABLE handoffs ADD COLUMN pid_boot TEXT NOT NULL DEFAULT ''")
+        for row in rows:
+            if worker := ProcessId.begun(row["pid"], row["pid_started"]):
+                self.set_worker(row["id"], worker)
 
     def close(self) -> None:
         """Closes the file; other openers are not disturbed."""
@@ -319,6 +339,10 @@ class Journal:
                 _values(row),
             )
         return row
+
+    def set_worker(self, handoff: str, worker: ProcessId) -> HandoffRow:
+        """Whose work it is from now on."""
+        return self.update_handoff(handoff, pid=worker.pid, pid_ticks=worker.ticks, pid_boot=worker.boot)
 
     def end_handoff(self, handoff: str, outcome: str, **changes: Any) -> HandoffRow:
         """Marks a handoff as ended, now; one that has ended already keeps its outcome."""

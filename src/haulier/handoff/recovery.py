@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import signal
 from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
-import psutil
 
 from haulier.agent.site import Site
 from haulier.chunks.store import ChunkStore
@@ -64,13 +62,7 @@ class Messenger(Protocol):
 
 def worker_alive(row: HandoffRow) -> bool:
     """The worker of that handoff still runs on this host."""
-    if not row.pid:
-        return False
-    try:
-        process = psutil.Process(row.pid)
-        return abs(process.create_time() - row.pid_started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
+    return bool(row.pid) and row.worker.alive()
 
 
 def recover(site: Site, journal: Journal, row: HandoffRow, messenger: Callable[[str], Messenger]) -> bool:
@@ -318,8 +310,7 @@ def handle(
     if handoff is not None and handoff.state != "ended" and worker_alive(handoff):
         if event is not Event.TOOK and epoch in (record.pending, record.epoch):
             log.info("the worker of handoff %s at the other site is gone: its agent says %s", handoff.id, event)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(handoff.pid, LEFT_ALONE)
+            handoff.worker.signal(LEFT_ALONE)
         then, actions = step(record, event, epoch)
         if then != record or row is None:
             return []

@@ -23,11 +23,11 @@ from haulier.disks.export import DiskExport
 from haulier.disks.rounds import clean_up
 from haulier.errors import GuestError, HaulierError, UnknownThing
 from haulier.guests.model import GuestSpec
-from haulier.guests.process import holding, started_as
 from haulier.guests.qemu import GuestPaths, Qemu
 from haulier.guests.tap import delete_tap, tap_name
 from haulier.handoff import attempts
 from haulier.handoff.journal import GuestRow
+from haulier.process import holding, started_as
 
 log = logging.getLogger(__name__)
 

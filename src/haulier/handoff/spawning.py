@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 
 import msgspec
-import psutil
 
 from haulier import priority
 from haulier.agent.site import Site
@@ -27,6 +26,7 @@ from haulier.handoff.recovery import worker_alive
 from haulier.handoff.residence import discard_copy, lease_of, retire
 from haulier.handoff.shared import golden_manifest, grown, held
 from haulier.images import common
+from haulier.process import ProcessId
 
 LISTEN_S = 20.0
 LEAVE_S = 3.0
@@ -152,8 +152,8 @@ def spawn(site: Site, journal: Journal, job: Job) -> subprocess.Popen[bytes]:
     while True:
         waited = STANDBY.take()
         process = waited or _start()
-        started = psutil.Process(process.pid).create_time()
-        journal.update_handoff(job.handoff, pid=process.pid, pid_started=started)
+        # One that has ended already is nobody's any more; it does not take what it is told either.
+        journal.set_worker(job.handoff, ProcessId.of(process.pid) or ProcessId(process.pid, 0, ""))
         if _tell(process, site, job.handoff):
             break
         if waited is None:
@@ -300,12 +300,8 @@ def _end_worker(row: HandoffRow | None, patience_s: float = 0.0) -> None:
     """Ends the worker of an earlier handoff, which may not have noticed yet that it is over."""
     if row is None or not worker_alive(row):
         return
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(row.pid)
-        with contextlib.suppress(psutil.TimeoutExpired):
-            process.wait(patience_s)
-        process.kill()
-        process.wait(10)
+    if not row.worker.wait_gone(patience_s):
+        row.worker.kill()
 
 
 def _await_port(site: Site, handoff: str, process: subprocess.Popen[bytes]) -> int:

@@ -20,8 +20,8 @@ from typing import Final
 
 from haulier import tools
 from haulier.errors import HaulierError, Unsupported
-from haulier.guests.process import ProcessId, started_as
 from haulier.network import iproute
+from haulier.process import ProcessId, started_as
 
 LEASE: Final = "1h"
 START_S: Final = 5.0

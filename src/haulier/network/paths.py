@@ -15,10 +15,10 @@ import msgspec
 
 from haulier.durable import write_atomically
 from haulier.errors import UNDECODABLE, HaulierError, UsageError
-from haulier.guests.process import ProcessId
 from haulier.network import addresses, discovery, mptcp
 from haulier.network.addresses import Uplink
 from haulier.network.rules import Rule, rule_for
+from haulier.process import ProcessId
 from haulier.session import PathAddress
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from haulier.guests.process import ProcessId, holding, hurry, started_as
+from haulier.process import ProcessId, holding, hurry, started_as
 from tests.support.waiting import wait_for
 
 

@@ -1,4 +1,7 @@
-"""Processes that outlive the agent, told apart from strangers that got their pid later."""
+"""Processes that outlive who started them, told apart from strangers that got their pid later.
+
+Never by a time of day: that steps when the clock is set, and a process that lives would be taken for dead.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
+
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _POLL_S: Final = 0.005
 _URGENT: Final = -10
+_WRITTEN_S: Final = 2.0
+"""The clock may have been set a little meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,23 @@ class ProcessId:
         return None if ticks is None else cls(pid, ticks, _BOOT_ID.read_text().strip())
 
     @classmethod
+    def this(cls) -> ProcessId:
+        """The one that asks."""
+        found = cls.of(os.getpid())
+        assert found is not None, "/proc shows who reads it"
+        return found
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ProcessId:
         return cls(int(data["pid"]), int(data["ticks"]), str(data["boot"]))
+
+    @classmethod
+    def begun(cls, pid: int, started: float) -> ProcessId | None:
+        """The process of which an earlier version of haulier wrote down when it began (Unix seconds, by psutil)."""
+        with contextlib.suppress(psutil.Error):
+            if abs(psutil.Process(pid).create_time() - started) < _WRITTEN_S:
+                return cls.of(pid)
+        return None
 
     def alive(self) -> bool:
         """Whether exactly this process still runs."""
