@@ -316,8 +316,9 @@ class Stage:
         def left() -> list[str]:
             return self.of_handoff(home, handoff.id) + self.leftovers(other, handoff.guest, handoff.id)
 
+        # A disk that everybody writes to may take half a minute for a report that has to be durable.
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: not left(), 30)
+            wait_for(lambda: not left(), 120)
         found = left()
         assert found == [], f"{found}\n{handoff.logs()}"
         kinds = sorted("qemu" if "qemu-system" in p.cmdline()[0] else "other" for p in self.processes(home))

@@ -78,7 +78,7 @@ class ContainerStage(Stage):
             return found + [str(path) for site in (home, other) for path in self.site(site).site.ram_dir.glob("*")]
 
         with contextlib.suppress(AssertionError):
-            wait_for(lambda: not left(), 30)
+            wait_for(lambda: not left(), 120)
         assert left() == [], handoff.logs()
         # runc and its processes are in namespaces of their own; nothing else works on the site's directory.
         assert self.processes(home) == [] and self.processes(other) == []
