@@ -93,7 +93,7 @@ class Addresses:
             return
         self._again[row.name] = time.monotonic() + AGAIN_S
         try:
-            with self.core.alone(row.name, "being given its address of this site"):
+            with self.core.alone(row.name, "being given its address of this site", brief=True):
                 readdressing.settle(self.site, self.core.journal, row.name)
         except HaulierError as error:
             log.warning("guest %s has no address of this site yet: %s", row.name, error)

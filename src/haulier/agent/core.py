@@ -19,6 +19,7 @@ from haulier.handoff.journal import Journal, SiteRow
 _REFRESH_EVERY_S = 5.0
 
 SETTLING_S: Final = 5.0
+BRIEF_S: Final = 20.0
 _POLL_S: Final = 0.02
 
 
@@ -42,6 +43,7 @@ class Core:
         self.asking = threading.Lock()
         """QEMU serves one connection of the agent at a time."""
         self._busy: dict[str, str] = {}
+        self._brief: set[str] = set()
         self._busy_lock = threading.Lock()
         self._refresh_lock = threading.Lock()
         self._refreshed = float("-inf")
@@ -95,17 +97,32 @@ class Core:
     # -- one thing at a time
 
     @contextmanager
-    def alone(self, guest: str, doing: str) -> Iterator[None]:
-        """Keeps other operations of this agent away from a guest or image; Conflict if one is under way."""
-        with self._busy_lock:
-            if guest in self._busy:
-                raise Conflict(f"{guest!r} is busy ({self._busy[guest]}): try again when that has ended")
-            self._busy[guest] = doing
+    def alone(self, guest: str, doing: str, *, brief: bool = False) -> Iterator[None]:
+        """Keeps other operations of this agent away from a guest or image; Conflict if one is under way.
+
+        `brief`: of what the agent does by itself and soon has done; nobody asked for it, so others wait for it,
+        for BRIEF_S at most.
+        """
+        deadline = time.monotonic() + BRIEF_S
+        while not self._taken(guest, doing, brief, patient=time.monotonic() < deadline):
+            time.sleep(_POLL_S)
         try:
             yield
         finally:
             with self._busy_lock:
                 del self._busy[guest]
+                self._brief.discard(guest)
+
+    def _taken(self, guest: str, doing: str, brief: bool, patient: bool) -> bool:
+        with self._busy_lock:
+            if guest not in self._busy:
+                self._busy[guest] = doing
+                if brief:
+                    self._brief.add(guest)
+                return True
+            if guest in self._brief and patient and not brief:
+                return False
+            raise Conflict(f"{guest!r} is busy ({self._busy[guest]}): try again when that has ended")
 
     @contextmanager
     def taken_in(self, guest: str, doing: str) -> Iterator[None]:

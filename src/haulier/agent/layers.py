@@ -126,7 +126,7 @@ class Layers:
             if self._release_again.get(row.name, 0.0) > time.monotonic():
                 continue
             try:
-                with self.core.alone(row.name, "being let run on after a commit"):
+                with self.core.alone(row.name, "being let run on after a commit", brief=True):
                     state = self.core.journal.guest(row.name).state
                     # What is being handed over began that running; if it stands still now, then for the handoff.
                     if state == State.OWNER and not self.core.journal.handoffs(guest=row.name, live=True):
