@@ -10,7 +10,8 @@ from report import Target
 
 import containers
 from experiments import model, published
-from experiments.model import Bars, Check, Experiment, Form, Kind, Row, ratio
+from experiments.measuring import lacking
+from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 
 OURS, THEIRS = "haulier", "rsync, dump, rsync, restore (the published method)"
 APPS = ("none", "game", "memory", "video", "faces")
@@ -45,9 +46,7 @@ def units(form: Form) -> dict[str, Callable[[], Experiment]]:
 def cells(wanted: list[containers.Cell]) -> Experiment:
     found = new()
     report = containers.run_cells(wanted)
-    failed = [note for note in report.notes if note not in containers.NOTES]
-    found.notes += failed
-    found.checks += [Check(note.partition(":")[2], 1.0, 0.0) for note in failed]
+    lacking(found, report)
     for row in report.rows:
         prefix = PREFIX[str(row["kind"])]
         setting = f"{prefix}{row['application']}, {row['Mbit/s']} Mbps, layer at target: {row['layer at target']}"

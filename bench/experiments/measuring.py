@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.model import Check, Handoff
+from report import Report
+
+from experiments.model import Check, Experiment, Handoff
 from haulier.units import CHUNK
 from haulier.without import VARIABLE
 
@@ -170,6 +172,13 @@ def checks(title: str, report: Mapping[str, Any], found: Crossing, disk_equal: b
     if disk_equal is not None:
         made.append(Check(f"{title}: disk differs", 0.0 if disk_equal else 1.0, 0.0))
     return made
+
+
+def lacking(found: Experiment, report: Report) -> None:
+    """A benchmark goes on where something of it fails, and notes that (`Parts.attempt`): a failed check here."""
+    failed = [note for note in report.notes if note.startswith("failed: ")]
+    found.notes += failed
+    found.checks += [Check(note.removeprefix("failed: "), 1.0, 0.0) for note in failed]
 
 
 def off(value: float, expected: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from report import Target
 
 from experiments import model, published
-from experiments.measuring import checks, crossing
+from experiments.measuring import checks, crossing, lacking
 from experiments.model import Bars, Experiment, Form, Kind, Row, ratio
 
 connection: Any = importlib.import_module("connection")
@@ -65,7 +65,9 @@ def sweep(rate: int, memory: tuple[int, ...], runs: int) -> Experiment:
 def client() -> Experiment:
     """What one client sees: bench/connection.py, its rows as they are."""
     found = new()
-    for row in connection.run(True).rows:
+    report = connection.run(True)
+    lacking(found, report)
+    for row in report.rows:
         figures = {"Mbps before": row["Mbit/s before"], "Mbps after": row["after"], "gap s": row["gap s"]}
         figures |= {"after/before": row["after / before"], "downtime ms": 1000 * row["downtime s"]}
         found.rows.append(Row(f"client: {row['policy']}", "client 10 ms from either site", Kind.MEASURED, figures))

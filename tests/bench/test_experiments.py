@@ -6,7 +6,11 @@ import importlib
 from typing import Any
 
 import pytest
+from experiments import measuring
 from experiments.model import Experiment, Form, Kind, Row, from_dict
+from report import Report
+
+import containers
 
 NAMES = ("live_migration", "static_modes", "paths", "layers", "left_behind", "slicing", "ablation")
 
@@ -111,3 +115,20 @@ def test_an_ablation_is_a_share_of_all_parts() -> None:
     found = made("ablation", row("all parts", "x", MB=10.0), row("without the base", "x", MB=25.0))
     shares = {each.way: each.get("of all parts' bytes") for each in found.rows if each.kind == Kind.MEASURED}
     assert shares == {"all parts": 1.0, "without the base": 2.5}
+
+
+def test_what_failed_of_a_benchmark_that_goes_on_is_a_failed_check() -> None:
+    found = module("layers").new()
+    report = Report([], notes=["how it was measured", "failed: runc/game/10/yes: HaulierError: no route"])
+    measuring.lacking(found, report)
+    assert found.notes == ["failed: runc/game/10/yes: HaulierError: no route"]
+    assert [(check.name, check.ok) for check in found.checks] == [("runc/game/10/yes: HaulierError: no route", False)]
+
+
+def test_layers_are_measured_a_lab_at_a_time() -> None:
+    units = module("layers").units(Form.WHOLE)
+    cells = [cell for run in units.values() for cell in run.args[0]]
+    assert len(set(cells)) == len(cells) == 36
+    for run in units.values():
+        assert len({containers.lab_of(cell) for cell in run.args[0]}) == 1
+    assert ("runc", "memory", 10, "no") not in cells
