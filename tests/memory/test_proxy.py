@@ -400,12 +400,15 @@ def test_the_level_may_change_between_any_two_batches(tmp_path: Path, monkeypatc
     levels = [9, 9, 1, 22, 1, -5, 20, 26, 15]
     given = b""
     fresh = packed = 0
+    presets = set()
     for number, at in enumerate(range(0, len(writer.data), 60_000)):
         some = batches(out, writer.data[at : at + 60_000])
         fresh += sum(bool(batch.data[0] & FRESH) for batch in some)
         packed += sum(bool(batch.data[0] & PACKED) for batch in some)
         given += deliver(into, some)
+        presets |= {out._packer.level} if out._packer is not None else set()
         out.set_level(levels[number % len(levels)])
+    assert presets == {20, 22, 26}
     assert given == writer.data and out.finish() == into.digest()
     assert fresh >= 3 and packed >= 2
     assert out.counters.plain_bytes > 0
@@ -439,7 +442,9 @@ def test_a_stream_may_begin_with_xz_and_zstd_goes_on_where_it_was(
 
 
 def test_an_xz_batch_that_is_not_what_it_says_is_refused(tmp_path: Path) -> None:
-    for contents in (b"noise" * 10, xz.pack(22, bytes(101)), xz.pack(22, bytes(99)), xz.pack(22, bytes(100))[:-1]):
+    noise = np.random.default_rng(4).bytes(101)
+    whole = [xz.Packer(22).pack(noise[:size]) for size in (99, 100, 101)]
+    for contents in (b"noise" * 10, whole[0], whole[1][:-9], whole[2]):
         with pytest.raises(Corrupt):
             target(tmp_path).feed(HEAD.pack(OPAQUE | PACKED, 0, 100, 100, bytes(16)) + contents)
 

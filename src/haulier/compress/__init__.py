@@ -1,4 +1,4 @@
-"""Owns the codecs that turn bytes into fewer bytes: one streaming zstd context per direction, and xz batch by batch.
+"""Owns the codecs that turn bytes into fewer bytes: one streaming zstd context and one of xz per direction.
 
 Never touches sockets, files, clocks or threads.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Final
 
 import msgspec
@@ -23,12 +22,18 @@ PATIENCE_S: Final = 1.2
 """CPU seconds for one level; what a slow level does not get to in that time is extrapolated."""
 
 
-def compressor(level: int) -> tuple[Callable[[bytes], bytes], int]:
-    """What compresses batch after batch at that level, as handoffs do, and the bytes that it looks back over."""
+def compressor(level: int, before: bytes = b"") -> tuple[Callable[[bytes], bytes], int]:
+    """What compresses batch after batch at that level, as handoffs do, and the bytes that it looks back over.
+
+    `before`: what it has compressed already.
+    """
     if xz.is_xz(level):
-        return partial(xz.pack, level), xz.DICTIONARY
+        return xz.Packer(level, before).pack, xz.DICTIONARY
     log, long = window(level)
-    return StreamCompressor(level, log, long).compress, 1 << log
+    compress = StreamCompressor(level, log, long).compress
+    if before:
+        compress(before)
+    return compress, 1 << log
 
 
 def measure(sample: bytes, clock: Callable[[], float] = time.thread_time, now: float = 0.0) -> Profile:
@@ -62,9 +67,7 @@ def trial(levels: Sequence[int], before: bytes, data: bytes, clock: Callable[[],
     """What each of the levels makes of the beginning of `data`, by codecs that have seen what was sent `before`."""
     data, found = data[:TRIAL], {}
     for level in levels:
-        compress, _ = compressor(level)
-        if not xz.is_xz(level):
-            compress(before[-TRIAL:])
+        compress, _ = compressor(level, before[-TRIAL:])
         began = clock()
         wire = len(compress(data))
         found[level] = (len(data), wire, clock() - began)

@@ -1,7 +1,7 @@
-"""xz, batch by batch: each is packed on its own, from nothing that went before.
+"""xz as one stream without end, flushed after each batch: every batch is packed by all that went before it.
 
-Of what the page logic leaves of guest memory, even its quickest preset makes a tenth to a fifth fewer bytes than zstd
-does at any level that is as fast, because it models bytes by their place in a word. It pays where the link is slow.
+Of what the page logic leaves of guest memory, even its quickest preset makes a fifth fewer bytes than zstd does at any
+level that is as fast, because it models bytes by their place in a word. It pays where the link is slow.
 Levels from FIRST_LEVEL on stand for its presets: FIRST_LEVEL + 4 is preset 4.
 """
 
@@ -10,13 +10,16 @@ from __future__ import annotations
 import lzma
 from typing import Any, Final
 
+from haulier.compress.liblzma import Encoder
 from haulier.compress.stream import Buffer
 from haulier.errors import Corrupt, UsageError
 
 FIRST_LEVEL: Final = 20
 PRESETS: Final = 10
-DICTIONARY: Final = 1 << 20
+DICTIONARY: Final = 4 << 20
 """Bytes that either end looks back over, and so about what the target needs; the source takes a dozen times that."""
+REMEMBERED: Final = 1 << 20
+"""Of what went before, so much is known to a preset that takes over: to take in more costs more than it earns."""
 
 
 def is_xz(level: int) -> bool:
@@ -29,28 +32,47 @@ def name_of(level: int) -> str:
     return f"xz preset {level - FIRST_LEVEL}" if is_xz(level) else f"zstd level {level}"
 
 
-def _filters(preset: int) -> list[dict[str, Any]]:
-    return [{"id": lzma.FILTER_LZMA2, "preset": preset, "dict_size": DICTIONARY}]
+class Packer:
+    """The source's end. The preset may change between any two batches."""
+
+    def __init__(self, level: int, before: bytes = b"") -> None:
+        """`before`: what the peer's Unpacker gave out last. UsageError for a level that is not one of xz's."""
+        self._before = bytearray(before)
+        self.set_level(level)
+
+    def set_level(self, level: int) -> None:
+        """From the next batch on. UsageError for a level that is not one of xz's."""
+        if not FIRST_LEVEL <= level < FIRST_LEVEL + PRESETS:
+            raise UsageError(f"level {level} is none of xz's: {FIRST_LEVEL} to {FIRST_LEVEL + PRESETS - 1}")
+        self.level = level
+        self._encoder = Encoder(level - FIRST_LEVEL, DICTIONARY, bytes(self._before))
+
+    def pack(self, *data: Buffer) -> bytes:
+        """The bytes from which the peer's Unpacker gives back all of `data` at once."""
+        plain = b"".join(data)
+        packed = self._encoder.pack(plain)
+        self._before += plain
+        del self._before[:-REMEMBERED]
+        return packed
 
 
-def pack(level: int, *data: Buffer) -> bytes:
-    """All of `data` as one raw LZMA2 stream. UsageError for a level that is not one of xz's."""
-    if not FIRST_LEVEL <= level < FIRST_LEVEL + PRESETS:
-        raise UsageError(f"level {level} is none of xz's: {FIRST_LEVEL} to {FIRST_LEVEL + PRESETS - 1}")
-    packer = lzma.LZMACompressor(lzma.FORMAT_RAW, filters=_filters(level - FIRST_LEVEL))
-    out = [packer.compress(part) for part in data]
-    return b"".join((*out, packer.flush()))
+class Unpacker:
+    """The other end of a Packer. After any error it is useless: end the session."""
 
+    def __init__(self) -> None:
+        filters: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": DICTIONARY}]
+        self._lzma = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
 
-def unpack(data: Buffer, max_out: int) -> bytes:
-    """What `pack` was given, `max_out` bytes at most; Corrupt if it is more, or is no LZMA2 stream."""
-    unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_filters(0))
-    try:
-        out = unpacker.decompress(bytes(data), max_length=max_out + 1)
-    except lzma.LZMAError as error:
-        raise Corrupt(f"a compressed batch is not valid xz ({error}); end this session and start again") from error
-    if len(out) > max_out:
-        raise Corrupt(f"a compressed batch holds more than the {max_out} bytes announced; end this session")
-    if not unpacker.eof or unpacker.unused_data:
-        raise Corrupt("a compressed batch is cut short, or bytes follow it; end this session")
-    return out
+    def unpack(self, data: Buffer, max_out: int) -> bytes:
+        """What `data` holds, `max_out` bytes at most; Corrupt if it is more, or no LZMA2, or ends the stream."""
+        try:
+            out = self._lzma.decompress(bytes(data), max_length=max_out + 1)
+        except lzma.LZMAError as error:
+            raise Corrupt(f"a compressed batch is not valid xz ({error}); end this session and start again") from error
+        except EOFError as error:
+            raise Corrupt("bytes follow the end of the xz stream; end this session") from error
+        if len(out) > max_out:
+            raise Corrupt(f"a compressed batch holds more than the {max_out} bytes announced; end this session")
+        if self._lzma.eof:
+            raise Corrupt("the peer ended the xz stream in the middle of the session; end it")
+        return out

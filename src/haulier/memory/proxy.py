@@ -6,7 +6,7 @@ A wire batch is
 
 little-endian. Kinds: OPAQUE (the raw bytes, compressed), TABLE (the RAM blocks; stands for no bytes of the stream),
 PAGES (columns, compressed), AHEAD (the same; for the mirrors only, never for QEMU), UNREAD (as OPAQUE, but there may be
-pages in it). FRESH added to a kind: the contents begin a new zstd frame; PACKED: they are by xz, on their own, and
+pages in it). FRESH added to a kind: the contents begin a new zstd frame; PACKED: they go on with the stream of xz, and
 zstd's frame knows nothing of them. The target checks sequence number, lengths and checksum before it gives out any
 byte. An unknown stream is carried as UNREAD batches, with a warning.
 """
@@ -177,6 +177,8 @@ class SourceProxy:
         """Of zstd, or from `xz.FIRST_LEVEL` on of xz."""
         self._zstd_level = level
         self._packed = False
+        self._packer: xz.Packer | None = None
+        """From the first batch on that xz packs."""
         self._compressor = self._new_compressor()
         self._fresh = False
         self._early: Mirror | None = None
@@ -206,12 +208,19 @@ class SourceProxy:
         views = [memoryview(part).cast("B") for part in parts]
         size = sum(map(len, views))
         self._packed = xz.is_xz(self.level) and size >= LEAST_PACKED
-        data = xz.pack(self.level, *parts) if self._packed else self._compressor.compress(*parts)
+        data = self._pack(*parts) if self._packed else self._compressor.compress(*parts)
         self.counters.compress_s += self._clock() - began
         self.counters.plain_bytes += size
         if self.recent.maxlen and size >= LEAST_TRIED:
             self.recent.append(b"".join(views))
         return data
+
+    def _pack(self, *parts: Buffer) -> bytes:
+        if self._packer is None:
+            self._packer = xz.Packer(self.level)
+        elif self._packer.level != self.level:
+            self._packer.set_level(self.level)
+        return self._packer.pack(*parts)
 
     def prepare(self) -> Mirror | None:
         """The mirror that the stream most probably asks for, made before there is a stream; None without a base."""

@@ -78,6 +78,7 @@ class TargetProxy:
         self._max_memory = max_memory
         self._max_window_log = max_window_log
         self._decompressor = StreamDecompressor(max_window_log, dictionary)
+        self._unpacker: xz.Unpacker | None = None
         self._early: Mirror | None = None
         self._decoder: PageDecoder | None = None
         self._sequence = 0
@@ -158,7 +159,7 @@ class TargetProxy:
             return None
         if kind not in (OPAQUE, PAGES, AHEAD, UNREAD):
             raise Corrupt(f"batch {sequence} is of an unknown kind {kind}")
-        plain = (xz.unpack if packed else self._decompressor.decompress)(contents, plain_length)
+        plain = (self._unpack if packed else self._decompressor.decompress)(contents, plain_length)
         if len(plain) != plain_length:
             raise Corrupt(f"batch {sequence} holds {len(plain)} bytes, not the {plain_length} announced")
         if kind in (OPAQUE, UNREAD):
@@ -177,6 +178,11 @@ class TargetProxy:
             return Piece(b"", 0, batch.gidx[:0], self._beside(batch, ahead=True)) if self._decoder.beside else None
         self._hash(batch.raw)
         return Piece(batch.rest, raw_length, batch.gidx, self._beside(batch, ahead=False))
+
+    def _unpack(self, contents: Buffer, most: int) -> bytes:
+        if self._unpacker is None:
+            self._unpacker = xz.Unpacker()
+        return self._unpacker.unpack(contents, most)
 
     def _given(self, raw: bytes) -> Piece | None:
         self._hash(raw)
