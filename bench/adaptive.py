@@ -36,7 +36,7 @@ from report import Report, Target  # noqa: E402
 
 from haulier.chunks.blocks import StoreBlockFinder  # noqa: E402
 from haulier.chunks.store import ChunkStore  # noqa: E402
-from haulier.compress import StreamCompressor  # noqa: E402
+from haulier.compress import StreamCompressor, xz  # noqa: E402
 from haulier.compress.controller import Controller, Link, Profile, Share  # noqa: E402
 from haulier.compress.profile import LEVELS, compressor, measure, trial  # noqa: E402
 from haulier.compress.xz import name_of  # noqa: E402
@@ -202,15 +202,36 @@ def oracle(tables: dict[int, Costs], link: Varying, cpu: Varying) -> float:
     return pipe.free
 
 
+class Codec:
+    """What a handoff has: one stream of xz, in which presets follow each other, and one of zstd for each change."""
+
+    def __init__(self, level: int) -> None:
+        self._packer: xz.Packer | None = None
+        self._zstd = 0
+        self.set_level(level)
+
+    def set_level(self, level: int) -> None:
+        if not xz.is_xz(level):
+            if level != self._zstd:
+                self._zstd, (self._quick, _) = level, compressor(level)
+            self.compress = self._quick
+            return
+        if self._packer is None:
+            self._packer = xz.Packer(level)
+        elif self._packer.level != level:
+            self._packer.set_level(level)
+        self.compress = self._packer.pack
+
+
 def controlled(batches: list[Batch], profile: Profile, link: Varying, cpu: Varying) -> tuple[float, int]:
     pipe, seen, left = Pipe(link, cpu), Link(link(0.0)), Share(cpu(0.0))
     control = Controller(profile, link(0.0), cpu(0.0))
     level = control.begin(0.0).level
-    compress, _ = compressor(level)
+    codec = Codec(level)
     before = b""
     for batch, encode_s in batches:
         began = time.thread_time()
-        wire = len(compress(batch))
+        wire = len(codec.compress(batch))
         cpu_s = time.thread_time() - began
         share = left.note(encode_s + cpu_s, (encode_s + cpu_s) / cpu(pipe.now))
         pipe.push(wire, encode_s + cpu_s)
@@ -228,7 +249,7 @@ def controlled(batches: list[Batch], profile: Profile, link: Varying, cpu: Varyi
         carries = seen.note(rate, full, int(pipe.queued_s * now))
         if control.decide(pipe.now, max(1.0, carries), share).level != level:
             level = control.choice.level
-            compress, _ = compressor(level)
+            codec.set_level(level)
     return pipe.free, len(control.changes) - 1
 
 
