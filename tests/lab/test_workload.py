@@ -247,6 +247,21 @@ def test_work_keeps_to_its_rate_and_a_long_pause_is_not_made_up_for(tmp_path: Pa
     assert done(workload.handle({"cmd": "stats"}))["rewritten"] <= stats["rewritten"] + 101
 
 
+def test_pages_that_outrun_the_cpu_leave_a_file_its_time(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def slow() -> float:
+        clock.now += 0.001
+        return clock.now
+
+    workload = Workload(tmp_path / "files", slow)
+    done(workload.handle({"cmd": "start", "memory_mib": 1, "pages_per_s": 1e6, "files_per_s": 1, "file_kib": 64}))
+    for _ in range(1000):
+        workload.work()
+    stats = workload.handle({"cmd": "stats"})
+    assert isinstance(stats, dict) and stats["files_written"] >= 5 and stats["rewritten"] > 1000
+
+
 def test_a_start_in_the_middle_of_another_wins(tmp_path: Path) -> None:
     workload = Workload(tmp_path)
     first = workload.handle({"cmd": "start", "memory_mib": 1})

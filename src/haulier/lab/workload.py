@@ -253,13 +253,15 @@ class Workload:
         self._last = now
         self._pages_due = min(self._pages_due + passed * self._pages_per_s, self._pages_per_s)
         self._files_due = min(self._files_due + passed * self._files_per_s, 1.0)
-        end = now + STEP_S
-        while self._pages_due >= 1.0 and self._clock() < end:
-            self._memory.rewrite()
-            self._pages_due -= 1.0
         if self._writing is None and self._files_due >= 1.0:
             self._files_due -= 1.0
             self._writing = self._files.write()
+        # Half of each step is the file's: pages that outrun the CPU are always due and would leave it nothing, ever.
+        end = now + STEP_S
+        pages_end = end if self._writing is None else now + STEP_S / 2
+        while self._pages_due >= 1.0 and self._clock() < pages_end:
+            self._memory.rewrite()
+            self._pages_due -= 1.0
         while self._writing is not None and self._clock() < end:
             try:
                 next(self._writing)
