@@ -83,10 +83,10 @@ DEFAULT: Final = Profile(
         Cost(2, 380e6, 0.229, 1 << 21),
         Cost(3, 260e6, 0.2205, 1 << 21),
         Cost(5, 150e6, 0.2136, 1 << 21),
-        Cost(20, 19e6, 0.1789, 1 << 22),
-        Cost(22, 10.5e6, 0.1715, 1 << 22),
-        Cost(24, 4.1e6, 0.1653, 1 << 22),
-        Cost(26, 3.2e6, 0.1606, 1 << 22),
+        Cost(20, 19e6, 0.1789, 1 << 21),
+        Cost(22, 10.5e6, 0.1715, 1 << 21),
+        Cost(24, 4.1e6, 0.1653, 1 << 21),
+        Cost(26, 3.2e6, 0.1606, 1 << 21),
     )
 )
 """Measured on one core of a small host, of a booted guest's memory (21 November 2026), less a fifth of the speed; xz

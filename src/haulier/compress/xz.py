@@ -16,7 +16,7 @@ from haulier.errors import Corrupt, UsageError
 
 FIRST_LEVEL: Final = 20
 PRESETS: Final = 10
-DICTIONARY: Final = 4 << 20
+DICTIONARY: Final = 2 << 20
 """Bytes that either end looks back over, and so about what the target needs; the source takes a dozen times that."""
 REMEMBERED: Final = 1 << 20
 """Of what went before, so much is known to a preset that takes over: to take in more costs more than it earns."""
