@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from haulier.handoff.ownership import State
 from haulier.handoff.vm_source import STOPPED_STALL_S, VmSource
 from tests.handoff.hosts import GUEST, HANDOFF, SPEC
 from tests.support.agents import make_site
+from tests.support.processes import set_clock
 
 JOB = Job(handoff=HANDOFF, role="source", guest=GUEST, peer="oslo", options=Options(stall_s=40))
 
@@ -66,3 +68,13 @@ def test_it_is_waited_for_as_long_as_it_takes(source: VmSource, why: str) -> Non
     source._token.granted = why == "the token is granted"
     source._taking = why != "its QEMU is being started"
     source._check()
+
+
+def test_a_deadline_does_not_come_because_the_clock_is_set(source: VmSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    source.job = msgspec.structs.replace(JOB, options=Options(deadline_s=60))
+    source._marks["begin"] = time.time()
+    set_clock(monkeypatch, 3600)
+    source._check()
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 61)
+    with pytest.raises(HandoffFailed, match=r"not at site 'oslo' within 60 s; it runs on at 'lisbon'"):
+        source._check()

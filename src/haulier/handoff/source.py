@@ -128,6 +128,7 @@ class SourceHandoff(ABC):
         self._disk_rounds: list[dict[str, Any]] = []
         self._timeline: list[dict[str, Any]] = []
         self._marks: dict[str, float] = {}
+        self._began = time.monotonic()
         self._arrived: Arrived
         self._over = threading.Event()
         self._transport = job.options.transport or site.transport or "striping"
@@ -155,7 +156,7 @@ class SourceHandoff(ABC):
         return self.report
 
     def _hand_over(self) -> None:
-        self._marks["begin"] = time.time()
+        self._marks["begin"], self._began = time.time(), time.monotonic()
         self._watching()
         self._preflight()
         offer, accept = self._offer()
@@ -196,7 +197,7 @@ class SourceHandoff(ABC):
                 f"{self.site.name!r}: see the worker's log there"
             )
         deadline = self.job.options.deadline_s
-        if deadline and not self._token.granted and time.time() - self._marks["begin"] > deadline:
+        if deadline and not self._token.granted and time.monotonic() - self._began > deadline:
             raise HandoffFailed(
                 f"guest {self.job.guest!r} was not at site {self.job.peer!r} within {deadline:g} s; it runs on at "
                 f"{self.site.name!r}: allow more time, or let it write less"
@@ -214,8 +215,8 @@ class SourceHandoff(ABC):
         status.paths = [msgspec.to_builtins(path) for path in session.paths()]
         status.transport = session.transport()
         if self._spender is not None:
-            now = time.time()
-            session.may_spend(self._spender.look(now, now - self._marks["begin"], status.eta_s))
+            now = time.monotonic()
+            session.may_spend(self._spender.look(now, now - self._began, status.eta_s))
         if self._sender is not None:
             status.layers = {name: asdict(layer) for name, layer in list(self._sender.layers.items())}
 

@@ -381,8 +381,8 @@ class VmSource(SourceHandoff):
 
     def _make_measures(self) -> Measures:
         options = self.job.options
-        left = options.deadline_s - (time.time() - self._marks["begin"]) if options.deadline_s else 0.0
-        return Measures(options.allow, options.downtime_ms, time.monotonic() + left if options.deadline_s else 0.0)
+        deadline = self._began + options.deadline_s if options.deadline_s else 0.0
+        return Measures(options.allow, options.downtime_ms, deadline)
 
     def _take(self, measure: Measure | None) -> bool:
         """Does what has to be done about a guest that outruns the link. True if it goes before its memory."""
