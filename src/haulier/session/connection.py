@@ -242,7 +242,6 @@ class Connection:
         try:
             if not isinstance(self._raw, ssl.SSLSocket):
                 assert self._context is not None
-                self._raw.getpeername()  # if the peer is gone already: wrap_socket would lose the socket
                 self._raw = self._context.wrap_socket(
                     self._raw, server_side=server, do_handshake_on_connect=False, suppress_ragged_eofs=True
                 )

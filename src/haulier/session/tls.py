@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,22 @@ SUFFIX: Final = ".haulier"
 
 _REFUSED: Final = ("ALERT_UNKNOWN_CA", "CERTIFICATE", "ALERT_ACCESS_DENIED", "ALERT_DECRYPT_ERROR")
 _NOT_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNSUPPORTED_PROTOCOL", "PROTOCOL_VERSION", "RECORD_LAYER")
+
+
+class TlsSocket(ssl.SSLSocket):
+    """One whose peer may go away while it is being wrapped: the ssl module would leave it open, with no owner."""
+
+    def getpeername(self) -> Any:
+        """The peer's address. Raises OSError; before TLS is there, the socket is closed then."""
+        try:
+            return super().getpeername()
+        except OSError as error:
+            # Wrapping has taken the descriptor from the plain socket, and looks here whether anybody is there.
+            if getattr(self, "_sslobj", None) is None:
+                with contextlib.suppress(OSError):
+                    self.close()
+                raise ConnectionResetError(errno.ECONNRESET, "the peer closed the connection before TLS") from error
+            raise
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,7 @@ class TlsConfig:
     def context(self, *, server: bool) -> ssl.SSLContext:
         """A context for one side. Raises UsageError when a file is missing or no good."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        context.sslsocket_class = TlsSocket
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False  # site names, not host names: see check_peer
         context.verify_mode = ssl.CERT_REQUIRED
