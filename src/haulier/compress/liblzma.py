@@ -61,6 +61,7 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         raise Unsupported(f"{_SONAME} cannot be loaded ({error}): install it (Debian's liblzma5)") from None
     found.lzma_end.restype = None
+    found.lzma_lzma_preset.restype = ctypes.c_ubyte  # lzma_bool: what is above it in the register means nothing
     return found
 
 
