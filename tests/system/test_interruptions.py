@@ -55,7 +55,10 @@ def after(standing: Stage, handoff: Handoff, *, home: str = "") -> str:
 # -- cancelled -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["offer", "connect", "disk", "memory"])
+@pytest.mark.parametrize(
+    "phase",
+    ["offer", pytest.param("connect", marks=pytest.mark.full), pytest.param("disk", marks=pytest.mark.full), "memory"],
+)
 def test_cancelled_in_a_phase_the_guest_runs_on_and_nothing_is_left(standing: Stage, phase: str) -> None:
     handoff = standing.begin()
     handoff.wait_phase(handoff.source, {phase})
@@ -166,7 +169,7 @@ def test_the_targets_agent_dies_while_it_takes_the_offer(standing: Stage) -> Non
 @pytest.mark.parametrize(
     ("side", "phase"),
     [
-        ("source", "disk"),
+        pytest.param("source", "disk", marks=pytest.mark.full),
         ("source", "memory"),
         ("target", "connect"),
         ("target", "memory"),
@@ -194,7 +197,7 @@ def test_a_copy_whose_qemu_stands_still_does_not_hold_the_handoff_up_for_ever(st
     after(standing, handoff, home=handoff.source)
 
 
-@pytest.mark.parametrize("phase", ["memory", "switchover"])
+@pytest.mark.parametrize("phase", [pytest.param("memory", marks=pytest.mark.full), "switchover"])
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_agent_and_worker_killed_together(standing: Stage, side: str, phase: str) -> None:
     handoff = standing.begin()
