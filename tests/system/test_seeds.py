@@ -16,9 +16,9 @@ BENCH = Path(__file__).resolve().parents[2] / "bench" / "run"
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.qemu, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module", params=["--least", pytest.param("--quick", marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=["--quick", pytest.param("--least", marks=pytest.mark.full)])
 def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[dict[str, Any], str]:
-    """The document and the page of one run; the least form is CI's."""
+    """The document and the page of one run; the quick form is CI's."""
     folder = tmp_path_factory.mktemp("seeds")
     found, page = folder / "seeds.json", folder / "seeds.html"
     command = [sys.executable, str(BENCH), "seeds", request.param, "--json", str(found), "--html", str(page)]
