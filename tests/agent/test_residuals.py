@@ -7,7 +7,6 @@ import logging
 import os
 import resource
 import socket
-import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from haulier.handoff.residence import guest_paths, manifest_name, pin_name
 from haulier.units import CHUNK
 from tests.support import agents
 from tests.support.agents import make_site, running
+from tests.support.relay import reset
 from tests.support.waiting import wait_for
 
 COUNT = 40
@@ -270,8 +270,7 @@ def nobody_answers(*, closes: bool) -> Iterator[tuple[str, list[socket.socket]]]
                 while True:
                     made.append(server.accept()[0])
                     if closes:
-                        made[-1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                        made[-1].close()
+                        reset(made[-1])
 
         thread = threading.Thread(target=accept)
         thread.start()

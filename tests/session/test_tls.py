@@ -5,25 +5,21 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import struct
 import warnings
 from pathlib import Path
 
 import pytest
 
 from tests.support.certs import TestCa
+from tests.support.relay import reset
 from tests.support.waiting import wait_for
-
-NOW = struct.pack("ii", 1, 0)
-"""SO_LINGER: a close is a reset."""
 
 
 def test_a_socket_whose_peer_is_gone_is_closed_and_not_lost(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         peer = socket.create_connection(server.getsockname())
         sock, _ = server.accept()
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NOW)
-    peer.close()
+    reset(peer)
     wait_for(lambda: not connected(sock), 10)
     descriptor = sock.fileno()
     context = TestCa(tmp_path).site("lisbon", peer="oslo").context(server=True)

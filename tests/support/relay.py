@@ -8,6 +8,12 @@ import struct
 import threading
 
 
+def reset(sock: socket.socket) -> None:
+    """Closes a TCP connection so that the peer sees a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
 class TcpRelay:
     """Listens on `port` of 127.0.0.1 and forwards to `target`. Set `hang` or `refuse`, call `cut()`, at any time."""
 
@@ -45,8 +51,7 @@ class TcpRelay:
         with self._lock:
             for pair in self._pairs:
                 for sock in pair:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    sock.close()
+                    reset(sock)
             self._pairs.clear()
         self._wake_w.send(b"x")
 
