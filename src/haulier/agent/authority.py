@@ -35,8 +35,8 @@ from haulier.agent.site import NAME, Site, check_name
 from haulier.durable import write_atomically
 from haulier.errors import Corrupt, NotTrusted, Unsupported
 from haulier.handoff.journal import Journal, TokenRow
+from haulier.session.tls import SUFFIX, plain_context
 
-SUFFIX: Final = ".haulier"
 TOKEN_LIFETIME_S: Final = 3600.0
 _CA_YEARS: Final = 20
 _SITE_YEARS: Final = 5
@@ -287,25 +287,22 @@ def new_token(site: Site, journal: Journal, for_site: str = "", lifetime_s: floa
 
 def server_context(site: Site) -> ssl.SSLContext:
     """For the control API: TLS 1.3; a client's certificate is asked for and, if shown, must be of the fleet."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = plain_context(server=True)
     _load(context, site)
-    # Nobody comes back to a session: a ticket, with the client's certificate in it, would be a kilobyte for nothing.
-    context.num_tickets = 0
     context.verify_mode = ssl.CERT_OPTIONAL
     return context
 
 
 def client_context(site: Site) -> ssl.SSLContext:
     """For calls to other sites: TLS 1.3, own certificate shown, peer's name checked."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = plain_context(server=False)
     _load(context, site)
     return context
 
 
 def joining_context(ca_pem: bytes | None) -> ssl.SSLContext:
     """Before a site has a certificate. With None nothing is checked: good only to fetch the authority's certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context = plain_context(server=False)
     if ca_pem is None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -326,7 +323,6 @@ def days_left(certificate: Path) -> float:
 
 
 def _load(context: ssl.SSLContext, site: Site) -> None:
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
     try:
         context.load_cert_chain(site.certificate, site.key)
         context.load_verify_locations(site.ca_certificate)

@@ -34,6 +34,17 @@ class TlsSocket(ssl.SSLSocket):
             raise
 
 
+def plain_context(*, server: bool) -> ssl.SSLContext:
+    """What every context of this system begins as: TLS 1.3 alone, nothing loaded yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = TlsSocket
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if server:
+        # Nobody comes back to a session: a ticket, with the client's certificate in it, is a kilobyte for nothing.
+        context.num_tickets = 0
+    return context
+
+
 @dataclass(frozen=True)
 class TlsConfig:
     """This site's certificate and key, the fleet's CA (PEM files), and which site the peer must be (None: any)."""
@@ -50,13 +61,9 @@ class TlsConfig:
 
     def context(self, *, server: bool) -> ssl.SSLContext:
         """A context for one side. Raises UsageError when a file is missing or no good."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        context.sslsocket_class = TlsSocket
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context = plain_context(server=server)
         context.check_hostname = False  # site names, not host names: see check_peer
         context.verify_mode = ssl.CERT_REQUIRED
-        if server:
-            context.num_tickets = 0  # connections live long; a ticket would only be one more way in
         try:
             context.load_cert_chain(self.certificate, self.key)
             context.load_verify_locations(self.ca)
