@@ -12,13 +12,13 @@ import msgspec
 import pytest
 
 from haulier.errors import Corrupt, GuestError
-from haulier.handoff import target
+from haulier.handoff import target, vm_target
 from haulier.handoff.journal import HandoffRow, Journal
 from haulier.handoff.messages import Accept, Job, Own, PrepareMemory
 from haulier.handoff.ownership import Event, State
 from haulier.handoff.source import SourceHandoff
-from haulier.handoff.target import TargetHandoff
 from haulier.handoff.vm_source import VmSource
+from haulier.handoff.vm_target import VmTarget
 from tests.handoff.hosts import GUEST, HANDOFF, OFFER
 from tests.support.agents import make_site
 
@@ -26,7 +26,7 @@ JOB = Job(handoff=HANDOFF, role="target", guest=GUEST, peer="oslo", offer=OFFER)
 TOKEN = Own(Event.TOKEN.value, 4)
 
 
-class Voted(TargetHandoff):
+class Voted(VmTarget):
     """One whose copy waits for the token; `said` is what the source was told."""
 
     def __init__(self, *words: Any) -> None:
@@ -90,14 +90,16 @@ def full(*_: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("where", "why"), [("run_copy", broken), ("copy_manifest", full)], ids=["it does not run", "its disk has no name"]
+    ("where", "why"),
+    [("vm_target.run_copy", broken), ("target.copy_manifest", full)],
+    ids=["it does not run", "its disk has no name"],
 )
 def test_a_guest_that_was_taken_and_not_settled_is_the_agents(
     voted: Voted, monkeypatch: pytest.MonkeyPatch, where: str, why: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(target, "run_copy", lambda *_: 12.5)
+    monkeypatch.setattr(vm_target, "run_copy", lambda *_: 12.5)
     monkeypatch.setattr(target.clients, "arrived", lambda *_: None)
-    monkeypatch.setattr(target, where, why)
+    monkeypatch.setattr(f"haulier.handoff.{where}", why)
     voted._receiver = SimpleNamespace()  # type: ignore[assignment]
     with pytest.raises((GuestError, OSError)) as caught:
         voted._owned(TOKEN)
@@ -111,7 +113,7 @@ def test_a_guest_that_was_taken_and_not_settled_is_the_agents(
 def test_device_state_of_a_source_that_is_gone_is_not_waited_for_without_end(
     voted: Voted, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
-    monkeypatch.setattr(target, "ALONE_S", 0.05)
+    monkeypatch.setattr(vm_target, "ALONE_S", 0.05)
     closed: list[bool] = []
     session = SimpleNamespace(error=GuestError("cut") if gone == "broken" else None, over=gone == "over")
     voted.control.session = session  # type: ignore[misc]

@@ -37,7 +37,7 @@ from haulier.errors import Cancelled, Corrupt, HaulierError
 from haulier.handoff import retained
 from haulier.handoff.custody import happen
 from haulier.handoff.messages import Arrived, Channel, Finish, MemoryReady, Prepared, PrepareMemory, Running
-from haulier.handoff.ownership import Event
+from haulier.handoff.ownership import Event, State
 from haulier.handoff.residence import container_paths, images_dir
 from haulier.handoff.target import TargetHandoff
 from haulier.memory.picture import PICTURE
@@ -158,11 +158,9 @@ class ContainerTarget(TargetHandoff):
             self._changed.notify_all()
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
-        if final:
-            self._durable_at = time.time()
         if self._builder is not None:
             self._tasks.put((manifest, final))
-        self.control.tell("committed")
+        super()._committed(manifest, final)
 
     # -- built -----------------------------------------------------------------------------------------------------
 
@@ -347,13 +345,14 @@ class ContainerTarget(TargetHandoff):
     def _copy_alive(self) -> bool:
         return self._container is not None and self._container.alive()
 
-    def _run(self) -> None:
+    def _run(self, after: State) -> bool:
         assert self._container is not None
         at = self._container.cont()
         self._running = True
         self.outcome = "done"
         # With the word that it was taken.
         self.control.send(Running(at), more=True)
+        return True
 
     def _moved(self) -> None:
         super()._moved()

@@ -25,6 +25,7 @@ from haulier.handoff.convergence import window
 from haulier.handoff.custody import record_of
 from haulier.handoff.memory_link import Carrier
 from haulier.handoff.messages import Accept, Channel, Finish, MemoryReady, Own, PrepareMemory
+from haulier.handoff.ownership import State
 from haulier.handoff.residence import incoming_name, lease_of
 from haulier.handoff.target import TargetHandoff
 from haulier.handoff.vm_source import VmSource
@@ -260,6 +261,16 @@ class PrefetchTarget(TargetHandoff):
     def _owned(self, news: Own) -> bool:
         raise Corrupt(f"site {self.job.peer!r} speaks of owning the guest in a prefetch: run the same haulier there")
 
+    def _maybe_arrived(self) -> None:
+        """There is no copy to vote for ..."""
+
+    def _copy_alive(self) -> bool:
+        return False
+
+    def _run(self, after: State) -> bool:
+        """... or to run."""
+        return False
+
     def _finish(self, news: Finish) -> None:
         self.outcome = "done"
 
@@ -276,7 +287,7 @@ class PrefetchTarget(TargetHandoff):
             retained.suspect(self.site, self._store, self.job.memory_base)
 
     def _discard(self) -> None:
-        """There is no copy to throw away."""
+        """... or to throw away."""
 
     def _keep_attempt(self, worth_it: bool, kind: str) -> None:
         if self._proxy is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import subprocess
 import threading
 import time
 from typing import Any, Final, Protocol
@@ -42,9 +41,9 @@ from haulier.handoff.offering import connect
 from haulier.handoff.progress import Progress
 from haulier.handoff.residence import guest_paths, memory_lost, retire
 from haulier.handoff.source import CONNECT_S
-from haulier.handoff.target import TargetHandoff
 from haulier.handoff.token import OwnPeer, Token
 from haulier.handoff.urgent import UrgentPump
+from haulier.handoff.vm_target import VmTarget
 from haulier.memory.proxy import SourceProxy
 from haulier.session import Session
 
@@ -238,18 +237,11 @@ class ResumeSource:
         self.journal.advance(self.job.guest, "away", "away", manifest="")
 
 
-class ResumeTarget(TargetHandoff):
+class ResumeTarget(VmTarget):
     """The target's side: the guest runs here, its memory is not whole, and its QEMU listens again."""
 
-    def __init__(
-        self,
-        site: Site,
-        journal: Journal,
-        job: Job,
-        cancelled: threading.Event,
-        waiting: subprocess.Popen[bytes] | None = None,
-    ) -> None:
-        super().__init__(site, journal, job, cancelled, waiting)
+    def __init__(self, site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> None:
+        super().__init__(site, journal, job, cancelled)
         self._ended = threading.Event()
 
     def _ready(self, session: Session) -> None:

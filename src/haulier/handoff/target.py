@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
-import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,42 +15,30 @@ from haulier import priority
 from haulier.agent.site import Site
 from haulier.chunks.manifest import Manifest, chunks_of
 from haulier.chunks.store import ChunkStore
-from haulier.disks.export import DiskExport
 from haulier.disks.heat import unpack
 from haulier.disks.transfer import DiskReceiver
-from haulier.errors import Corrupt, GuestError, HandoffFailed, HaulierError, PeerError
-from haulier.guests import rescue
-from haulier.guests.command import RAM_ID
+from haulier.errors import Corrupt, HandoffFailed, HaulierError, PeerError
 from haulier.guests.model import GuestSpec
-from haulier.guests.qemu import Qemu, create_overlay
-from haulier.guests.tap import BRIDGE, create_tap, tap_name
+from haulier.guests.tap import BRIDGE
 from haulier.handoff import attempts, clients, readdressing, retained
 from haulier.handoff.agreeing import TargetComparison
-from haulier.handoff.check import memory_digests
 from haulier.handoff.control import Control, failure
 from haulier.handoff.custody import Happened, happen
 from haulier.handoff.elsewhere import Elsewhere
 from haulier.handoff.footprint import footprint
 from haulier.handoff.journal import Journal
-from haulier.handoff.measures import POST_COPY
-from haulier.handoff.memory_link import MemorySink
 from haulier.handoff.messages import (
-    Arrived,
     Base,
     BaseReady,
     Channel,
     Compare,
-    Filled,
     Finish,
     GiveUp,
     GoFirst,
     Heat,
     Job,
-    MemoryReady,
     Own,
-    Poised,
     PrepareMemory,
-    Running,
     Status,
     Stretch,
     Stretched,
@@ -61,28 +48,21 @@ from haulier.handoff.progress import Progress
 from haulier.handoff.residence import (
     copy_manifest,
     discard_copy,
-    end_copy,
     guest_paths,
     incoming_name,
     lease_of,
     manifest_name,
-    memory_lost,
-    run_copy,
     spec_of,
 )
 from haulier.handoff.shared import block_space, golden_manifest, grown, images_named
 from haulier.memory.base import MemoryBase
-from haulier.memory.loading import GuestRam
 from haulier.memory.target_proxy import TargetProxy
 from haulier.network import tunnel
 from haulier.session import Session, TlsConfig
 from haulier.units import MIB
-from haulier.without import DIRECT, without
 
 log = logging.getLogger(__name__)
 CONNECT_S = 60.0
-ALONE_S = 10.0
-"""How long device state may take that a source which is gone has sent before."""
 OTHER_MEMORY = 256 * MIB
 """Firmware, video memory and what devices bring along, beside a guest's RAM."""
 
@@ -91,21 +71,13 @@ class Undecided(HandoffFailed):
     """The copy is ready, and the source cannot be heard: the agents settle it between them."""
 
 
-class TargetHandoff:
-    """One handoff at its target. `run` returns the outcome: "done", "failed" or "undecided"."""
+class TargetHandoff(ABC):
+    """One handoff at its target, of a guest of any kind. `run` returns the outcome: "done", "failed" or "undecided"."""
 
     _begins_on_offer = False
     """The session may begin on the connection over which the offer came."""
 
-    def __init__(
-        self,
-        site: Site,
-        journal: Journal,
-        job: Job,
-        cancelled: threading.Event,
-        waiting: subprocess.Popen[bytes] | None = None,
-    ) -> None:
-        """`waiting`: a disk export that has started already and waits."""
+    def __init__(self, site: Site, journal: Journal, job: Job, cancelled: threading.Event) -> None:
         assert job.offer is not None
         self.site, self.journal, self.job, self.offer = site, journal, job, job.offer
         self.spec = self._spec()
@@ -117,10 +89,6 @@ class TargetHandoff:
         )
         self.outcome = "failed"
         self._cancelled = cancelled
-        self._qemu: Qemu | None = None
-        self._sink: MemorySink | None = None
-        self._export: DiskExport | None = None
-        self._waiting = waiting
         self._receiver: DiskReceiver | None = None
         self._store = ChunkStore(site.store)
         self._base: MemoryBase | None = None
@@ -130,11 +98,9 @@ class TargetHandoff:
         self._loaded_at = 0.0
         self._durable_at = 0.0
         self._voted = False
-        self._goes_first = False
-        self._filling = False
-        """The guest runs, and its memory is not whole."""
-        self._device_at = 0.0
         self._running = False
+        self._filling = False
+        """It does, and its memory is not whole."""
         self._taken = False
         """The token is durable here: the guest is this site's ..."""
         self._settled = False
@@ -193,18 +159,6 @@ class TargetHandoff:
         else:
             session.on(Channel.DISK, self._disk)
 
-    def _prepare_early(self, session: Session, manifest: Manifest) -> None:
-        """All that can be made here without a word of the source, because the base's manifest is here."""
-        self.paths.prepare()
-        with ThreadPoolExecutor(2, thread_name_prefix="prepare") as pool:
-            proxy = pool.submit(self._make_proxy, self.job.memory_base)
-            qemu = pool.submit(self._start_qemu, self.job.manifest)
-            self._start_receiver(manifest)
-            session.on(Channel.DISK, self._disk)
-        qemu.result()
-        self._swap_export(incoming_name(self.job.handoff))
-        self._receive_memory(proxy.result())
-
     def _work(self, session: Session) -> None:
         quiet_since = 0.0
         while True:
@@ -225,7 +179,6 @@ class TargetHandoff:
                 raise news
             if isinstance(news, str):
                 self._maybe_arrived()
-                self._maybe_filled()
             elif isinstance(news, Base):
                 self._adopt_base(news)
             elif isinstance(news, Heat):
@@ -238,8 +191,7 @@ class TargetHandoff:
             elif isinstance(news, GiveUp):
                 self.control.send(self._compare_with().give_up(news))
             elif isinstance(news, GoFirst):
-                self._goes_first = True
-                self._maybe_arrived()
+                self._go_first()
             elif isinstance(news, Stretch):
                 self.control.send(self._stretch(news))
             elif isinstance(news, Own):
@@ -255,6 +207,42 @@ class TargetHandoff:
                 quiet_since = quiet_since or time.monotonic()
                 if self.left_alone.is_set() or time.monotonic() - quiet_since > 60:
                     return
+
+    # -- what kinds of guests do each in their way ------------------------------------------------------------------
+
+    @abstractmethod
+    def _prepare_early(self, session: Session, manifest: Manifest) -> None:
+        """All that can be made here without a word of the source, because the base's manifest is here."""
+
+    @abstractmethod
+    def _prepare_memory(self, news: PrepareMemory) -> None:
+        """Makes what takes memory, and says so. Corrupt when it is not the time for it."""
+
+    @abstractmethod
+    def _maybe_arrived(self) -> None:
+        """Votes once all of the copy is here; called whenever something has come."""
+
+    def _go_first(self) -> None:
+        """The guest is to run here before its memory."""
+        raise Corrupt(f"site {self.job.peer!r} sends this kind of guest before its memory: run the same haulier there")
+
+    @abstractmethod
+    def _copy_alive(self) -> bool:
+        """Whether there is anything that the token could have run."""
+
+    @abstractmethod
+    def _run(self, after: State) -> bool:
+        """Runs the copy, now that the guest is this site's, and says since when; False if it is lost."""
+
+    @abstractmethod
+    def _finish(self, news: Finish) -> None:
+        """Keeps what the way back starts from."""
+
+    def _has_mirror(self) -> bool:
+        """Whether pages have come already."""
+        return False
+
+    # -- all of them -----------------------------------------------------------------------------------------------
 
     def _stretch(self, news: Stretch) -> Stretched:
         if not news.ahead:
@@ -327,57 +315,11 @@ class TargetHandoff:
 
     def _committed(self, manifest: Manifest, final: bool) -> None:
         self._elsewhere.enough()
-        self._swap_export(incoming_name(self.job.handoff))
         if final:
             self._durable_at = time.time()
         self.control.tell("committed")
 
     # -- memory ----------------------------------------------------------------------------------------------------
-
-    def _start_export(self, manifest: str) -> None:
-        paths = self.paths
-        waiting, self._waiting = self._waiting, None
-        export = DiskExport.start(
-            self.site.store, manifest, paths.nbd_sock, paths.nbd_ctl, paths.nbd_log, waiting=waiting
-        )
-        with self._lock:
-            self._export = export
-
-    def _swap_export(self, manifest: str) -> None:
-        with self._lock:
-            if self._export is not None:
-                self._export.swap(manifest)
-
-    def _prepare_memory(self, news: PrepareMemory) -> None:
-        if self._receiver is None or self._qemu is not None:
-            raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
-        self.paths.prepare()
-        self._start_qemu(incoming_name(self.job.handoff))
-        self._receive_memory(self._make_proxy(news.memory_base))
-
-    def _start_qemu(self, manifest: str) -> None:
-        """The guest's copy: stopped, with its disk's export, and waiting for memory."""
-        spec, paths = self.spec, self.paths
-        self._start_export(manifest)
-        create_overlay(paths.overlay, spec.disk_size)
-        tap = None
-        if spec.address:
-            tap = tap_name(spec.name)
-            create_tap(tap)
-        early = POST_COPY in self.offer.options.allow
-        qemu = self._qemu = Qemu.start(spec, paths, incoming=True, nic=tap, worker=True, rescue=early)
-        if early:
-            self._rescue = rescue.start(paths.rescue_sock, paths.rescue_ctl)
-        self._mark = qemu.qmp.mark()
-        qemu.set_capabilities(
-            events=True,
-            late_block_activate=True,
-            pause_before_switchover=True,
-            return_path=True,
-            postcopy_ram=early,
-            postcopy_preempt=early,
-        )
-        qemu.prepare_incoming(f"unix:{paths.mig_sock}")
 
     def _make_proxy(self, picture: str) -> TargetProxy:
         spec = self.spec
@@ -393,112 +335,12 @@ class TargetHandoff:
         most = self.spec.memory_bytes + OTHER_MEMORY
         return TargetProxy(self.site.mirror(self.job.handoff), base, max_memory=most)
 
-    def _receive_memory(self, proxy: TargetProxy) -> None:
-        proxy.reader = self._space
-        early = POST_COPY in self.offer.options.allow
-        if not early and not without(DIRECT):
-            proxy.ram = GuestRam(self.paths.ram, RAM_ID)
-        self._give_to_qemu(proxy, urgent=early)
-        self.control.send(MemoryReady())
-
-    def _give_to_qemu(self, proxy: TargetProxy, *, urgent: bool) -> None:
-        """From here on what comes for QEMU goes there; `urgent`: by a second connection what a running guest awaits."""
-        connect = self._to_qemu if urgent else None
-        self._sink = MemorySink(self._to_qemu(), proxy, self.control.session, self.control.tell, connect)
-        threading.Thread(target=self._await_loaded, name="await-loaded", daemon=True).start()
-
-    def _to_qemu(self) -> socket.socket:
-        stream = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stream.connect(str(self.paths.mig_sock))
-        return stream
-
-    def _has_mirror(self) -> bool:
-        return self._sink is not None and self._sink.proxy.mirror is not None
-
     def _compare_with(self) -> TargetComparison:
         if self._comparison is None:
             if self._base is None or self._has_mirror():
                 raise Corrupt("the source's messages came in a wrong order: run the same haulier at both sites")
             self._comparison = TargetComparison(self._base)
         return self._comparison
-
-    def _await_loaded(self) -> None:
-        assert self._qemu is not None
-        try:
-            self._qemu.wait_migration({"completed"}, timeout=1e7, since=self._mark)
-        except GuestError as error:
-            if not self._voted or self._filling:
-                self.control.tell(error)
-            return
-        self._loaded_at = time.time()
-        self.control.tell("loaded")
-
-    def _maybe_arrived(self) -> None:
-        """Votes once memory is loaded (unless it is to follow the guest) and the final manifest is durable here."""
-        if self._voted or self._receiver is None or not self._receiver.final:
-            return
-        if self._goes_first:
-            self._poise()
-            return
-        if not self._loaded_at:
-            return
-        assert self._qemu is not None and self._sink is not None
-        if self._qemu.status() != "paused":
-            self._qemu.wait_status({"paused"}, 10)
-        # What the digests below are of is what the guest will have, whatever else the source sends.
-        self._sink.seal()
-        memory, check_s = b"", 0.0
-        if self.offer.options.check:
-            began = time.monotonic()
-            memory = memory_digests(self.paths.ram)
-            check_s = time.monotonic() - began
-        proxy = self._sink.proxy
-        self._voted = True
-        happened = happen(self.journal, self.spec.name, Event.COMPLETE, decided=True, handoff=self.job.handoff)
-        self.control.send(
-            Arrived(
-                happened.after.pending,
-                proxy.raw_bytes,
-                proxy.digest(),
-                self._receiver.manifest.digest,
-                memory,
-                check_s,
-                self._durable_at,
-                self._loaded_at,
-            )
-        )
-        self._send(happened)
-        self.progress.phase("ready")
-
-    def _poise(self) -> None:
-        """Votes with the disk alone: the token, and device state behind it, may come."""
-        assert self._receiver is not None
-        self._voted = True
-        happened = happen(self.journal, self.spec.name, Event.POISE, decided=True, handoff=self.job.handoff)
-        self.control.send(Poised(happened.after.pending, self._receiver.manifest.digest, self._durable_at))
-        self._send(happened)
-        self.progress.phase("ready")
-
-    def _maybe_filled(self) -> None:
-        """Says that nothing is needed of the source any more once all of the memory is here."""
-        if not self._filling or not self._loaded_at or self._sink is None:
-            return
-        self._filling = False
-        self.outcome = "done"
-        proxy, waits = self._sink.proxy, self._sink.waits
-        happened = happen(self.journal, self.spec.name, Event.FILLED, decided=True, handoff=self.job.handoff)
-        self.control.send(
-            Filled(
-                proxy.raw_bytes,
-                proxy.digest(),
-                waits.requests,
-                waits.worst_s * 1000,
-                waits.mean_s * 1000,
-                self._device_at,
-            )
-        )
-        self._send(happened)
-        self.progress.phase("running")
 
     # -- ownership -------------------------------------------------------------------------------------------------
 
@@ -527,60 +369,16 @@ class TargetHandoff:
             if action is Action.RUN_COPY:
                 self._taken = True
                 clients.coming(self.site, self.spec.name)
-                self._filling = happened.after.state is State.FILLING
-                if self._filling and not self._device_state():
-                    self._lost()
+                if not self._run(happened.after.state):
                     return True
-                self._run()
             elif action is Action.DISCARD_COPY:
                 self._discard()
                 return True
         self._send(happened)
         if Action.RUN_COPY in happened.actions:
             self._settle()
-            self._maybe_filled()
+            self._maybe_arrived()
         return False
-
-    def _copy_alive(self) -> bool:
-        return self._qemu is not None and self._qemu.alive()
-
-    def _run(self) -> None:
-        assert self._qemu is not None
-        at = run_copy(self.site, self._qemu)
-        self._running = True
-        self.outcome = "done"
-        self.control.send(Running(at))
-
-    def _device_state(self) -> bool:
-        """Waits until QEMU has the guest's device state; False if it, the link, or the source is gone before."""
-        assert self._qemu is not None
-        session, alone_since = self.control.session, 0.0
-        while self._qemu.alive():
-            with contextlib.suppress(GuestError):
-                if self._qemu.status() == "paused":
-                    self._device_at = time.time()
-                    return True
-            if session.error is not None or session.over or self.left_alone.is_set():
-                alone_since = alone_since or time.monotonic()
-                alone_s = time.monotonic() - alone_since
-                if self._sink is not None and (session.error is not None or alone_s > ALONE_S / 2):
-                    self._sink.close()  # then QEMU gives up as well
-                if alone_s > ALONE_S:
-                    return False
-            time.sleep(0.003)
-        return False
-
-    def _lost(self) -> None:
-        """QEMU is gone before memory was whole: what the guest had in it is lost, its disk is here and right."""
-        self._filling, self._running = False, True
-        log.error("%s", memory_lost(self.spec.name))
-        self._note(memory_lost(self.spec.name))
-        if self._receiver is not None:
-            self._settle()
-        happened = happen(self.journal, self.spec.name, Event.COPY_LOST, decided=True, handoff=self.job.handoff)
-        end_copy(self.site, self.spec.name)
-        self._send(happened)
-        self.outcome = "failed"
 
     def _settle(self) -> None:
         """All that need not be done before the guest runs, most urgent first."""
@@ -595,14 +393,13 @@ class TargetHandoff:
         copy_manifest(self._store, incoming_name(self.job.handoff), name)
         state = self.journal.guest(self.spec.name).state
         self.journal.advance(self.spec.name, state, state, manifest=name)
-        with self._lock:
-            if self._export is not None:
-                if self._heat:
-                    self._export.warm(self._heat)
-                self._export.swap(name)
+        self._disk_is(name)
         self._store.drop_manifest(incoming_name(self.job.handoff))
         self._store.drop_lease(lease_of(self.job.handoff))
         self._settled = True
+
+    def _disk_is(self, name: str) -> None:  # noqa: B027 - only some have their disk from an export
+        """The manifest of the guest's disk is called that from now on."""
 
     def _moved(self) -> None:
         """The guest runs here: has its clients' network follow."""
@@ -615,26 +412,9 @@ class TargetHandoff:
             pool.shutdown(wait=False)
         clients.arrived(self.site, self.journal, self.spec, self.job.peer)
 
-    def _finish(self, news: Finish) -> None:
-        """Keeps the mirror for the way back."""
-        if self._sink is None or not news.memory_id:
-            return
-        proxy = self._sink.proxy
-        self._sink.close()
-        row = self.journal.guest(self.spec.name)
-        meta = retained.Retained(id=news.memory_id, guest=self.spec.name, uuid=self.spec.uuid, epoch=row.epoch)
-        if proxy.mirror is not None:
-            retained.keep(self.site, meta, proxy.mirror)
-
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _fail(self, error: BaseException) -> None:
-        if self._filling:
-            if self._qemu is None or not self._qemu.alive():
-                self._lost()
-            else:
-                self.outcome = "undecided"
-            return
         if self._taken and not self._settled:
             # The guest is this site's: the agent has it run, and gives its disk the lasting name.
             log.error("handoff %s is not settled here yet: %s", self.job.handoff, error)
@@ -663,25 +443,14 @@ class TargetHandoff:
 
     def _discard(self) -> None:
         self.outcome = "failed"
-        if self._sink is not None:
-            self._sink.close()
-        if self._qemu is not None:
-            self._qemu.close()
         discard_copy(self.site, self.spec.name, self.job.handoff)
         if self._tunnels:
             clients.records(self.site).close(self.spec.name, *self._tunnels)
 
     def _close(self, session: Session) -> None:
         self._elsewhere.close()
-        if self._sink is not None:
-            self._sink.close()
-            self._sink.proxy.close()
         self._keep_attempt(self.outcome == "failed", "cut")
         session.close(linger_s=3)
-        if self._qemu is not None:
-            self._qemu.close()
-        if self._waiting is not None:
-            self._waiting.communicate()
         if self._readdressed is not None and (error := self._readdressed.exception()) is not None:
             log.warning("clients of guest %s go by a tunnel until the agent has tried again: %s", self.spec.name, error)
         self._store.close()

@@ -47,6 +47,7 @@ from haulier.handoff.spawning import (
 )
 from haulier.handoff.target import TargetHandoff
 from haulier.handoff.vm_source import VmSource
+from haulier.handoff.vm_target import VmTarget
 from haulier.session import Handed
 
 __all__ = ["AgentPeer", "accept", "main", "peer_of", "spawn", "start_source"]
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise Corrupt(f"{directory / 'job.json'} makes no sense ({error}): start the handoff again") from None
     with Journal(site.journal) as journal:
         if job.role == "target" and spec_of(journal.guest(job.guest)).container is None:
-            return _run_target(TargetHandoff(site, journal, job, cancelled, waiting))
+            return _run_target(VmTarget(site, journal, job, cancelled, waiting))
         if waiting is not None:
             waiting.communicate()
         if job.role in ("source", PREFETCH_SOURCE, RESUME_SOURCE):
