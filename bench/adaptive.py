@@ -1,13 +1,14 @@
 """The controller against every fixed level and against perfect knowledge, on page streams of real guests.
 
-Recorded: one guest with four loads in turn (idle; a table in memory that changes; files that come and go; a large
-cache of random bytes). Each time all of its memory goes through the page codec against the golden snapshot and the
-disk, and what would be compressed is kept, batch by batch, with the CPU time that the page codec took before. Then
-zstd and xz are run for real on these batches, at each level, and under the controller with its changes of level, and
-CPU time is measured, to which that of the page codec is added; link and share of a core are virtual: a batch is
-encoded while the link sends the ones before it, and at most 0.3 s of link wait in between. One core means that half
-of it is left beside the guest, two that all of it is. The changing link goes 5 -> 35 -> 5 Mbps at 5 and 10 s, a
-tenth of the time that the published experiment takes; the hog leaves a quarter of the core for two seconds of four.
+Recorded: a face detection service, an in-memory database and a web server with new files, after their use
+(bench/used.py), and an idle guest; --quick takes one guest with four loads in turn (idle; a table in memory that
+changes; files that come and go; both). Each time all of its memory goes through the page codec against the golden
+snapshot and the disk, and what would be compressed is kept, batch by batch, with the CPU time that the page codec took
+before. Then zstd and xz are run for real on these batches, at each level, and under the controller with its changes of
+level, and CPU time is measured, to which that of the page codec is added; link and share of a core are virtual: a batch
+is encoded while the link sends the ones before it, and at most 0.3 s of link wait in between. One core means that half
+of it is left beside the guest, two that all of it is. The changing link goes 5 -> 35 -> 5 Mbps at 5 and 10 s, a tenth
+of the time that the published experiment takes; the hog leaves a quarter of the core for two seconds of four.
 
 --only takes loads. With --parts FOLDER streams are kept there once they are recorded (so that what follows needs no
 guest), and the cells of a load when they are done; --steps N plays so many loads more.
@@ -18,7 +19,6 @@ controller's time over the best of the fixed levels and the oracle; below 1.00 i
 
 from __future__ import annotations
 
-import struct
 import sys
 import tempfile
 import time
@@ -26,21 +26,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import used  # noqa: E402
 from experiments.parts import Parts, chosen  # noqa: E402
+from recorded import Batch, Recorder, encode_all, read, write  # noqa: E402
 from report import Report, Target  # noqa: E402
 
 from haulier.chunks.blocks import StoreBlockFinder  # noqa: E402
 from haulier.chunks.store import ChunkStore  # noqa: E402
-from haulier.compress import StreamCompressor, xz  # noqa: E402
+from haulier.compress import xz  # noqa: E402
 from haulier.compress.controller import Controller, Link, Profile, Share  # noqa: E402
 from haulier.compress.profile import LEVELS, compressor, measure, trial  # noqa: E402
 from haulier.compress.xz import name_of  # noqa: E402
-from haulier.guests.command import RAM_ID  # noqa: E402
 from haulier.handoff import retained  # noqa: E402
 from haulier.handoff.calibration import of_base  # noqa: E402
 from haulier.handoff.journal import Journal  # noqa: E402
@@ -48,10 +49,8 @@ from haulier.handoff.residence import guest_paths, spec_of  # noqa: E402
 from haulier.handoff.shared import blocks_of, golden_manifest  # noqa: E402
 from haulier.lab.clients import Workload  # noqa: E402
 from haulier.lab.scenario import GUEST_ADDRESS, Scenario, scenario, template, wan  # noqa: E402
-from haulier.memory.ahead import AheadReader  # noqa: E402
 from haulier.memory.base import MemoryBase  # noqa: E402
-from haulier.memory.proxy import AHEAD_PAGES, LEAST_PACKED, LEAST_TRIED, SourceProxy  # noqa: E402
-from haulier.units import PAGE  # noqa: E402
+from haulier.memory.proxy import LEAST_PACKED, LEAST_TRIED, SourceProxy  # noqa: E402
 
 LOADS: dict[str, dict[str, Any]] = {
     "idle": {"memory_mib": 8, "pages_per_s": 0, "hot_pages": 1, "files_per_s": 0, "file_kib": 64},
@@ -59,83 +58,41 @@ LOADS: dict[str, dict[str, Any]] = {
     "files": {"memory_mib": 16, "pages_per_s": 20, "hot_pages": 100, "files_per_s": 4, "file_kib": 1024},
     "mixed": {"memory_mib": 64, "pages_per_s": 100, "hot_pages": 500, "files_per_s": 2, "file_kib": 512},
 }
+KINDS = ("faces", "database", "web", "idle")
+"""Of bench/used.py, and the lab's guest with nothing to do."""
 RATES = (5, 10, 15, 20, 25, 50, 100, 300)
 QUEUED_S = 0.3
-HEAD = struct.Struct("<Id")
 MOST = 48 << 20
 """Plain bytes that are taken of one stream."""
 
 
-class Batch(NamedTuple):
-    """What is to be compressed, and the CPU seconds of the page codec before."""
-
-    data: bytes
-    encode_s: float
-
-
-class Recorder(StreamCompressor):
-    """Keeps what is to be compressed."""
-
-    def __init__(self) -> None:
-        super().__init__(-5, 20, False)
-        self.batches: list[Batch] = []
-        self._since = time.thread_time()
-
-    def compress(self, *data: Any) -> bytes:
-        encode_s = time.thread_time() - self._since
-        self.batches.append(Batch(b"".join(bytes(memoryview(part).cast("B")) for part in data), encode_s))
-        wire = super().compress(*data)
-        self._since = time.thread_time()
-        return wire
-
-
-def encode_all(proxy: SourceProxy, ram: Path, enough: Callable[[], bool] = lambda: False) -> None:
-    """Has all pages of a guest's memory file go through `proxy`, which is closed then."""
-    reader = AheadReader(ram, RAM_ID)
-    proxy.name({RAM_ID: reader.pages * PAGE})
-    reader.plan_all()
-    while not reader.done and not enough():
-        assert proxy.mirror is not None
-        numbers, pages = reader.take(proxy.mirror)
-        for at in range(0, len(numbers), AHEAD_PAGES):
-            proxy.ahead(RAM_ID, numbers[at : at + AHEAD_PAGES], pages[at : at + AHEAD_PAGES])
-    reader.close()
-    proxy.close()
-
-
 def record(found: Scenario, load: dict[str, Any]) -> list[Batch]:
+    """What is left of the lab's guest under a load of its workload."""
     workload = Workload(found.lab, "client", GUEST_ADDRESS)
     workload.start(load["memory_mib"], **{key: value for key, value in load.items() if key != "memory_mib"})
     time.sleep(10)
     site = found.oslo.site
-    with Journal(site.journal) as journal, ChunkStore(site.store) as store, tempfile.TemporaryDirectory() as folder:
+    with Journal(site.journal) as journal, ChunkStore(site.store) as store:
         row = journal.guest("web1")
         spec = spec_of(row)
         manifest, golden = store.load_manifest(row.manifest), golden_manifest(store, spec.golden)
         finder = StoreBlockFinder(*blocks_of(store, manifest, golden, site.golden / spec.golden / "blocks.idx"))
         base = retained.open_base(site, "web1", spec.uuid, retained.GOLDEN + spec.golden)
+        return left(guest_paths(site, "web1").ram, base, finder)
+
+
+def record_used(name: str) -> list[Batch]:
+    """What is left of a guest that has been used."""
+    with used.guest(name) as one, used.shared() as (base, disk):
+        return left(one.ram, base, disk)
+
+
+def left(ram: Path, base: MemoryBase | None, finder: StoreBlockFinder) -> list[Batch]:
+    with tempfile.TemporaryDirectory() as folder:
         proxy = SourceProxy(Path(folder) / "mirror", base, finder)
         proxy._compressor = recorder = Recorder()
-        ram = guest_paths(site, "web1").ram
         encode_all(proxy, ram, lambda: sum(len(batch.data) for batch in recorder.batches) >= MOST)
     return recorder.batches
-
-
-def save(path: Path, batches: Sequence[Batch]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.write_bytes(b"".join(HEAD.pack(len(data), encode_s) + data for data, encode_s in batches))
-    temporary.rename(path)
-
-
-def load(path: Path) -> list[Batch]:
-    data, at, found = path.read_bytes(), 0, []
-    while at < len(data):
-        size, encode_s = HEAD.unpack_from(data, at)
-        at += HEAD.size
-        found.append(Batch(data[at : at + size], encode_s))
-        at += size
-    return found
 
 
 Costs = list[tuple[int, float]]
@@ -203,7 +160,7 @@ def oracle(tables: dict[int, Costs], link: Varying, cpu: Varying) -> float:
 
 
 class Codec:
-    """What a handoff has: one stream of xz, in which presets follow each other, and one of zstd for each change."""
+    """What a handoff has: one stream of xz, in which levels follow each other, and one of zstd for each change."""
 
     def __init__(self, level: int) -> None:
         self._packer: xz.Packer | None = None
@@ -223,15 +180,17 @@ class Codec:
         self.compress = self._packer.pack
 
 
-def controlled(batches: list[Batch], profile: Profile, link: Varying, cpu: Varying) -> tuple[float, int]:
+def controlled(batches: list[Batch], profile: Profile, link: Varying, cpu: Varying) -> tuple[float, int, int]:
+    """Seconds, bytes on the wire, and how often the mode changed."""
     pipe, seen, left = Pipe(link, cpu), Link(link(0.0)), Share(cpu(0.0))
     control = Controller(profile, link(0.0), cpu(0.0))
     level = control.begin(0.0).level
     codec = Codec(level)
-    before = b""
+    before, sent = b"", 0
     for batch, encode_s in batches:
         began = time.thread_time()
         wire = len(codec.compress(batch))
+        sent += wire
         cpu_s = time.thread_time() - began
         share = left.note(encode_s + cpu_s, (encode_s + cpu_s) / cpu(pipe.now))
         pipe.push(wire, encode_s + cpu_s)
@@ -250,7 +209,7 @@ def controlled(batches: list[Batch], profile: Profile, link: Varying, cpu: Varyi
         if control.decide(pipe.now, max(1.0, carries), share).level != level:
             level = control.choice.level
             codec.set_level(level)
-    return pipe.free, len(control.changes) - 1
+    return pipe.free, sent, len(control.changes) - 1
 
 
 def scenes(quick: bool) -> dict[str, tuple[Varying, Varying]]:
@@ -270,17 +229,24 @@ def scenes(quick: bool) -> dict[str, tuple[Varying, Varying]]:
     return found
 
 
-def streams(loads: Sequence[str] = tuple(LOADS), folder: Path | None = None) -> dict[str, list[Batch]]:
-    """Recorded batches by load; those that are in the folder are taken from there."""
-    kept = {name: folder / f"stream-{name}" for name in loads} if folder is not None else {}
-    if not kept or not all(path.exists() for path in kept.values()):
-        with scenario("bench-adaptive", template(512), [wan("100mbit", "5ms")]) as found:
-            found.start_guest()
-            recorded = {name: record(found, LOADS[name]) for name in loads}
-        for name, path in kept.items():
-            save(path, recorded[name])
-        return recorded
-    return {name: load(path) for name, path in kept.items()}
+def streams(names: Sequence[str] = KINDS, folder: Path | None = None) -> dict[str, list[Batch]]:
+    """Recorded batches by what the guest did; those that are in the folder are taken from there."""
+    with tempfile.TemporaryDirectory() as work:
+        kept = folder if folder is not None else Path(work)
+        lacking = [name for name in names if not path_of(kept, name).exists()]
+        if loads := [name for name in lacking if name in LOADS]:
+            with scenario("bench-adaptive", template(512), [wan("100mbit", "5ms")]) as found:
+                found.start_guest()
+                for name in loads:
+                    write(path_of(kept, name), record(found, LOADS[name]))
+        for name in lacking:
+            if name not in LOADS:
+                write(path_of(kept, name), record_used(name))
+        return {name: read(path_of(kept, name)) for name in names}
+
+
+def path_of(folder: Path, name: str) -> Path:
+    return folder / f"stream-{name}"
 
 
 def calibrated() -> Profile:
@@ -302,6 +268,8 @@ class Cell:
     oracle: float
     fixed: dict[int, float]
     """By level."""
+    wire: int
+    """Bytes of ours."""
     changes: int
 
     @classmethod
@@ -319,14 +287,14 @@ def cells(recorded: dict[str, list[Batch]], quick: bool) -> Iterator[Cell]:
         tables = {level: fixed(batches, level) for level in LEVELS}
         for name, (link, cpu) in scenes(quick).items():
             took = {level: play(costs, link, cpu) for level, costs in tables.items()}
-            mine, changes = controlled(batches, profile, link, cpu)
-            yield Cell(load, name, mine, oracle(tables, link, cpu), took, changes)
+            mine, wire, changes = controlled(batches, profile, link, cpu)
+            yield Cell(load, name, mine, oracle(tables, link, cpu), took, wire, changes)
 
 
 def run(quick: bool, only: Sequence[str] = (), parts: Path | None = None, steps: int = 0) -> Report:
     kept = Parts(parts, steps)
     notes: list[str] = []
-    recorded = streams(folder=parts)
+    recorded = streams(tuple(LOADS) if quick else KINDS, parts)
     found: list[Cell] = []
     for name, batches in recorded.items():
         if not chosen(name, only):
@@ -371,6 +339,7 @@ def told(found: Sequence[Cell], notes: Sequence[str] = ()) -> Report:
                 "mode": name_of(best),
                 "oracle s": cell.oracle,
                 "level 5 s": took[5],
+                "MB": cell.wire / 1e6,
                 "worst s": max(took.values()),
                 "changes": cell.changes,
             }
