@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import lzma
 import random
+import struct
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from haulier.compress import liblzma, xz
+from haulier.compress.profile import LEVELS
 from haulier.errors import Corrupt, HaulierError, Unsupported, UsageError
 
 TEXT = random.Random(7).randbytes(300_000)
@@ -39,6 +42,24 @@ def test_a_batch_knows_what_went_before_also_at_another_preset() -> None:
     assert len(second) < len(first) / 20 and len(third) < len(first) / 20
     size = len(TEXT)
     assert unpacked([(first, size), (second, size), (third, size)]) == [TEXT] * 3
+
+
+def heap(objects: int) -> bytes:
+    """As memory of a program: pointers to its own objects and types, counters, some words."""
+    chance = random.Random(11)
+    words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 9))).encode() for _ in range(500)]
+    parts = []
+    for number in range(objects):
+        other, kind = chance.randrange(objects), chance.randrange(40)
+        parts.append(struct.pack("<QQII", 0x7F3A40000000 + 64 * other, 0x55D0C0DE1000 + 16 * kind, number, other % 9))
+        parts.append(b" ".join(chance.choices(words, k=4)).ljust(40, b"\0")[:40])
+    return b"".join(parts)
+
+
+def test_each_level_that_is_used_makes_fewer_bytes_than_the_one_before() -> None:
+    data = heap(4000)
+    sizes = [len(xz.Packer(level).pack(data)) for level in LEVELS if xz.is_xz(level)]
+    assert len(sizes) > 4 and all(after < 0.995 * before for before, after in pairwise(sizes))
 
 
 def test_more_went_before_than_is_looked_back_over() -> None:
@@ -96,7 +117,7 @@ def test_levels_of_others_are_refused(level: int) -> None:
 
 
 def test_levels_have_names() -> None:
-    assert xz.name_of(5) == "zstd level 5" and xz.name_of(24) == "xz preset 4"
+    assert xz.name_of(5) == "zstd level 5" and xz.name_of(24) == "xz level 4"
     assert xz.is_xz(20) and not xz.is_xz(19)
 
 

@@ -29,7 +29,7 @@ def test_the_level_follows_the_link_and_the_memory_is_right(standing: Stage) -> 
     handoff.wait_phase(source, {"memory", "disk"})
     handoff.wait_sent(3.0)
     now = handoff.status(source)
-    assert now["mode"].startswith(("xz preset", "zstd level")) and "Mbit/s" in now["why"]
+    assert now["mode"].startswith(("xz level", "zstd level")) and "Mbit/s" in now["why"]
     said = site.haulier("status", handoff.id, "--explain").stdout
     assert now["mode"] in said
     standing.set_link(rate_bps=2e9, delay_s=0.001)
@@ -39,7 +39,7 @@ def test_the_level_follows_the_link_and_the_memory_is_right(standing: Stage) -> 
     assert report["check"]["memory_equal"] is True
     levels = [change["level"] for change in told["changes"]]
     assert levels[0] >= 5 and min(levels) < levels[0], told
-    # Between xz's presets it may change as the guest's pages do, for nothing is lost by that.
+    # Between xz's levels it may change as the guest's pages do, for nothing is lost by that.
     assert len(levels) <= 30, "it does not settle"
     assert told["calibrated"] > 0 and told["learnt"]
     said = site.haulier("status", handoff.id, "--explain").stdout

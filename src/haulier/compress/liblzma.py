@@ -8,7 +8,7 @@ none of it.
 from __future__ import annotations
 
 import ctypes
-from typing import Final
+from typing import Final, NamedTuple
 
 from haulier.errors import HaulierError, Unsupported
 
@@ -18,6 +18,11 @@ _NO_MORE: Final = 2**64 - 1
 _SYNC_FLUSH: Final = 1
 _OK, _STREAM_END = 0, 1
 _ROOM: Final = 64 << 10
+_NORMAL: Final = 2
+HC4: Final = 0x04
+"""Hash chains ..."""
+BT4: Final = 0x14
+"""... and binary trees, of four bytes."""
 
 
 class _Stream(ctypes.Structure):
@@ -45,8 +50,26 @@ class _Options(ctypes.Structure):
         ("dict_size", ctypes.c_uint32),
         ("preset_dict", ctypes.c_void_p),
         ("preset_dict_size", ctypes.c_uint32),
+        ("lc", ctypes.c_uint32),
+        ("lp", ctypes.c_uint32),
+        ("pb", ctypes.c_uint32),
+        ("mode", ctypes.c_uint32),
+        ("nice_len", ctypes.c_uint32),
+        ("mf", ctypes.c_uint32),
+        ("depth", ctypes.c_uint32),
         ("rest", ctypes.c_uint8 * 512),
     )
+
+
+class Search(NamedTuple):
+    """How hard a normal (not fast) encoder looks for matches, where no preset says it as it should be."""
+
+    finder: int
+    """HC4 or BT4."""
+    enough: int
+    """Bytes of a match that is taken without looking for a longer one."""
+    depth: int
+    """How many places it looks at."""
 
 
 class _Filter(ctypes.Structure):
@@ -68,16 +91,20 @@ def _library() -> ctypes.CDLL:
 class Encoder:
     """One LZMA2 stream without end. One thread at a time; other threads run meanwhile.
 
-    `dictionary` is how far either end looks back, in bytes; `before` what the decoder was given last.
+    `dictionary` is how far either end looks back, in bytes; `before` what the decoder was given last; `search` is
+    instead of what the preset says of it. A decoder need not know which it was.
     """
 
-    def __init__(self, preset: int, dictionary: int, before: bytes = b"") -> None:
+    def __init__(self, preset: int, dictionary: int, before: bytes = b"", search: Search | None = None) -> None:
         self._lzma = _library()
         self._stream = _Stream()
         options = _Options()
         if self._lzma.lzma_lzma_preset(ctypes.byref(options), ctypes.c_uint32(preset)):
             raise Unsupported(f"liblzma has no preset {preset}")
         options.dict_size = dictionary
+        if search is not None:
+            options.mode = _NORMAL
+            options.mf, options.nice_len, options.depth = search
         if before:
             # The decoder's window is as it was: liblzma then begins with new probabilities, and empties no window.
             options.preset_dict = ctypes.cast(ctypes.c_char_p(before), ctypes.c_void_p)

@@ -13,7 +13,7 @@ from haulier.compress.controller import DEFAULT, Cost, Profile, Tried
 from haulier.compress.stream import StreamCompressor, window
 from haulier.errors import UNDECODABLE, Corrupt, UsageError
 
-LEVELS: Final = (-5, 1, 2, 3, 5, *(xz.FIRST_LEVEL + preset for preset in (0, 2, 4, 6)))
+LEVELS: Final = (-5, 1, 2, 3, 5, *(xz.FIRST_LEVEL + own for own in (0, 2, 3, 4, 5, 6)))
 """Those of zstd above 5 make no fewer bytes of what the page logic leaves, and from 15 on more than xz, and slower."""
 PIECE: Final = 256 * 1024
 TRIAL: Final = 128 * 1024
@@ -85,7 +85,7 @@ def decode(data: bytes) -> Profile:
         profile = msgspec.json.decode(data, type=Profile)
     except UNDECODABLE as error:
         raise Corrupt(f"the profile of compression makes no sense ({error}): run 'haulier calibrate'") from None
-    most = xz.FIRST_LEVEL + xz.PRESETS
+    most = xz.FIRST_LEVEL + xz.LEVELS
     sound = all(cost.speed > 0 and 0 < cost.ratio < 10 and -50 <= cost.level < most for cost in profile.costs)
     if not profile.costs or not sound or profile.encode <= 0:
         raise Corrupt("the profile of compression makes no sense: run 'haulier calibrate'")

@@ -1,8 +1,8 @@
 """xz as one stream without end, flushed after each batch: every batch is packed by all that went before it.
 
-Of what the page logic leaves of guest memory, even its quickest preset makes a fifth fewer bytes than zstd does at any
-level that is as fast, because it models bytes by their place in a word. It pays where the link is slow.
-Levels from FIRST_LEVEL on stand for its presets: FIRST_LEVEL + 4 is preset 4.
+Of what the page logic leaves of guest memory, even its quickest level makes up to a fifth fewer bytes than zstd does at
+any that is as fast, because it models bytes by their place in a word. It pays where the link is slow. Levels from
+FIRST_LEVEL on are its own: FIRST_LEVEL + 6 is xz level 6, and that is preset 6 of the tool of that name, as are 0 to 2.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import lzma
 from typing import Any, Final
 
-from haulier.compress.liblzma import Encoder
+from haulier.compress.liblzma import BT4, HC4, Encoder, Search
 from haulier.compress.stream import Buffer
 from haulier.errors import Corrupt, UsageError
 
 FIRST_LEVEL: Final = 20
-PRESETS: Final = 10
+LEVELS: Final = 10
+SEARCHES: Final = {3: Search(HC4, 32, 2), 4: Search(BT4, 32, 4), 5: Search(BT4, 64, 8)}
+"""Between presets 2 and 6 there is a gap: 3 is no better than 2 of pages of memory, and 4 and 5 are slower than these,
+which look at few places for matches, and price what they find as the strong presets do."""
 DICTIONARY: Final = 2 << 20
 """Bytes that either end looks back over, and so about what the target needs; the source takes a dozen times that."""
 REMEMBERED: Final = 1 << 20
-"""Of what went before, so much is known to a preset that takes over: to take in more costs more than it earns."""
+"""Of what went before, so much is known to a level that takes over: to take in more costs more than it earns."""
 
 
 def is_xz(level: int) -> bool:
@@ -29,11 +32,11 @@ def is_xz(level: int) -> bool:
 
 def name_of(level: int) -> str:
     """The level in words."""
-    return f"xz preset {level - FIRST_LEVEL}" if is_xz(level) else f"zstd level {level}"
+    return f"xz level {level - FIRST_LEVEL}" if is_xz(level) else f"zstd level {level}"
 
 
 class Packer:
-    """The source's end. The preset may change between any two batches."""
+    """The source's end. The level may change between any two batches."""
 
     def __init__(self, level: int, before: bytes = b"") -> None:
         """`before`: what the peer's Unpacker gave out last. UsageError for a level that is not one of xz's."""
@@ -42,10 +45,11 @@ class Packer:
 
     def set_level(self, level: int) -> None:
         """From the next batch on. UsageError for a level that is not one of xz's."""
-        if not FIRST_LEVEL <= level < FIRST_LEVEL + PRESETS:
-            raise UsageError(f"level {level} is none of xz's: {FIRST_LEVEL} to {FIRST_LEVEL + PRESETS - 1}")
+        if not FIRST_LEVEL <= level < FIRST_LEVEL + LEVELS:
+            raise UsageError(f"level {level} is none of xz's: {FIRST_LEVEL} to {FIRST_LEVEL + LEVELS - 1}")
         self.level = level
-        self._encoder = Encoder(level - FIRST_LEVEL, DICTIONARY, bytes(self._before))
+        own = level - FIRST_LEVEL
+        self._encoder = Encoder(own, DICTIONARY, bytes(self._before), SEARCHES.get(own))
 
     def pack(self, *data: Buffer) -> bytes:
         """The bytes from which the peer's Unpacker gives back all of `data` at once."""
