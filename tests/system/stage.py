@@ -24,7 +24,7 @@ from haulier.handoff.residence import guest_paths
 from haulier.lab.clients import Answers, Workload
 from haulier.lab.image import ROOT_OFFSET
 from haulier.lab.scenario import GUEST_ADDRESS, LabSite, Scenario, Template, scenario, wan
-from tests.support.waiting import wait_for
+from tests.support.waiting import until_none, wait_for
 
 WORK: dict[str, Any] = {"pages_per_s": 150, "hot_pages": 400, "files_per_s": 0.5, "file_kib": 64}
 """What the guests do meanwhile: about 600 kB of memory and 32 kB of files a second."""
@@ -317,9 +317,7 @@ class Stage:
             return self.of_handoff(home, handoff.id) + self.leftovers(other, handoff.guest, handoff.id)
 
         # A disk that everybody writes to may take half a minute for a report that has to be durable.
-        with contextlib.suppress(AssertionError):
-            wait_for(lambda: not left(), 120)
-        found = left()
+        found = until_none(left, 120)
         assert found == [], f"{found}\n{handoff.logs()}"
         kinds = sorted("qemu" if "qemu-system" in p.cmdline()[0] else "other" for p in self.processes(home))
         # One QEMU and one export for each guest that lives there.

@@ -32,7 +32,7 @@ from haulier.handoff.residence import adopt_container
 from haulier.lab.container_clients import Download, Player, Redis, Talk
 from haulier.lab.containers import VIDEO_BYTES, ContainerTemplate, container_template
 from haulier.lab.scenario import GATEWAY, GUEST_ADDRESS, Filled, Template, scenario, wan
-from tests.support.waiting import wait_for
+from tests.support.waiting import until_none, wait_for
 from tests.system.stage import Handoff, Stage, alive
 
 pytestmark = [pytest.mark.system, pytest.mark.root, pytest.mark.timeout(300)]
@@ -77,9 +77,8 @@ class ContainerStage(Stage):
             found += self.of_guest(other, handoff.guest) + self.traces(other)
             return found + [str(path) for site in (home, other) for path in self.site(site).site.ram_dir.glob("*")]
 
-        with contextlib.suppress(AssertionError):
-            wait_for(lambda: not left(), 120)
-        assert left() == [], handoff.logs()
+        found = until_none(left, 120)
+        assert found == [], f"{found}\n{handoff.logs()}"
         # runc and its processes are in namespaces of their own; nothing else works on the site's directory.
         assert self.processes(home) == [] and self.processes(other) == []
         assert self.home(handoff.guest) == home

@@ -151,7 +151,8 @@ def test_data_stays_behind_until_it_is_read(sites: Fleet) -> None:
 def test_a_guest_goes_home_to_the_data_that_it_left(sites: Fleet) -> None:
     oslo, lisbon = sites["oslo"], sites["lisbon"]
     start(oslo, "home", "10.77.0.24/24")
-    make = "head -c 24M /dev/urandom > /var/tmp/f; sync; echo 3 > /proc/sys/vm/drop_caches; md5sum /var/tmp/f"
+    # So much that filling in the background, until it is turned off, leaves most of it.
+    make = "head -c 40M /dev/urandom > /var/tmp/f; sync; echo 3 > /proc/sys/vm/drop_caches; md5sum /var/tmp/f"
     total = sh(oslo, "home", f"{make}; echo 3 > /proc/sys/vm/drop_caches", 200).split()[0]
     hand_over(sites, "home", "oslo", "lisbon", "--disk", "on-demand")
     lisbon.facts("fill", "home", "--mode", "off")
