@@ -13,7 +13,7 @@ from haulier.compress.controller import DEFAULT, Cost, Profile, Tried
 from haulier.compress.stream import StreamCompressor, window
 from haulier.errors import UNDECODABLE, Corrupt, UsageError
 
-LEVELS: Final = (-5, 1, 2, 3, 5, *(xz.FIRST_LEVEL + own for own in (0, 2, 3, 4, 5, 6)))
+LEVELS: Final = (-5, 1, 2, 3, 5, *(xz.FIRST_LEVEL + own for own in (0, 1, 3, 4, 5, 6)))
 """Those of zstd above 5 make no fewer bytes of what the page logic leaves, and from 15 on more than xz, and slower."""
 PIECE: Final = 256 * 1024
 TRIAL: Final = 128 * 1024

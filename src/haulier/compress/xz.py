@@ -17,8 +17,9 @@ from haulier.errors import Corrupt, UsageError
 FIRST_LEVEL: Final = 20
 LEVELS: Final = 10
 SEARCHES: Final = {3: Search(HC4, 32, 2), 4: Search(BT4, 32, 4), 5: Search(BT4, 64, 8)}
-"""Between presets 2 and 6 there is a gap: 3 is no better than 2 of pages of memory, and 4 and 5 are slower than these,
-which look at few places for matches, and price what they find as the strong presets do."""
+"""Between presets 1 and 6 there is a gap: of pages of memory 2 and 3 make hardly fewer bytes than 1, of some more, and
+take half as long again; 4 and 5 are slower than these, which look at few places for matches, and price what they find
+as the strong presets do."""
 DICTIONARY: Final = 2 << 20
 """Bytes that either end looks back over, and so about what the target needs; the source takes a dozen times that."""
 REMEMBERED: Final = 1 << 20
