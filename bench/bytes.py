@@ -41,8 +41,6 @@ LEVEL = xz.FIRST_LEVEL + 4
 """What the controller takes for links of up to about 10 Mbps, where a core is free."""
 STRONGEST = xz.FIRST_LEVEL + 6
 """For slower ones."""
-LIGHT = xz.FIRST_LEVEL + 2
-"""For faster ones, and where less of a core is left."""
 QUICK_LEVEL = 5
 """Of zstd: from about 50 Mbps on."""
 AIMS = {"faces": (12, 12), "database": (42, 42), "web": (65, 1.2), "churn": (18, 2.7)}
@@ -97,7 +95,6 @@ def measure(name: str, quick: bool) -> dict[str, Any]:
             "no golden": encode(one.ram, None, disk)[0],
             "no disk": encode(one.ram, base, None)[0],
             "full, xz level 6": encode(one.ram, base, disk, STRONGEST)[0],
-            "full, xz level 2": encode(one.ram, base, disk, LIGHT)[0],
             "full, zstd level 5": encode(one.ram, base, disk, QUICK_LEVEL)[0],
             "zstd alone": encode(one.ram, None, None, QUICK_LEVEL)[0],
             "new on disk": len(one.blocks) * PAGE,

@@ -10,6 +10,7 @@ import pytest
 
 from haulier.agent.site import Site
 from haulier.compress.controller import DEFAULT, Cost, Profile
+from haulier.compress.xz import is_xz
 from haulier.handoff import adapting, calibration
 from haulier.handoff.adapting import ENDING_LEVEL, Adapting, keep_profile, profile_of, profile_path
 from haulier.memory.proxy import SourceProxy
@@ -118,3 +119,22 @@ def test_the_operators_cap_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_there_is_always_something_to_measure_with(site: Site) -> None:
     pages, origin = calibration.sample(site)
     assert len(pages) >= MIB and "libraries" in origin
+
+
+def test_a_link_that_runs_dry_gets_a_quick_batch_and_the_mode_stays(proxy: SourceProxy) -> None:
+    deciding = Adapting(DEFAULT, 1e6)
+    slow = deciding.level
+    assert is_xz(slow)
+    known = deciding._controller.content
+    for dry in (True, True, False, True, False):
+        deciding.step(proxy, 1e6, not dry, 0, dry=dry)
+        assert deciding.level == slow
+        assert (proxy.level == slow) != dry
+        if dry:
+            # What such a batch costs tells nothing of the mode in use.
+            proxy.counters.plain_bytes += 1 << 20
+            proxy.counters.wire_bytes += 1 << 20
+    assert deciding._controller.content == known
+    fast = Adapting(DEFAULT, 1e9)
+    fast.step(proxy, 1e9, False, 0, dry=True)
+    assert proxy.level == fast.level and not is_xz(fast.level)

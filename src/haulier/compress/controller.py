@@ -7,7 +7,8 @@ says what modes cost on this host; trials of the same pages of this guest with m
 while the handoff runs.
 
 A mode is changed only for a gain of 3 %, after it was in use for half a second, and what a mode was found to be worth
-is remembered: so on constant input there are few changes, and then none.
+is remembered: so on constant input there are few changes, and then none. Beside that, a link that is about to run dry
+gets a batch of a quick mode: so neither a weaker CPU nor a link that has grown leaves it idle until it is found out.
 """
 
 from __future__ import annotations
@@ -317,8 +318,19 @@ class Controller:
             old = self.fixes.get(level, now)
             self.fixes[level] = Correction((old.speed * now.speed) ** 0.5, (old.ratio * now.ratio) ** 0.5)
 
+    def filler(self, dry: bool) -> int | None:
+        """A quick level of zstd for the next batch alone, instead of the mode in use; None for that one.
+
+        `dry`: the link would have nothing to do before a batch of xz's is made. `note` is not to hear of such batches.
+        """
+        if not dry or not is_xz(self.choice.level):
+            return None
+        known = self._now()
+        quick = tuple(cost for cost in known.costs if not is_xz(cost.level))
+        return choose(Profile(quick, known.encode), self.link, self._share()).level if quick else None
+
     def decide(self, now: float, link: float, cpu: float) -> Choice:
-        """The mode for the next batch."""
+        """The mode for the next batches."""
         self.link, self.cpu = link, cpu
         share, known = self._share(), self._now()
         mine = next(cost for cost in known.costs if cost.level == self.choice.level)

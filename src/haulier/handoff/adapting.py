@@ -78,11 +78,21 @@ class Adapting:
         if self._cap and cpu > self._cap * wall:
             time.sleep(cpu / self._cap - wall)
 
-    def step(self, proxy: SourceProxy, rate_bps: float, full: bool, waiting: int, ending: bool = False) -> None:
+    def step(
+        self,
+        proxy: SourceProxy,
+        rate_bps: float,
+        full: bool,
+        waiting: int,
+        *,
+        dry: bool = False,
+        ending: bool = False,
+    ) -> None:
         """Between two batches: takes note of what the last ones cost, and changes the level where that pays.
 
-        `full`: the link has enough to do; `waiting`: bytes that are not acknowledged yet.
-        Near the end a batch is part of the downtime, so a slow level gives way to a quick one.
+        `full`: the link has enough to do; `dry`: it will have nothing, before a slow batch is made; `waiting`: bytes
+        that are not acknowledged yet. Near the end a batch is part of the downtime, so a slow level gives way to a
+        quick one.
         """
         if ending:
             if proxy.level > ENDING_LEVEL:
@@ -91,7 +101,7 @@ class Adapting:
         counters = proxy.counters
         plain, wire = counters.plain_bytes - self._plain, counters.wire_bytes - self._wire
         # Of what is small no mode can be judged: headers and calls are what it costs.
-        if plain >= LEAST_PACKED:
+        if plain >= LEAST_PACKED and proxy.level == self.choice.level:
             cpu_s = counters.compress_s - self._cpu_s
             self._controller.note(plain, wire, cpu_s, max(0.0, self._worked_s - cpu_s))
         self._plain, self._wire, self._cpu_s = counters.plain_bytes, counters.wire_bytes, counters.compress_s
@@ -104,7 +114,8 @@ class Adapting:
         self.choice = self._controller.decide(time.monotonic() - self._began, max(link, 1.0), self._share.known)
         if self.choice.level != before:
             log.info("%s", self.choice.reason)
-        proxy.set_level(self.choice.level)
+        filler = self._controller.filler(dry)
+        proxy.set_level(self.choice.level if filler is None else filler)
 
     def report(self) -> dict[str, Any]:
         """For the report and `status --explain`: each change with its time and reason, and what was learnt."""

@@ -223,7 +223,14 @@ class MemoryPump:
             yield
             return
         waiting = self._carrier.unacked(Channel.MEMORY)
-        self._adapting.step(self.proxy, window.rate_bps, waiting >= window.hungry, waiting, window.ending)
+        self._adapting.step(
+            self.proxy,
+            window.rate_bps,
+            waiting >= window.hungry,
+            waiting,
+            dry=waiting < window.dry,
+            ending=window.ending,
+        )
         with self._adapting.working():
             yield
 
