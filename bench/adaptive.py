@@ -44,7 +44,6 @@ from haulier.compress.profile import LEVELS, compressor, measure, trial  # noqa:
 from haulier.compress.xz import name_of  # noqa: E402
 from haulier.handoff import retained  # noqa: E402
 from haulier.handoff.calibration import of_base  # noqa: E402
-from haulier.handoff.convergence import BATCH_S  # noqa: E402
 from haulier.handoff.journal import Journal  # noqa: E402
 from haulier.handoff.residence import guest_paths, spec_of  # noqa: E402
 from haulier.handoff.shared import blocks_of, golden_manifest  # noqa: E402
@@ -208,7 +207,7 @@ def controlled(batches: list[Batch], profile: Profile, link: Varying, cpu: Varyi
         rate = now if full else min(now, wire / max(1e-9, (encode_s + cpu_s) / share))
         carries = seen.note(rate, full, int(pipe.queued_s * now))
         decided = control.decide(pipe.now, max(1.0, carries), share).level
-        level = decided if (filler := control.filler(pipe.queued_s < BATCH_S)) is None else filler
+        level = decided if (filler := control.filler(pipe.queued_s)) is None else filler
         codec.set_level(level)
     return pipe.free, sent, len(control.changes) - 1
 

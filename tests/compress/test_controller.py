@@ -218,11 +218,26 @@ def test_a_trial_tells_of_the_same_pages() -> None:
     chosen = random.Random(2)
     data = b"".join(chosen.randbytes(20) + b"some text that repeats " * 4 for _ in range(2000))
     ticks = iter(range(100))
-    found = profile.trial((1, 5, 22), data[:1000], data, lambda: float(next(ticks)))
+    found = profile.trial((1, 5, 22), data[:1000], data, lambda: next(ticks) * 0.01)
     assert set(found) == {1, 5, 22} and all(
-        plain == profile.TRIAL < len(data) and took == 1.0 for plain, _, took in found.values()
+        plain == profile.TRIAL < len(data) and took == pytest.approx(0.01) for plain, _, took in found.values()
     )
     assert all(wire < plain for plain, wire, _ in found.values())
+
+
+def test_a_trial_of_slow_levels_ends_soon_and_each_has_its_turn() -> None:
+    ticks = iter(range(100))
+    assert set(profile.trial((22, 5, 1), b"", bytes(1000), lambda: next(ticks) * 1.0)) == {22}
+    control = Controller(DEFAULT, 10 * 125e3)
+    control.begin(0.0)
+    turns = []
+    for _ in range(8):
+        control.note(1 << 24, 1 << 22, 0.1, 0.01)
+        levels = control.due(True)
+        assert levels[0] == control.choice.level
+        turns.append(levels[1])
+        control.learn({})
+    assert set(turns) == set(levels[1:]) and len(set(turns)) > 2
 
 
 def test_a_profile_is_measured_in_order_and_comes_back_as_it_was() -> None:

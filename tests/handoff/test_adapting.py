@@ -127,7 +127,7 @@ def test_a_link_that_runs_dry_gets_a_quick_batch_and_the_mode_stays(proxy: Sourc
     assert is_xz(slow)
     known = deciding._controller.content
     for dry in (True, True, False, True, False):
-        deciding.step(proxy, 1e6, not dry, 0, dry=dry)
+        deciding.step(proxy, 1e6, not dry, 0, left_s=0.001 if dry else 2.0)
         assert deciding.level == slow
         assert (proxy.level == slow) != dry
         if dry:
@@ -136,5 +136,5 @@ def test_a_link_that_runs_dry_gets_a_quick_batch_and_the_mode_stays(proxy: Sourc
             proxy.counters.wire_bytes += 1 << 20
     assert deciding._controller.content == known
     fast = Adapting(DEFAULT, 1e9)
-    fast.step(proxy, 1e9, False, 0, dry=True)
+    fast.step(proxy, 1e9, False, 0, left_s=0.0)
     assert proxy.level == fast.level and not is_xz(fast.level)

@@ -288,7 +288,8 @@ class Controller:
         self._cpu_s = 0.0
 
     def due(self, full: bool) -> tuple[int, ...]:
-        """Levels to be tried with the pages that were just sent, for `learn`; none when it is not the time.
+        """Levels to be tried with the pages that were just sent, for `learn`, the one in use first; none when it is not
+        the time.
 
         `full`: the link has enough to go on with meanwhile. While it has not, no time is to be lost with trials: what
         is known of the mode in use tells how much faster than the profile this guest's pages go through all of them.
@@ -298,7 +299,10 @@ class Controller:
             return ()
         levels = [cost.level for cost in self.profile.costs]
         at = levels.index(self.choice.level)
-        return tuple(levels[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1])
+        others = [*levels[max(0, at - NEIGHBOURS) : at], *levels[at + 1 : at + NEIGHBOURS + 1]]
+        # Slow ones may leave no time for all of them: each comes first in its turn.
+        turn = self.trials % max(1, len(others))
+        return (self.choice.level, *others[turn:], *others[:turn])
 
     def learn(self, tried: Tried) -> None:
         """What modes cost of the same pages, the mode in use among them: by that one the others are judged."""
@@ -318,14 +322,18 @@ class Controller:
             old = self.fixes.get(level, now)
             self.fixes[level] = Correction((old.speed * now.speed) ** 0.5, (old.ratio * now.ratio) ** 0.5)
 
-    def filler(self, dry: bool) -> int | None:
+    def filler(self, left_s: float) -> int | None:
         """A quick level of zstd for the next batch alone, instead of the mode in use; None for that one.
 
-        `dry`: the link would have nothing to do before a batch of xz's is made. `note` is not to hear of such batches.
+        `left_s`: when the link will have nothing to do, in seconds. It is filled if xz makes no batch in that time.
+        `note` is not to hear of such batches.
         """
-        if not dry or not is_xz(self.choice.level):
+        if not is_xz(self.choice.level):
             return None
         known = self._now()
+        mine = next(cost for cost in known.costs if cost.level == self.choice.level)
+        if left_s > LEAST_BYTES * (known.encode + 1 / mine.speed) / self._share():
+            return None
         quick = tuple(cost for cost in known.costs if not is_xz(cost.level))
         return choose(Profile(quick, known.encode), self.link, self._share()).level if quick else None
 

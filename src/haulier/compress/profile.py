@@ -17,7 +17,9 @@ LEVELS: Final = (-5, 1, 2, 3, 5, *(xz.FIRST_LEVEL + own for own in (0, 1, 3, 4, 
 """Those of zstd above 5 make no fewer bytes of what the page logic leaves, and from 15 on more than xz, and slower."""
 PIECE: Final = 256 * 1024
 TRIAL: Final = 128 * 1024
-"""Bytes that are tried: few, because the link may run dry meanwhile."""
+"""Bytes that are tried: few, because the link may run dry meanwhile ..."""
+TRIAL_S: Final = 0.1
+"""... and CPU seconds after which no other level is."""
 PATIENCE_S: Final = 1.2
 """CPU seconds for one level; what a slow level does not get to in that time is extrapolated."""
 
@@ -64,13 +66,19 @@ def measure(sample: bytes, clock: Callable[[], float] = time.thread_time, now: f
 
 
 def trial(levels: Sequence[int], before: bytes, data: bytes, clock: Callable[[], float] = time.thread_time) -> Tried:
-    """What each of the levels makes of the beginning of `data`, by codecs that have seen what was sent `before`."""
+    """What the levels make of the beginning of `data`, by codecs that have seen what was sent `before`.
+
+    The first of them always; no other is begun when all have taken TRIAL_S: the link may run dry meanwhile.
+    """
     data, found = data[:TRIAL], {}
+    first = clock()
     for level in levels:
         compress, _ = compressor(level, before[-TRIAL:])
         began = clock()
         wire = len(compress(data))
         found[level] = (len(data), wire, clock() - began)
+        if clock() - first > TRIAL_S:
+            break
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,14 +86,13 @@ class Adapting:
         full: bool,
         waiting: int,
         *,
-        dry: bool = False,
+        left_s: float = math.inf,
         ending: bool = False,
     ) -> None:
         """Between two batches: takes note of what the last ones cost, and changes the level where that pays.
 
-        `full`: the link has enough to do; `dry`: it will have nothing, before a slow batch is made; `waiting`: bytes
-        that are not acknowledged yet. Near the end a batch is part of the downtime, so a slow level gives way to a
-        quick one.
+        `full`: the link has enough to do; `left_s`: seconds until it has nothing; `waiting`: bytes that are not
+        acknowledged yet. Near the end a batch is part of the downtime, so a slow level gives way to a quick one.
         """
         if ending:
             if proxy.level > ENDING_LEVEL:
@@ -114,7 +114,7 @@ class Adapting:
         self.choice = self._controller.decide(time.monotonic() - self._began, max(link, 1.0), self._share.known)
         if self.choice.level != before:
             log.info("%s", self.choice.reason)
-        filler = self._controller.filler(dry)
+        filler = self._controller.filler(left_s)
         proxy.set_level(self.choice.level if filler is None else filler)
 
     def report(self) -> dict[str, Any]:

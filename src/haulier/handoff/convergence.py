@@ -23,8 +23,6 @@ MOST_QUEUED: Final = 24 * MIB
 """Wire bytes of memory that may wait in the first pass."""
 QUEUED_S: Final = 5.0
 """Seconds of link that may."""
-BATCH_S: Final = 0.06
-"""About what a batch takes that is made as densely as can be."""
 MIN_RATE_BPS: Final = 64_000.0
 MOST_RATIO: Final = 8.0
 WIDER: Final = 1.2
@@ -102,9 +100,9 @@ class Window:
     wire: int
     raw: int
     hungry: int = 0
-    """Wire bytes on their way below which the link will soon have nothing to do ..."""
-    dry: int = 0
-    """... and these, before another batch is made that takes long."""
+    """Wire bytes on their way below which the link will soon have nothing to do."""
+    flying: int = 0
+    """Of these, what the link itself holds: a round trip's."""
     rate_bps: float = 0.0
     """What the link was last seen to take."""
     ending: bool = False
@@ -131,12 +129,12 @@ def window(rate_bps: float, rtt_s: float, ending: bool, first_pass: bool = False
     """
     seconds = max(0.15 if ending else 0.30, 1.5 * rtt_s + 0.05)
     wire = max(49_152, int(max(rate_bps, MIN_RATE_BPS) / 8 * seconds))
-    dry = int(rate_bps / 8 * (rtt_s + BATCH_S))
+    flying = int(rate_bps / 8 * rtt_s)
     if first_pass and not ending:
         # At first the rate is a guess, and only a link that is full shows it.
         queued = max(wire, MIB, min(MOST_QUEUED, int(rate_bps / 8 * QUEUED_S)))
-        return Window(queued, FIRST_PASS_RAW, max(wire * 3 // 4, 768 * 1024), dry, rate_bps)
-    return Window(wire, max((1 if ending else 4) * MIB, 8 * wire), wire // 2, dry, rate_bps, ending)
+        return Window(queued, FIRST_PASS_RAW, max(wire * 3 // 4, 768 * 1024), flying, rate_bps)
+    return Window(wire, max((1 if ending else 4) * MIB, 8 * wire), wire // 2, flying, rate_bps, ending)
 
 
 def switchover_bandwidth(threshold: int, downtime_ms: int) -> int:

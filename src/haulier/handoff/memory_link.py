@@ -228,7 +228,7 @@ class MemoryPump:
             window.rate_bps,
             waiting >= window.hungry,
             waiting,
-            dry=waiting < window.dry,
+            left_s=(waiting - window.flying) / max(1.0, window.rate_bps / 8),
             ending=window.ending,
         )
         with self._adapting.working():
