@@ -224,6 +224,8 @@ class Controller:
     """Bytes on the wire and CPU seconds that profile and trials say of what was sent, the latest counting most ..."""
     _came: tuple[float, float] = (0.0, 0.0)
     """... and what came of it."""
+    _pace: float = 0.0
+    """CPU seconds a plain byte of the last batch."""
     _since: float = 0.0
     _used: int = 0
 
@@ -267,6 +269,7 @@ class Controller:
 
         `encode_s`: what was spent before, on pages that became these bytes or none.
         """
+        self._pace = (cpu_s + encode_s) / plain if plain else 0.0
         kept = KEPT ** (plain / LEAST_BYTES)
         self._encode = (kept * self._encode[0] + encode_s, kept * self._encode[1] + plain)
         self._plain += plain
@@ -332,7 +335,8 @@ class Controller:
             return None
         known = self._now()
         mine = next(cost for cost in known.costs if cost.level == self.choice.level)
-        if left_s > LEAST_BYTES * (known.encode + 1 / mine.speed) / self._share():
+        # What the last batch took counts where it took longer: pages differ more than what is known of them follows.
+        if left_s > LEAST_BYTES * max(self._pace, known.encode + 1 / mine.speed) / self._share():
             return None
         quick = tuple(cost for cost in known.costs if not is_xz(cost.level))
         return choose(Profile(quick, known.encode), self.link, self._share()).level if quick else None
