@@ -24,7 +24,7 @@ def test_the_level_follows_the_link_and_the_memory_is_right(standing: Stage) -> 
     source = standing.home()
     site = standing.site(source)
     measured = site.facts("calibrate", timeout=60)
-    assert measured["seconds"] < 20 and len(measured["levels"]) >= 4
+    assert len(measured["levels"]) >= 4
     handoff = standing.begin("web1", "--check")
     handoff.wait_phase(source, {"memory", "disk"})
     handoff.wait_sent(3.0)

@@ -20,7 +20,7 @@ TRIAL: Final = 128 * 1024
 """Bytes that are tried: few, because the link may run dry meanwhile ..."""
 TRIAL_S: Final = 0.1
 """... and CPU seconds after which no other level is."""
-PATIENCE_S: Final = 1.2
+PATIENCE_S: Final = 0.8
 """CPU seconds for one level; what a slow level does not get to in that time is extrapolated."""
 
 
